@@ -1,0 +1,24 @@
+"""The demo: a tiny CLIP on `shapes`, the data set that comes along, in minutes on two CPU cores."""
+
+from ml_collections import ConfigDict
+
+from disco_jax.config import default
+
+
+def get_config() -> ConfigDict:
+    """Two fake CPU devices, so that the distributed loss really runs."""
+    config = default()
+    config.batch_size = 128
+    config.num_steps = 1_000
+    config.fake_devices = 2
+    config.model.name = "tiny"
+    config.model.dtype = "float32"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 40
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.grad_clip_norm = 1.0
+    config.data.num_workers = 1
+    config.eval.every = 200
+    config.log_every = 10
+    config.checkpoint_every = 200
+    return config

@@ -1,0 +1,67 @@
+"""What the entry points share: flags, and mistakes told in one line."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from disco_jax import config as config_lib
+from disco_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/shapes.py say.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, curves.")
+
+
+def run(main: Callable[[ConfigDict, Path], None]) -> None:
+    """Calls `main(config, workdir)`; a user's mistake ends in one line and exit code 2."""
+    logging.set_verbosity(logging.ERROR)
+    try:
+        config = _parse(sys.argv)
+        config_lib.validate(config)
+        if config.fake_devices:
+            from disco_jax.mesh import use_fake_devices  # after --help, which needs no JAX
+
+            use_fake_devices(config.fake_devices)
+        main(config, Path(flags.FLAGS.workdir))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(argv: list[str]) -> Any:
+    if any(arg in ("-h", "--help", "--helpshort", "--helpfull") for arg in argv):
+        print(
+            f"usage: {argv[0]} --config=configs/shapes.py --workdir=DIR [--config.FIELD=VALUE ...]"
+        )
+        print("Fields, their defaults and meanings: disco_jax/config.py")
+        sys.exit(0)
+    path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
+    if path is None:
+        raise UserError("--config=FILE is missing, configs/shapes.py say")
+    if not Path(path.split(":")[0]).is_file():
+        raise UserError(f"--config: there is no file {path.split(':')[0]}")
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, TypeError, ValueError) as error:
+        raise _flag_error(error, argv) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    if not flags.FLAGS.workdir:
+        raise UserError("--workdir=DIR is missing")
+    return _CONFIG.value
+
+
+def _flag_error(error: Exception, argv: list[str]) -> UserError:
+    fields = [m[1] for a in argv if (m := re.match(r"--?(?:no)?config\.([^=]+)", a))]
+    known = config_lib.flatten(config_lib.default())
+    for field in fields:
+        if field not in known and not field.startswith("eval.splits."):
+            return config_lib.unknown_field(field)
+    return UserError(" ".join(str(error).split()))

@@ -1,0 +1,162 @@
+"""The configuration: every field with its default and meaning, read, checked and written.
+
+A config file is Python with a `get_config()` that takes `default()` and changes what differs.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from disco_jax.errors import UserError
+
+
+def default() -> ConfigDict:
+    """All fields. Sizes are global, over all devices and processes."""
+    c = ConfigDict()
+    c.seed = 0  # of parameters and of the order of samples
+    c.batch_size = 1024  # samples a step
+    c.num_steps = 10_000  # optimiser updates in all
+    c.fake_devices = 0  # run on so many CPU devices; 0: on what the machine has
+
+    c.model = ConfigDict()
+    c.model.name = "ViT-B-32"  # a preset of disco_jax/models/presets.py
+    c.model.quick_gelu = False  # OpenAI's gelu, instead of the exact one
+    c.model.dtype = "bfloat16"  # the towers' compute: bfloat16 or float32
+    c.model.remat = False  # recompute activations block by block, to save memory
+
+    c.loss = ConfigDict()
+    c.loss.method = "disco"  # auto, reference, disco, stream or ring (disco_jax/losses)
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 5e-4  # after warm-up; falls to 0 along a cosine
+    c.optimizer.warmup_steps = 2_000
+    c.optimizer.weight_decay = 0.2  # not of norms, biases, class token and logit_scale
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.98
+    c.optimizer.eps = 1e-6
+    c.optimizer.grad_clip_norm = 0.0  # global norm that gradients are clipped to; 0: never
+
+    c.data = ConfigDict()
+    c.data.name = "shapes"  # a TFDS data set of images and captions
+    c.data.split = "train"
+    c.data.dir = "data"  # where TFDS data sets are kept
+    c.data.image_key = "image"
+    c.data.caption_key = "caption"
+    c.data.num_workers = 8  # processes that decode and tokenise; 0: the main one
+
+    c.eval = ConfigDict()
+    c.eval.every = 1_000  # steps between evaluations; the last step has one too; 0: only that
+    c.eval.name = "shapes"  # a TFDS data set of images and labels
+    c.eval.splits = ConfigDict({"zeroshot": "test", "zeroshot_heldout": "heldout"})
+    c.eval.templates = "shapes"  # prompts: shapes or openai_imagenet (80 of them)
+    c.eval.retrieval_split = "validation"  # images and captions of data.name; "": none
+    c.eval.batch_size = 1024
+
+    c.log_every = 50  # steps between lines of metrics
+    c.checkpoint_every = 1_000  # steps; the last step is saved too
+    c.checkpoint_keep = 3  # newest checkpoints kept
+    return c
+
+
+# What may differ when a run goes on: none of it changes a number.
+FREE_FIELDS = (
+    "data.dir",
+    "data.num_workers",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "fake_devices",
+)
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError with every problem of the fields' values, a line each."""
+    reference = flatten(default())
+    given = flatten(config)
+    problems = []
+    for field in given.keys() - reference.keys():
+        if not field.startswith("eval.splits."):
+            problems.append(f"unknown config field {field}{_hint(field, list(reference))}")
+    for field in ("batch_size", "num_steps", "log_every", "checkpoint_every", "checkpoint_keep"):
+        if given.get(field, 1) < 1:
+            problems.append(f"{field} is {given[field]}, and must be 1 or more")
+    for field in ("fake_devices", "data.num_workers", "eval.every", "optimizer.warmup_steps"):
+        if given.get(field, 0) < 0:
+            problems.append(f"{field} is {given[field]}, and must be 0 or more")
+    choices = {
+        "model.dtype": ("float32", "bfloat16"),
+        "loss.method": ("auto", "reference", "disco", "stream", "ring"),
+        "eval.templates": ("shapes", "openai_imagenet"),
+    }
+    for field, known in choices.items():
+        if given.get(field) not in known:
+            problems.append(
+                f"{field} is {given.get(field)!r}, and must be one of {', '.join(known)}"
+            )
+    if problems:
+        raise UserError("; ".join(sorted(problems)))
+
+
+def unknown_field(field: str) -> UserError:
+    """The error for an override of a field that is not there."""
+    return UserError(f"unknown config field {field}{_hint(field, list(flatten(default())))}")
+
+
+def _hint(given: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """`{"model.name": ...}`: every field by its dotted path."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            fields |= flatten(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value
+    return fields
+
+
+def claim_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Writes `config.json` into a new run's folder, or checks that the run there has this config.
+
+    Raises:
+      UserError: the folder holds a run of another config, or cannot be written.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        stored = read_json(path)
+        check_same(stored, config, workdir)
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(config.to_json(indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+
+
+def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError naming the fields in which a stored run's config differs from this one."""
+    old = flatten(ConfigDict(stored))
+    new = flatten(ConfigDict(json.loads(config.to_json())))
+    differing = [
+        f"{field} ({old.get(field)!r} there, {new.get(field)!r} here)"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field) and field not in FREE_FIELDS
+    ]
+    if differing:
+        raise UserError(
+            f"workdir {workdir} holds a run of another config: {', '.join(differing)}; "
+            "choose another workdir, or this run's config"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError naming the file where it is not one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error

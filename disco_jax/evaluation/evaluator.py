@@ -1,0 +1,119 @@
+"""All that a config's `eval` section asks for, of given parameters."""
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from disco_jax.data.pipeline import Encode, eval_batches
+from disco_jax.data.shapes import vocabulary
+from disco_jax.data.tfds_source import class_names, open_split
+from disco_jax.evaluation import baseline, zeroshot
+from disco_jax.evaluation.encoder import Encoder
+from disco_jax.evaluation.retrieval import recall_at
+from disco_jax.models import CLIPConfig
+from disco_jax.tokenizer import CLIPTokenizer
+from disco_jax.training.state import Params
+
+BASELINE_IMAGES = 10_000  # training images that the bag-of-colours baseline is fitted to
+
+
+class Evaluator:
+    """Opens the data sets once; raises UserError where one is not there."""
+
+    def __init__(self, config: ConfigDict, model: CLIPConfig, mesh: Mesh):
+        self._data, self._eval = config.data, config.eval
+        self._encoder = Encoder(model, mesh, config.eval.batch_size)
+        self._tokenizer = CLIPTokenizer(model.text.context_length)
+        self._encode = Encode(
+            model.vision.image_size, model.text.context_length, config.data.image_key, ""
+        )
+        self.names = class_names(config.eval.name, config.data.dir)
+        self.templates = load_templates(config.eval.templates)
+        self._splits = {
+            metric: self._open(config.eval.name, split, "label")
+            for metric, split in config.eval.splits.items()
+        }
+        self._pairs = None
+        if config.eval.retrieval_split:
+            caption_key = config.data.caption_key
+            self._pairs = self._open(config.data.name, config.eval.retrieval_split, caption_key)
+
+    def _open(self, name: str, split: str, key: str) -> Sequence[dict[str, Any]]:
+        return open_split(name, split, self._data.dir, (self._data.image_key, key))
+
+    @property
+    def split_names(self) -> list[str]:
+        """Names of the zero-shot splits, as in their metrics."""
+        return list(self._splits)
+
+    def run(self, params: Params) -> dict[str, float]:
+        """`zeroshot/top1` and the like of every split, and recall@1 and @5 both ways."""
+        metrics = {}
+        for name in self._splits:
+            _, labels, predicted = self.predictions(params, name)
+            metrics[f"{name}/top1"] = zeroshot.top1(predicted, labels)
+        return metrics | self.retrieval(params)
+
+    def predictions(self, params: Params, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images, true and predicted classes of one of the zero-shot splits."""
+        classes = zeroshot.class_embeddings(
+            self._encoder, params, self._tokenizer, self.names, self.templates
+        )
+        images, labels, predicted = [], [], []
+        for batch in self._batches(self._splits[name], self._encode):
+            features = self._encoder.image(params, batch["images"])
+            images.append(batch["images"])
+            labels.append(batch["labels"])
+            predicted.append(zeroshot.predict(features, classes))
+        return np.concatenate(images), np.concatenate(labels), np.concatenate(predicted)
+
+    def retrieval(self, params: Params) -> dict[str, float]:
+        """Recall at 1 and 5, captions by image and images by caption; empty without a split."""
+        if self._pairs is None:
+            return {}
+        encode = Encode(
+            self._encode.image_size,
+            self._tokenizer.context_length,
+            self._data.image_key,
+            self._data.caption_key,
+        )
+        batches = list(self._batches(self._pairs, encode))
+        image = np.concatenate([self._encoder.image(params, b["images"]) for b in batches])
+        text = np.concatenate([self._encoder.text(params, b["tokens"]) for b in batches])
+        ways = {"image_to_text": (image, text), "text_to_image": (text, image)}
+        return {
+            f"retrieval/{way}_recall@{k}": value
+            for way, (queries, candidates) in ways.items()
+            for k, value in recall_at(queries, candidates, (1, 5)).items()
+        }
+
+    def baselines(self) -> dict[str, float]:
+        """Chance, and what colours alone give, on every zero-shot split."""
+        source = self._open(self._eval.name, self._data.split, "label")
+        chosen = np.random.default_rng(0).permutation(len(source))[:BASELINE_IMAGES]
+        train = self._encode([source[int(i)] for i in chosen])
+        names = [self.names[label] for label in train["labels"]]
+        metrics = {"chance/top1": 1 / len(self.names)}
+        for split, examples in self._splits.items():
+            batches = list(self._batches(examples, self._encode))
+            images = np.concatenate([batch["images"] for batch in batches])
+            labels = np.concatenate([batch["labels"] for batch in batches])
+            predicted = baseline.fit_predict(train["images"], names, images, self.names)
+            metrics[f"bag_of_colours/{split}_top1"] = zeroshot.top1(predicted, labels)
+        return metrics
+
+    def _batches(self, source: Sequence[dict[str, Any]], encode: Encode) -> Any:
+        return eval_batches(source, encode, batch_size=self._eval.batch_size)
+
+
+def load_templates(name: str) -> Sequence[str]:
+    """Prompts by name: those of `shapes`, or CLIP's 80 for ImageNet."""
+    if name == "shapes":
+        return vocabulary.TEMPLATES
+    path = resources.files("disco_jax").joinpath("assets", f"{name}_templates.json")
+    return json.loads(path.read_text())

@@ -1,0 +1,14 @@
+"""The contrastive losses of CLIP and SigLIP, exact over a mesh of devices.
+
+`contrastive_loss` takes global arrays on a mesh, `local_contrastive_loss` the shards inside your
+own `jax.shard_map`; both give the full-batch loss and its gradients. See docs/losses.md.
+"""
+
+from disco_jax.losses.contrastive import (
+    KINDS,
+    METHODS,
+    contrastive_loss,
+    local_contrastive_loss,
+)
+
+__all__ = ["KINDS", "METHODS", "contrastive_loss", "local_contrastive_loss"]

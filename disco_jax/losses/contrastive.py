@@ -1,0 +1,248 @@
+"""The losses' two front doors: over global arrays on a mesh, and over local shards."""
+
+import difflib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from disco_jax.collectives import AxisName, replicated_axes, to_varying
+from disco_jax.losses import disco, reference, ring, stream
+from disco_jax.losses.sigmoid import tiled_sigmoid
+from disco_jax.losses.softmax import tiled_softmax
+from disco_jax.losses.tiles import Side, default_tile
+
+Array = jax.Array
+
+KINDS = ("softmax", "sigmoid")
+# How a loss is computed over devices. `auto` leaves the dense loss for XLA to partition,
+# `reference` gathers all features everywhere first; the others never hold all of the logits.
+METHODS = ("auto", "reference", "disco", "stream", "ring")
+
+
+def contrastive_loss(
+    image: Array,
+    text: Array,
+    logit_scale: Array,
+    logit_bias: Array | None = None,
+    *,
+    mesh: Mesh,
+    axis_name: AxisName | None = None,
+    kind: str = "softmax",
+    method: str = "ring",
+    tile: int | None = None,
+    weights: Array | None = None,
+    group_ids: Array | None = None,
+) -> Array:
+    """The loss of CLIP (softmax) or SigLIP (sigmoid) of a batch that is split over a mesh.
+
+    Differentiable in image, text, logit_scale and logit_bias, in reverse mode.
+
+    Args:
+      image: `[B, D]` L2-normalised features, fp32 or bf16. Sharded or not: what is not split over
+        `axis_name` already is, on the way in.
+      text: `[B, D]`, of the same dtype; row k and row k of image are a pair.
+      logit_scale: scalar that multiplies the cosines, `exp` of the learned parameter.
+      logit_bias: scalar added to the logits; for the sigmoid kind only.
+      mesh: the devices.
+      axis_name: the mesh axis, or axes, to split the batch over; all axes by default.
+      kind: `softmax` or `sigmoid`.
+      method: `auto`, `reference`, `disco`, `stream` or `ring`: the same number and gradients, at
+        different costs (docs/losses.md).
+      tile: columns of logits that `stream` and `ring` hold at a time; any positive number.
+      weights: `[B]` non-negative weights of the samples. 0 takes a sample out of rows AND columns,
+        as if it were not in the batch. Not differentiated.
+      group_ids: integers `[B]`; two samples with equal ids are not each other's negatives.
+
+    Returns:
+      The loss, an fp32 scalar: a mean over samples.
+
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or name; B does not divide by the devices.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from disco_jax.losses import contrastive_loss
+      >>> mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> image = text = jnp.eye(8)
+      >>> loss = contrastive_loss(image, text, jnp.float32(10.0), mesh=mesh, method="ring")
+      >>> print(f"{loss:.6f}")  # log(1 + 7 exp(-10))
+      0.000318
+    """
+    axis_name = tuple(mesh.axis_names) if axis_name is None else axis_name
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    unknown = [name for name in names if name not in mesh.axis_names]
+    if unknown:
+        raise ValueError(f"axis_name {unknown[0]!r} is not an axis of the mesh {mesh.axis_names}")
+    _check(image, text, logit_scale, logit_bias, kind, method, tile, weights, group_ids)
+    if method == "auto":
+        return _dense(image, text, logit_scale, logit_bias, weights, group_ids)
+    devices = 1
+    for name in names:
+        devices *= mesh.shape[name]
+    if len(image) % devices:
+        raise ValueError(f"image has {len(image)} rows, which do not divide by {devices} devices")
+
+    def local(image, text, logit_scale, logit_bias, weights, group_ids):
+        return local_contrastive_loss(
+            image,
+            text,
+            logit_scale,
+            logit_bias,
+            axis_name=names,
+            kind=kind,
+            method=method,
+            tile=tile,
+            weights=weights,
+            group_ids=group_ids,
+        )
+
+    rows = P(names)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, rows, P(), P(), rows, rows), out_specs=P()
+    )(image, text, logit_scale, logit_bias, weights, group_ids)
+
+
+def local_contrastive_loss(
+    image: Array,
+    text: Array,
+    logit_scale: Array,
+    logit_bias: Array | None = None,
+    *,
+    axis_name: AxisName,
+    kind: str = "softmax",
+    method: str = "ring",
+    tile: int | None = None,
+    weights: Array | None = None,
+    group_ids: Array | None = None,
+) -> Array:
+    """`contrastive_loss` from inside a `jax.shard_map` with `check_vma=True` (its default).
+
+    Arguments are this device's shards: image and text `[b, D]`, weights and group_ids `[b]`;
+    logit_scale and logit_bias are replicated. Any method but `auto`, which has no local form.
+
+    Returns:
+      The loss of the whole batch, the same fp32 scalar on every device.
+
+    Raises:
+      ValueError: as `contrastive_loss`; or the features do not vary over `axis_name`, so that every
+        device would bring the same samples.
+    """
+    _check(image, text, logit_scale, logit_bias, kind, method, tile, weights, group_ids)
+    if method == "auto":
+        raise ValueError("method 'auto' needs global arrays: use contrastive_loss")
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    for argument, x in (("image", image), ("text", text)):
+        _check_varies(argument, x, names)
+    share = None
+    if weights is not None:
+        weights = lax.stop_gradient(to_varying(weights.astype(jnp.float32), names))
+        total = lax.psum(jnp.sum(weights), names)
+        share = weights / jnp.where(total > 0, total, 1)
+    if group_ids is not None:
+        group_ids = to_varying(group_ids, names)
+    rows, columns = Side(image, share, group_ids), Side(text, share, group_ids)
+    scale = to_varying(jnp.asarray(logit_scale, jnp.float32), names)
+    bias = None
+    if logit_bias is not None:
+        bias = to_varying(jnp.asarray(logit_bias, jnp.float32), names)
+    part = _local_part(method, names, tile or default_tile(len(image)))
+    return lax.psum(part(rows, columns, scale, bias), names)
+
+
+def _local_part(
+    method: str, names: tuple[str, ...], tile: int
+) -> Callable[[Side, Side, Array, Array | None], Array]:
+    """The function of a device's shards whose sum over devices is the loss."""
+    if method == "reference":
+        return lambda rows, columns, scale, bias: disco.gathered(rows, columns, scale, bias, names)
+
+    def part(rows: Side, columns: Side, scale: Array, bias: Array | None) -> Array:
+        if method == "disco":
+            if bias is None:
+                return disco.softmax(rows, columns, scale, names)
+            return disco.sigmoid(rows, columns, scale, bias, names)
+        walk = stream.walk if method == "stream" else ring.walk
+        if bias is None:
+            return tiled_softmax(walk, names, tile, rows, columns, scale)
+        return tiled_sigmoid(walk, names, tile, rows, columns, scale, bias)
+
+    return part
+
+
+def _dense(
+    image: Array,
+    text: Array,
+    logit_scale: Array,
+    logit_bias: Array | None,
+    weights: Array | None,
+    group_ids: Array | None,
+) -> Array:
+    labels = {"weights": weights, "group_ids": group_ids}
+    scale = jnp.asarray(logit_scale, jnp.float32)
+    if logit_bias is None:
+        return reference.softmax(image, text, scale, **labels)
+    return reference.sigmoid(image, text, scale, jnp.asarray(logit_bias, jnp.float32), **labels)
+
+
+def _check(
+    image: Array,
+    text: Array,
+    logit_scale: Array,
+    logit_bias: Array | None,
+    kind: str,
+    method: str,
+    tile: int | None,
+    weights: Array | None,
+    group_ids: Array | None,
+) -> None:
+    _check_name("kind", kind, KINDS)
+    _check_name("method", method, METHODS)
+    for name, x in (("image", image), ("text", text)):
+        if jnp.ndim(x) != 2:
+            raise ValueError(f"{name} must be [batch, D], not of shape {jnp.shape(x)}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, not {x.dtype}")
+    if image.shape != text.shape:
+        raise ValueError(f"image {image.shape} and text {text.shape} differ in shape")
+    if image.dtype != text.dtype:
+        raise ValueError(f"image ({image.dtype}) and text ({text.dtype}) differ in dtype")
+    if kind == "sigmoid" and logit_bias is None:
+        raise ValueError("logit_bias is missing: the sigmoid loss needs it")
+    if kind == "softmax" and logit_bias is not None:
+        raise ValueError("logit_bias is for the sigmoid loss: the softmax loss cancels it")
+    for name, scalar in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+        if scalar is not None and not _is_float_scalar(scalar):
+            raise ValueError(f"{name} must be a floating-point scalar, not {scalar!r}")
+    if tile is not None and (not isinstance(tile, int) or tile < 1):
+        raise ValueError(f"tile must be a positive number of columns, not {tile!r}")
+    for name, labels in (("weights", weights), ("group_ids", group_ids)):
+        if labels is not None and labels.shape != image.shape[:1]:
+            raise ValueError(f"{name} must be of shape {image.shape[:1]}, not {labels.shape}")
+    if weights is not None and jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        raise ValueError(f"weights must be real numbers, not {weights.dtype}")
+    if group_ids is not None and not jnp.issubdtype(group_ids.dtype, jnp.integer):
+        raise ValueError(f"group_ids must be integers, not {group_ids.dtype}")
+
+
+def _is_float_scalar(x: Array) -> bool:
+    return jnp.ndim(x) == 0 and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
+def _check_name(argument: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        near = difflib.get_close_matches(str(given), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{argument} {given!r} is not one of {', '.join(known)}{hint}")
+
+
+def _check_varies(argument: str, x: Array, names: tuple[str, ...]) -> None:
+    missing = replicated_axes(x, names)
+    if missing:
+        raise ValueError(
+            f"{argument} is replicated over axis_name {missing[0]!r}: every device would bring the "
+            "same samples; split the batch over it, and keep check_vma=True"
+        )

@@ -1,0 +1,68 @@
+"""`disco`: the paper's decomposition (DisCo-CLIP, Algorithm 1), and the gathered dense loss.
+
+A device gathers all features, computes the logits of its own images against all texts and of its
+own texts against all images, and differentiates just those: what it contributes to the gradients
+of others' features reaches them through the backward collective of `all_gather`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from disco_jax.collectives import AxisName, all_gather
+from disco_jax.losses import reference
+from disco_jax.losses.reference import MASKED, cosines
+from disco_jax.losses.tiles import Side, share_of, tile_masks
+
+Array = jax.Array
+
+
+def softmax(rows: Side, columns: Side, logit_scale: Array, axis_name: AxisName) -> Array:
+    """This device's part of the softmax loss, of images `rows` and texts `columns`, `[b, D]`."""
+    return (
+        _cross_entropy(rows, columns, logit_scale, axis_name)
+        + _cross_entropy(columns, rows, logit_scale, axis_name)
+    ) / 2
+
+
+def _cross_entropy(own: Side, others: Side, logit_scale: Array, axis_name: AxisName) -> Array:
+    everyone = _gather(others, axis_name)
+    logits = logit_scale * cosines(own.features, everyone.features)
+    # Rank r's positives stand in columns r b to (r + 1) b: the offset labels of Algorithm 1.
+    positive, allowed = tile_masks(own, everyone, jnp.int32(0), axis_name)
+    positives = jnp.sum(jnp.where(positive, logits, 0), axis=1)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, MASKED)
+    share = share_of(own, len(everyone.features))
+    return jnp.sum(share * (jax.nn.logsumexp(logits, axis=1) - positives))
+
+
+def sigmoid(
+    rows: Side, columns: Side, logit_scale: Array, logit_bias: Array, axis_name: AxisName
+) -> Array:
+    """This device's part of the sigmoid loss: its images against all texts. One block is all."""
+    everyone = _gather(columns, axis_name)
+    logits = logit_scale * cosines(rows.features, everyone.features) + logit_bias
+    positive, allowed = tile_masks(rows, everyone, jnp.int32(0), axis_name)
+    losses = jax.nn.softplus(jnp.where(positive, -logits, logits))
+    if allowed is not None:
+        losses = jnp.where(allowed, losses, 0)
+    batch = len(everyone.features)
+    share = share_of(rows, batch)[:, None] + share_of(everyone, batch)[None, :]
+    return jnp.sum(share * losses) / 2
+
+
+def gathered(
+    rows: Side, columns: Side, logit_scale: Array, logit_bias: Array | None, axis_name: AxisName
+) -> Array:
+    """This device's Nth of the dense loss over all features: what peers without a trick compute."""
+    n = lax.axis_size(axis_name)
+    image, text = _gather(rows, axis_name), _gather(columns, axis_name)
+    labels = {"weights": image.share, "group_ids": image.group}
+    if logit_bias is None:
+        return reference.softmax(image.features, text.features, logit_scale, **labels) / n
+    return reference.sigmoid(image.features, text.features, logit_scale, logit_bias, **labels) / n
+
+
+def _gather(side: Side, axis_name: AxisName) -> Side:
+    return jax.tree.map(lambda x: all_gather(x, axis_name), side)

@@ -1,0 +1,144 @@
+"""The softmax loss over tiles: half of the paper's work, and memory linear in B.
+
+DisCo-CLIP computes two logit blocks a device, `s I_n T^t` for the images and `s T_n I^t` for the
+texts. But the rows of the second are the columns of the first: it is enough to fold the columns of
+one block, tile by tile, into log-sum-exps, and to add those up over the devices. The backward pass
+computes each tile again. docs/losses.md has the derivation.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from disco_jax.collectives import AxisName, psum_scatter, to_varying
+from disco_jax.losses.reference import MASKED, cosines
+from disco_jax.losses.tiles import Combine, Side, Walk, share_of, tile_masks, varying
+
+Array = jax.Array
+
+
+class LogSumExp(NamedTuple):
+    """`log(sum(exp(x)))` kept as `peak + log(total)`, fp32 each.
+
+    Parts can be merged, and nothing is lost by rounding a large peak and a small logarithm to one
+    number.
+    """
+
+    peak: Array
+    total: Array
+
+
+def merge(a: LogSumExp, b: LogSumExp) -> LogSumExp:
+    """The log-sum-exp over both sets of terms."""
+    peak = jnp.maximum(a.peak, b.peak)
+    return LogSumExp(peak, a.total * jnp.exp(a.peak - peak) + b.total * jnp.exp(b.peak - peak))
+
+
+def scatter(columns: LogSumExp, axis_name: AxisName) -> LogSumExp:
+    """Merges all devices' `[B]`, and keeps the own `[b]`."""
+    peak = to_varying(lax.pmax(columns.peak, axis_name), axis_name)
+    total = psum_scatter(columns.total * jnp.exp(columns.peak - peak), axis_name)
+    start = lax.axis_index(axis_name) * len(total)
+    return LogSumExp(lax.dynamic_slice_in_dim(peak, start, len(total)), total)
+
+
+MERGE_LOGSUMEXP = Combine(merge, scatter)
+SUM = Combine(jnp.add, psum_scatter)
+
+
+class Columns(NamedTuple):
+    """Columns on their way through the backward pass.
+
+    There a logit's part of the gradient is `factor * exp(logit - peak)`: share times softmax.
+    """
+
+    side: Side
+    peak: Array
+    factor: Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def tiled_softmax(
+    walk: Walk,
+    axis_name: AxisName,
+    tile: int,
+    rows: Side,
+    columns: Side,
+    logit_scale: Array,
+) -> Array:
+    """This device's part of the loss: the sum over devices is the loss.
+
+    `rows` are the images and `columns` the texts, `[b, D]` each; `logit_scale` must be typed as
+    varying over `axis_name`.
+    """
+    return _forward(walk, axis_name, tile, rows, columns, logit_scale)[0]
+
+
+def _forward(walk, axis_name, tile, rows, columns, logit_scale):
+    def tile_fn(state: LogSumExp, part: Side, first: Array) -> tuple[LogSumExp, LogSumExp]:
+        logits = logit_scale * cosines(rows.features, part.features)
+        _, allowed = tile_masks(rows, part, first, axis_name)
+        if allowed is not None:
+            logits = jnp.where(allowed, logits, MASKED)
+        row_peak = jnp.maximum(state.peak, jnp.max(logits, axis=1))
+        row_total = state.total * jnp.exp(state.peak - row_peak)
+        row_total += jnp.sum(jnp.exp(logits - row_peak[:, None]), axis=1)
+        peak = jnp.max(logits, axis=0)
+        total = jnp.sum(jnp.exp(logits - peak[None, :]), axis=0)
+        return LogSumExp(row_peak, row_total), LogSumExp(peak, total)
+
+    b = len(rows.features)
+    start = LogSumExp(varying((b,), axis_name, MASKED), varying((b,), axis_name))
+    row, column = walk(tile_fn, start, columns, MERGE_LOGSUMEXP, axis_name, tile)
+    positives = jnp.sum(
+        rows.features.astype(jnp.float32) * columns.features.astype(jnp.float32), axis=1
+    )
+    positives *= logit_scale
+    losses = (row.peak - positives + jnp.log(row.total)) + (
+        column.peak - positives + jnp.log(column.total)
+    )
+    loss = jnp.sum(share_of(rows, _batch(rows, axis_name)) * losses) / 2
+    return loss, (rows, columns, logit_scale, row, column)
+
+
+def _backward(walk, axis_name, tile, residuals, g):
+    rows, columns, logit_scale, row, column = residuals
+    batch = _batch(rows, axis_name)
+    share = share_of(rows, batch)
+    row_factor = share / row.total
+    moving = Columns(columns, column.peak, share_of(columns, batch) / column.total)
+    dtype = rows.features.dtype
+
+    def tile_fn(d_image: Array, part: Columns, first: Array) -> tuple[Array, Array]:
+        logits = logit_scale * cosines(rows.features, part.side.features)
+        positive, allowed = tile_masks(rows, part.side, first, axis_name)
+        gradient = jnp.exp(logits - row.peak[:, None]) * row_factor[:, None]
+        gradient += jnp.exp(logits - part.peak[None, :]) * part.factor[None, :]
+        if allowed is not None:
+            gradient = jnp.where(allowed, gradient, 0)
+        gradient = jnp.where(positive, gradient - 2 * share[:, None], gradient).astype(dtype)
+        d_image += jnp.matmul(gradient, part.side.features, preferred_element_type=jnp.float32)
+        d_text = jnp.matmul(gradient.T, rows.features, preferred_element_type=jnp.float32)
+        return d_image, d_text
+
+    d_image = varying(rows.features.shape, axis_name)
+    d_image, d_text = walk(tile_fn, d_image, moving, SUM, axis_name, tile)
+    half = 0.5 * g
+    # sum_ij G_ij cos_ij = sum_i image_i . (G text)_i: no second look at the tiles.
+    d_scale = half * jnp.sum(d_image * rows.features.astype(jnp.float32))
+    scaled = half * logit_scale
+    return (
+        Side((scaled * d_image).astype(dtype), None, None),
+        Side((scaled * d_text).astype(columns.features.dtype), None, None),
+        d_scale,
+    )
+
+
+def _batch(side: Side, axis_name: AxisName) -> int:
+    return len(side.features) * lax.axis_size(axis_name)
+
+
+tiled_softmax.defvjp(_forward, _backward)

@@ -1,0 +1,27 @@
+"""The standard sizes, by OpenCLIP's names."""
+
+from disco_jax.models.clip import CLIPConfig, TextConfig, VisionConfig
+
+# Sizes from OpenCLIP's model_configs; B/32 and B/16 share a text tower, L/14 has a wider one.
+PRESETS = {
+    "ViT-B-32": CLIPConfig(),
+    "ViT-B-16": CLIPConfig(vision=VisionConfig(patch_size=16)),
+    "ViT-L-14": CLIPConfig(
+        embed_dim=768,
+        vision=VisionConfig(patch_size=14, width=1024, layers=24, heads=16),
+        text=TextConfig(width=768, heads=12),
+    ),
+    "tiny": CLIPConfig(
+        embed_dim=128,
+        vision=VisionConfig(image_size=48, patch_size=16, width=192, layers=4, heads=6),
+        text=TextConfig(context_length=32, width=64, layers=2, heads=2),
+        unroll=4,
+    ),
+}
+
+
+def preset(name: str) -> CLIPConfig:
+    """The configuration called `name`; ValueError with the known names otherwise."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown model {name!r}; known are {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,199 @@
+"""The pre-norm transformer block that both towers share, and the stack of them.
+
+Blocks work on flattened tokens `[b*n, width]` and take the shape `[b, n, heads, head_dim]` only
+around attention: a weight gradient is then a plain matrix product, which XLA's CPU backend runs
+twice as fast as one that contracts two dimensions, and which costs nothing elsewhere.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer, normal, variance_scaling, zeros
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class BlockInit:
+    """Initialisers of one block: the four kernels, and the bias of the two MLP layers."""
+
+    in_proj: Initializer
+    out_proj: Initializer
+    mlp_in: Initializer
+    mlp_out: Initializer
+    mlp_in_bias: Initializer
+    mlp_out_bias: Initializer
+
+
+def clip_text_init(width: int, layers: int) -> BlockInit:
+    """CLIP's text tower: residual branches shrink with depth (OpenAI CLIP, `model.py`)."""
+    attention, residual = width**-0.5, (width * 2 * layers) ** -0.5
+    return BlockInit(
+        in_proj=normal(attention),
+        out_proj=normal(residual),
+        mlp_in=normal((2 * width) ** -0.5),
+        mlp_out=normal(residual),
+        mlp_in_bias=zeros,
+        mlp_out_bias=zeros,
+    )
+
+
+def clip_vision_init(width: int, mlp_width: int) -> BlockInit:
+    """CLIP's image tower: OpenAI's code leaves it at PyTorch's defaults, restated here.
+
+    Attention's input is Xavier-uniform; a linear layer is uniform in ±1/sqrt(fan_in), bias too.
+    """
+    linear = variance_scaling(1 / 3, "fan_in", "uniform")
+    return BlockInit(
+        in_proj=variance_scaling(1.0, "fan_avg", "uniform"),
+        out_proj=linear,
+        mlp_in=linear,
+        mlp_out=linear,
+        mlp_in_bias=_symmetric_uniform(width**-0.5),
+        mlp_out_bias=_symmetric_uniform(mlp_width**-0.5),
+    )
+
+
+def _symmetric_uniform(bound: float) -> Initializer:
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        del out_sharding  # the state is sharded by jit's out_shardings
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def quick_gelu(x: Array) -> Array:
+    """OpenAI's approximation of gelu, `x * sigmoid(1.702 x)`."""
+    return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """The exact gelu, `x Φ(x)`, by erf.
+
+    Its own backward keeps `x` alone, where differentiating the formula keeps erf's output too, and
+    `jax.nn.gelu` goes through erfc, several times dearer on a CPU.
+    """
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x: Array) -> Array:
+    return (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))).astype(x.dtype)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
+    density = jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
+    return (g * (_normal_cdf(x) + x * density),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with PyTorch's epsilon, as CLIP's; statistics are fp32 whatever `dtype`."""
+    return nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """`x + attention(ln_1(x))`, then `x + mlp(ln_2(x))`, on flattened tokens `[b*n, width]`."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        causal: bool,
+        activation: Callable[[Array], Array],
+        init: BlockInit,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of its {heads} heads")
+        self.heads, self.causal, self.activation = heads, causal, activation
+
+        def linear(n_in: int, n_out: int, kernel: Initializer, bias: Initializer) -> nnx.Linear:
+            return nnx.Linear(
+                n_in, n_out, kernel_init=kernel, bias_init=bias, dtype=dtype, rngs=rngs
+            )
+
+        self.ln_1 = layer_norm(width, dtype, rngs)
+        self.in_proj = linear(width, 3 * width, init.in_proj, zeros)
+        self.out_proj = linear(width, width, init.out_proj, zeros)
+        self.ln_2 = layer_norm(width, dtype, rngs)
+        self.mlp_in = linear(width, mlp_width, init.mlp_in, init.mlp_in_bias)
+        self.mlp_out = linear(mlp_width, width, init.mlp_out, init.mlp_out_bias)
+
+    def __call__(self, x: Array, tokens: int) -> Array:
+        """Maps `[b*n, width]` to the same shape; `tokens` is n."""
+        x = x + self._attention(self.ln_1(x), tokens)
+        return x + self.mlp_out(self.activation(self.mlp_in(self.ln_2(x))))
+
+    def _attention(self, x: Array, tokens: int) -> Array:
+        width = x.shape[-1]
+        qkv = self.in_proj(x).reshape(-1, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(mixed.reshape(-1, width))
+
+
+class Transformer(nnx.Module):
+    """A stack of `layers` equal blocks, kept as one block whose parameters lead with `[layers]`.
+
+    It runs under `lax.scan`, so a block is compiled once however deep the tower.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        causal: bool,
+        activation: Callable[[Array], Array],
+        init: BlockInit,
+        remat: bool,
+        unroll: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.remat, self.unroll = remat, unroll
+
+        @nnx.split_rngs(splits=layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(
+                width,
+                heads,
+                mlp_width,
+                causal=causal,
+                activation=activation,
+                init=init,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.blocks = stack(rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps `[b, n, width]` to the same shape."""
+        b, n, width = x.shape
+        graph, stacked = nnx.split(self.blocks)
+
+        def layer(x: Array, params: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graph, params)(x, n), None
+
+        if self.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)  # scan already prevents it
+        x, _ = jax.lax.scan(layer, x.reshape(b * n, width), stacked, unroll=self.unroll)
+        return x.reshape(b, n, width)

@@ -1,0 +1,154 @@
+"""Training from a config: open, restore or begin, step, evaluate, save, draw."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from disco_jax.checkpoint import Checkpoints
+from disco_jax.config import claim_workdir
+from disco_jax.data.pipeline import Encode, train_batches
+from disco_jax.data.tfds_source import open_split
+from disco_jax.errors import UserError
+from disco_jax.evaluation.evaluator import Evaluator
+from disco_jax.mesh import make_mesh, place_batch
+from disco_jax.models import CLIPConfig, preset
+from disco_jax.report import plot_curves
+from disco_jax.training.metrics import MetricWriter, read_metrics
+from disco_jax.training.optimizer import make_optimizer
+from disco_jax.training.progress import TrainProgress, console
+from disco_jax.training.state import TrainState, abstract_state, init_state
+from disco_jax.training.step import make_train_step
+
+
+def model_config(config: ConfigDict) -> CLIPConfig:
+    """The preset that the config names, with the config's choices."""
+    try:
+        base = preset(config.model.name)
+    except ValueError as error:
+        raise UserError(f"model.name: {error}") from error
+    return dataclasses.replace(
+        base,
+        quick_gelu=config.model.quick_gelu,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+    )
+
+
+def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError where the batch does not divide by the devices."""
+    devices = mesh.devices.size
+    if config.batch_size % devices:
+        below = config.batch_size // devices * devices
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide by the {devices} devices; "
+            f"{below or devices} or {below + devices} would"
+        )
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Trains to `config.num_steps`, from the newest checkpoint in `workdir` if there is one."""
+    mesh, model = make_mesh(), model_config(config)
+    check_batch_size(config, mesh)
+    source = open_split(
+        config.data.name,
+        config.data.split,
+        config.data.dir,
+        (config.data.image_key, config.data.caption_key),
+    )
+    evaluator = Evaluator(config, model, mesh)
+    claim_workdir(config, workdir)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
+    state, samples_seen = _restore_or_init(config, model, mesh, checkpoints)
+    start = int(state.step)
+    _announce(config, mesh, state, start)
+    metrics = MetricWriter(workdir, resume_from=start)
+    batches = train_batches(
+        source,
+        Encode(
+            model.vision.image_size,
+            model.text.context_length,
+            config.data.image_key,
+            config.data.caption_key,
+        ),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start=samples_seen,
+        num_workers=config.data.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    try:
+        _run_steps(config, model, mesh, state, batches, evaluator, checkpoints, metrics)
+    finally:
+        metrics.close()
+        checkpoints.close()
+    plot_curves(read_metrics(workdir), workdir / "curves.png")
+    console.print(f"done: {workdir / 'curves.png'}")
+
+
+def _run_steps(
+    config: ConfigDict,
+    model: CLIPConfig,
+    mesh: Mesh,
+    state: TrainState,
+    batches: Any,
+    evaluator: Evaluator,
+    checkpoints: Checkpoints,
+    metrics: MetricWriter,
+) -> None:
+    train_step = make_train_step(config, model, mesh)
+    start = int(state.step)
+    progress = TrainProgress(start, config.num_steps, config.batch_size)
+    previous = None
+    for step in range(start + 1, config.num_steps + 1):
+        last = step == config.num_steps
+        batch = place_batch(next(batches), mesh)
+        state, values = train_step(state, batch)
+        if previous is not None:
+            # At most two steps in flight: enough to hide the host's work behind the devices'.
+            jax.block_until_ready(previous)
+        previous = values
+        row: dict[str, float] = {}
+        if last or step % config.log_every == 0 or step == start + 1:
+            row = {name: float(value) for name, value in values.items()}
+            if not math.isfinite(row["train/loss"]):
+                raise UserError(f"the loss is {row['train/loss']} at step {step}; stopped")
+            row |= progress.update(step, row["train/loss"], row["train/logit_scale"])
+        if last or (config.eval.every and step % config.eval.every == 0):
+            results = evaluator.run(state.params)
+            row |= results
+            console.print(
+                f"step {step}  " + "  ".join(f"{k} {v:.1%}" for k, v in results.items()),
+                soft_wrap=True,
+            )
+            progress.pause(step)
+        if row:
+            metrics.write(step, row)
+        if last or step % config.checkpoint_every == 0:
+            checkpoints.save(step, state, samples_seen=step * config.batch_size)
+    progress.close()
+
+
+def _restore_or_init(
+    config: ConfigDict, model: CLIPConfig, mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[TrainState, int]:
+    optimizer = make_optimizer(config)
+    if checkpoints.latest_step() is not None:
+        return checkpoints.restore(abstract_state(model, optimizer, mesh))
+    return init_state(model, optimizer, mesh, config.seed), 0
+
+
+def _announce(config: ConfigDict, mesh: Mesh, state: TrainState, start: int) -> None:
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    origin = f"going on from step {start}" if start else "from scratch"
+    console.print(
+        f"{config.model.name}, {count / 1e6:.1f} M parameters, on {mesh.devices.size} "
+        f"{jax.devices()[0].platform} devices; batch {config.batch_size:,}, "
+        f"{config.num_steps:,} steps, loss method {config.loss.method}; {origin}",
+        soft_wrap=True,
+    )

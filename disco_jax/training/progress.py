@@ -1,0 +1,53 @@
+"""A run's progress for a person: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+console = Console(highlight=False)
+
+
+class TrainProgress:
+    """Shows step, loss, logit_scale, images/s and the time left."""
+
+    def __init__(self, start: int, total: int, batch_size: int):
+        self._total, self._batch_size = total, batch_size
+        self._last = (start, time.monotonic())
+        self._rate = 0.0
+        self._bar = Progress(
+            BarColumn(), TextColumn("{task.description}"), console=console, transient=True
+        )
+        self._task = self._bar.add_task("compiling", total=total, completed=start)
+        if console.is_terminal:
+            self._bar.start()
+
+    def update(self, step: int, loss: float, logit_scale: float) -> dict[str, float]:
+        """Shows this step; returns the speed since the last call, as metrics."""
+        now = time.monotonic()
+        steps, seconds = step - self._last[0], now - self._last[1]
+        self._last = (step, now)
+        self._rate = steps * self._batch_size / max(seconds, 1e-9)
+        left = (self._total - step) * self._batch_size / max(self._rate, 1e-9)
+        text = (
+            f"step {step}/{self._total}  loss {loss:.4f}  logit_scale {logit_scale:.2f}  "
+            f"{self._rate:,.0f} images/s  {_clock(left)} left"
+        )
+        self._bar.update(self._task, completed=step, description=text)
+        if not console.is_terminal:
+            print(text, flush=True)
+        return {"train/images_per_second": self._rate}
+
+    def pause(self, step: int) -> None:
+        """Leaves time spent on something else out of the speed."""
+        self._last = (step, time.monotonic())
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,50 @@
+"""What training carries from step to step, and how it comes to be on the mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from disco_jax.mesh import replicated
+from disco_jax.models import CLIP, CLIPConfig
+
+Params = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """Updates done, the parameters as a nested dict, and the optimiser's state."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+def abstract_model(config: CLIPConfig) -> tuple[nnx.GraphDef, Params]:
+    """The model's structure, and its parameters as shapes alone: nothing is allocated."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return graph, nnx.to_pure_dict(params)
+
+
+def _init(config: CLIPConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    params = nnx.to_pure_dict(nnx.state(CLIP(config, rngs=nnx.Rngs(seed)), nnx.Param))
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def abstract_state(
+    config: CLIPConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state as shapes with shardings: to restore into, to compile for, to initialise by."""
+    shapes = jax.eval_shape(lambda: _init(config, optimizer, 0))
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def init_state(
+    config: CLIPConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> TrainState:
+    """A new state, made where it belongs: no device ever holds more than its share."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
+    return jax.jit(lambda: _init(config, optimizer, seed), out_shardings=shardings)()
