@@ -9,16 +9,16 @@ def get_config() -> ConfigDict:
     """Two fake CPU devices, so that the distributed loss really runs."""
     config = default()
     config.batch_size = 128
-    config.num_steps = 1_000
+    config.num_steps = 950
     config.fake_devices = 2
     config.model.name = "tiny"
     config.model.dtype = "float32"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 40
-    config.optimizer.weight_decay = 0.1
+    config.optimizer.weight_decay = 0.05
     config.optimizer.grad_clip_norm = 1.0
     config.data.num_workers = 1
-    config.eval.every = 200
+    config.eval.every = 190
     config.log_every = 10
-    config.checkpoint_every = 200
+    config.checkpoint_every = 190
     return config

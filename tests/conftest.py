@@ -3,6 +3,28 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Every way to promote silently is an error: so is a warning (pyproject.toml).
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import Mesh
+
+from disco_jax.mesh import make_mesh
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden() -> Path:
+    """Outputs of OpenCLIP 3.3.0."""
+    return GOLDEN
+
+
+def mesh_of(devices: int) -> Mesh:
+    """A mesh over the first so many of the eight fake devices."""
+    return make_mesh(jax.devices()[:devices])

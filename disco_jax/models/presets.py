@@ -13,9 +13,9 @@ PRESETS = {
     ),
     "tiny": CLIPConfig(
         embed_dim=128,
-        vision=VisionConfig(image_size=48, patch_size=16, width=192, layers=4, heads=6),
-        text=TextConfig(context_length=32, width=64, layers=2, heads=2),
-        unroll=4,
+        vision=VisionConfig(image_size=48, patch_size=16, width=192, layers=3, heads=6),
+        text=TextConfig(context_length=32, width=64, layers=1, heads=2),
+        unroll=3,
     ),
 }
 

@@ -1,0 +1,57 @@
+"""Random features, and how far two results are apart."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from disco_jax.losses import reference
+
+Array = jax.Array
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def features(batch: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images and texts `[batch, dim]`, of which a pair is alike but not equal."""
+    rng = np.random.default_rng(seed)
+    image = rng.normal(size=(batch, dim))
+    return unit_rows(image), unit_rows(image + rng.normal(size=(batch, dim)))
+
+
+def arguments(
+    kind: str, batch: int = 48, dim: int = 16, seed: int = 0, scale: float = 14.0
+) -> tuple:
+    """The differentiated arguments of a loss: image, text, logit_scale and, for sigmoid, bias."""
+    image, text = features(batch, dim, seed)
+    bias = (jnp.float32(-5.0),) if kind == "sigmoid" else ()
+    return (image, text, jnp.float32(scale), *bias)
+
+
+def labels(batch: int, seed: int = 1) -> dict[str, np.ndarray]:
+    """Weights of which some are 0, and group ids of which some are equal."""
+    rng = np.random.default_rng(seed)
+    weights = rng.choice([0.0, 0.5, 1.0, 2.0], size=batch).astype(np.float32)
+    return {"weights": weights, "group_ids": rng.integers(0, batch // 3, size=batch)}
+
+
+def value_and_grads(loss, args: tuple) -> list[np.ndarray]:
+    """Loss, dI, dT, ds and, for sigmoid, d bias."""
+    value, grads = jax.jit(jax.value_and_grad(loss, tuple(range(len(args)))))(*args)
+    return [np.asarray(value), *(np.asarray(g) for g in grads)]
+
+
+def dense(kind: str, args: tuple, **kwargs: np.ndarray) -> list[np.ndarray]:
+    """The same of the reference, unsharded."""
+    return value_and_grads(lambda *a: getattr(reference, kind)(*a, **kwargs), args)
+
+
+def relative_errors(got: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[float]:
+    """Of each array, the largest difference over the largest expected value."""
+    return [
+        float(np.max(np.abs(a.astype(np.float64) - b)) / np.max(np.abs(b)))
+        for a, b in zip(got, expected, strict=True)
+    ]

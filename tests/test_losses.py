@@ -1,0 +1,246 @@
+"""Every method, kind and number of devices against the dense reference, to 1e-5 in fp32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+
+from disco_jax.losses import KINDS, METHODS, contrastive_loss, local_contrastive_loss
+from tests.conftest import mesh_of
+from tests.losses_common import (
+    arguments,
+    dense,
+    features,
+    labels,
+    relative_errors,
+    value_and_grads,
+)
+
+DISTRIBUTED = ("reference", "disco", "stream", "ring")
+
+
+def sharded(args: tuple, mesh, **kwargs) -> list[np.ndarray]:
+    return value_and_grads(lambda *a: contrastive_loss(*a, mesh=mesh, **kwargs), args)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_reference(kind, method, devices):
+    args = arguments(kind)
+    got = sharded(args, mesh_of(devices), kind=kind, method=method)
+    assert max(relative_errors(got, dense(kind, args))) < 1e-5
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_groups(kind, method, devices):
+    args, extra = arguments(kind), labels(48)
+    got = sharded(args, mesh_of(devices), kind=kind, method=method, **extra)
+    assert max(relative_errors(got, dense(kind, args, **extra))) < 1e-5
+
+
+@pytest.mark.parametrize("method", DISTRIBUTED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_of_zero_is_a_sample_that_is_not_there(kind, method):
+    """Padding rows of a batch leaves the loss, and the others' gradients, as without them."""
+    args = arguments(kind, batch=16)
+    real = np.delete(np.arange(16), [3, 9, 10, 15])
+    weights = np.zeros(16, np.float32)
+    weights[real] = 1
+    got = sharded(args, mesh_of(4), kind=kind, method=method, weights=weights)
+    expected = dense(kind, (args[0][real], args[1][real], *args[2:]))
+    assert not got[1][[3, 9]].any()
+    got[1], got[2] = got[1][real], got[2][real]
+    assert max(relative_errors(got, expected)) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_weights_zero_is_a_loss_of_zero(method):
+    got = sharded(arguments("softmax"), mesh_of(4), method=method, weights=np.zeros(48, np.float32))
+    assert all(np.all(x == 0) for x in got)
+
+
+@pytest.mark.parametrize("tile", [1, 5, 12, 100])
+@pytest.mark.parametrize("method", ["stream", "ring"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_need_divide_nothing(kind, method, tile):
+    args, extra = arguments(kind), labels(48)
+    got = sharded(args, mesh_of(4), kind=kind, method=method, tile=tile, **extra)
+    assert max(relative_errors(got, dense(kind, args, **extra))) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", ["softmax", "softmax_hot", "sigmoid"])
+def test_equals_openclip(case, method, golden):
+    """ClipLoss and SigLipLoss of OpenCLIP 3.3.0, with all their gradients."""
+    data = load_file(golden / "losses.safetensors")
+    kind = case.removesuffix("_hot")
+    names = ["scale", "bias"] if kind == "sigmoid" else ["scale"]
+    args = (data["image"], data["text"], *(data[f"{case}.{name}"].reshape(()) for name in names))
+    got = sharded(args, mesh_of(8), kind=kind, method=method)
+    expected = [data[f"{case}.{name}"] for name in ["loss", "d_image", "d_text"]]
+    expected += [data[f"{case}.d_{name}"] for name in names]
+    expected = [x.reshape(y.shape) for x, y in zip(expected, got, strict=True)]
+    assert max(relative_errors(got, expected)) < 1e-5
+
+
+@pytest.mark.parametrize("method", DISTRIBUTED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_finite_differences_in_float64(kind, method):
+    """Each gradient along a random direction, against the loss itself on either side."""
+    with jax.enable_x64(True):
+        mesh = mesh_of(2)
+        args = [jnp.asarray(x, jnp.float64) for x in arguments(kind, batch=8, dim=6, scale=3.0)]
+        rng = np.random.default_rng(0)
+
+        def loss(*a):
+            # Losses are fp32 inside: the step is chosen so that their rounding stays below 1e-3.
+            return contrastive_loss(*a, mesh=mesh, kind=kind, method=method)
+
+        grads = jax.grad(loss, tuple(range(len(args))))(*args)
+        for i, grad in enumerate(grads):
+            direction = rng.normal(size=args[i].shape)
+            direction /= np.linalg.norm(direction)
+            ends = []
+            for sign in (1, -1):
+                moved = list(args)
+                moved[i] = args[i] + sign * 0.05 * direction
+                ends.append(float(loss(*moved)))
+            slope = (ends[0] - ends[1]) / 0.1
+            assert slope == pytest.approx(float(jnp.sum(grad * direction)), rel=5e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_logits(kind, method):
+    """Scales of thousands, identical rows and opposite pairs: no overflow, no NaN."""
+    image, text = features(16, 8)
+    for image_, text_ in ((image, text), (image, -image), (np.repeat(image[:1], 16, 0),) * 2):
+        args = (image_, text_, jnp.float32(1e4), *arguments(kind)[3:])
+        got = sharded(args, mesh_of(4), kind=kind, method=method)
+        assert all(np.isfinite(x).all() for x in got)
+        expected = dense(kind, args)
+        assert got[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_features_accumulate_in_float32(kind, method):
+    args = arguments(kind, batch=64, dim=64)
+    rounded = tuple(jnp.asarray(x, jnp.bfloat16) for x in args[:2])
+    got = sharded((*rounded, *args[2:]), mesh_of(4), kind=kind, method=method)
+    exact = tuple(np.asarray(x, np.float32) for x in rounded)
+    errors = relative_errors([x.astype(np.float32) for x in got], dense(kind, (*exact, *args[2:])))
+    assert got[0].dtype == np.float32
+    assert got[1].dtype == jnp.bfloat16
+    assert errors[0] < 1e-5  # the loss knows nothing of bf16 but its inputs
+    assert max(errors) < 1e-2  # gradients are returned in bf16, of 8 bits
+
+
+@pytest.mark.parametrize("method", DISTRIBUTED)
+def test_batch_split_over_two_mesh_axes(method):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    args = arguments("softmax")
+    got = sharded(args, mesh, method=method)
+    assert max(relative_errors(got, dense("softmax", args))) < 1e-5
+
+
+@pytest.mark.parametrize("method", DISTRIBUTED)
+def test_batch_split_over_one_of_two_mesh_axes(method):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    args = arguments("softmax")
+    got = sharded(args, mesh, method=method, axis_name="data")
+    assert max(relative_errors(got, dense("softmax", args))) < 1e-5
+
+
+@pytest.mark.parametrize("spec", [P(), P(None, "data"), P("data", None)])
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_may_lie_anywhere_on_the_mesh(method, spec):
+    """Replicated, split along D, or already along the batch."""
+    mesh = mesh_of(4)
+    args = arguments("softmax")
+    placed = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x in args[:2])
+    got = sharded((*placed, args[2]), mesh, method=method)
+    assert max(relative_errors(got, dense("softmax", args))) < 1e-5
+
+
+@pytest.mark.parametrize("method", DISTRIBUTED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_inside_a_larger_shard_map(kind, method):
+    """Towers, loss and all in one shard_map, rematerialised, under jit and grad."""
+    mesh = mesh_of(4)
+    image, text, *scalars = arguments(kind)
+    weight = np.random.default_rng(2).normal(size=(16, 16)).astype(np.float32)
+
+    def tower(x, weight):
+        y = jnp.tanh(x @ weight)
+        return y / jnp.linalg.norm(y, axis=1, keepdims=True)
+
+    @jax.checkpoint
+    def local(weight, image, text, *scalars):
+        loss = local_contrastive_loss(
+            tower(image, weight), text, *scalars, axis_name="data", kind=kind, method=method
+        )
+        return 3 * loss**2
+
+    step = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data"), *(P() for _ in scalars)),
+        out_specs=P(),
+    )
+    got = value_and_grads(step, (weight, image, text, *scalars))
+    expected = value_and_grads(
+        lambda w, i, t, *s: (
+            3 * contrastive_loss(tower(i, w), t, *s, mesh=mesh, kind=kind, method="auto") ** 2
+        ),
+        (weight, image, text, *scalars),
+    )
+    assert max(relative_errors(got, expected)) < 1e-5
+
+
+def test_replicated_features_inside_shard_map_are_an_error():
+    image, text, scale = arguments("softmax")
+
+    def local(image, text, scale):
+        return local_contrastive_loss(image, text, scale, axis_name="data")
+
+    step = jax.shard_map(local, mesh=mesh_of(4), in_specs=(P(), P("data"), P()), out_specs=P())
+    with pytest.raises(ValueError, match="image is replicated over axis_name 'data'"):
+        step(image, np.tile(text, (4, 1)), scale)
+
+
+IMAGE, TEXT, SCALE = arguments("softmax")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"text": TEXT[:, :8]}, "image .* and text .* differ in shape"),
+        ({"text": TEXT[:24]}, "image .* and text .* differ in shape"),
+        ({"image": IMAGE[0]}, "image must be"),
+        ({"image": IMAGE.astype(np.int32)}, "image must be floating point"),
+        ({"text": TEXT.astype(np.float16)}, "differ in dtype"),
+        ({"image": IMAGE[:45], "text": TEXT[:45]}, "image has 45 rows"),
+        ({"logit_scale": jnp.ones(2)}, "logit_scale must be"),
+        ({"logit_scale": jnp.int32(3)}, "logit_scale must be"),
+        ({"logit_bias": jnp.float32(1)}, "logit_bias is for the sigmoid"),
+        ({"kind": "sigmoid"}, "logit_bias is missing"),
+        ({"kind": "hinge"}, "kind 'hinge' is not one of"),
+        ({"method": "rings"}, "method 'rings' is not one of .* did you mean 'ring'"),
+        ({"axis_name": "model"}, "axis_name 'model' is not an axis"),
+        ({"tile": 0}, "tile must be"),
+        ({"tile": 2.5}, "tile must be"),
+        ({"weights": np.ones(47, np.float32)}, "weights must be of shape"),
+        ({"group_ids": np.ones(48, np.float32)}, "group_ids must be integers"),
+    ],
+)
+def test_bad_arguments_are_named(changed, message):
+    given = {"image": IMAGE, "text": TEXT, "logit_scale": SCALE, "mesh": mesh_of(4)} | changed
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(**given)

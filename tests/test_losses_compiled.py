@@ -1,0 +1,82 @@
+"""What the compiler made of the losses: collectives, buffers and bytes, read from its program."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from disco_jax.losses import KINDS, contrastive_loss
+from tests.conftest import mesh_of
+
+B, D, DEVICES = 256, 48, 8  # so that b = 32 differs from D, and no product of the three recurs
+
+
+def compiled(method, batch=B, dim=D, kind="softmax", backward=True):
+    mesh = mesh_of(DEVICES)
+    rows = jax.ShapeDtypeStruct((batch, dim), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
+    args = (rows, rows, scalar) + ((scalar,) if kind == "sigmoid" else ())
+
+    def loss(*a):
+        return contrastive_loss(*a, mesh=mesh, kind=kind, method=method)
+
+    f = jax.value_and_grad(loss, tuple(range(len(args)))) if backward else loss
+    return jax.jit(f).lower(*args).compile()
+
+
+def count(program, collective):
+    """Occurrences of an instruction, synchronous or begun asynchronously."""
+    return len(re.findall(rf" {collective}(?:-start)?\(", program.as_text()))
+
+
+def has_logits(program):
+    """Whether any buffer has the shape of a whole block of logits."""
+    b = B // DEVICES
+    shapes = (f"[{b},{B}]", f"[{B},{b}]", f"[{B},{B}]")
+    return any(shape in program.as_text() for shape in shapes)
+
+
+def test_disco_gathers_twice_and_scatters_twice():
+    program = compiled("disco")
+    assert count(program, "all-gather") == 2
+    assert count(program, "reduce-scatter") == 2
+    assert has_logits(program)  # so the search for them below can find them
+
+
+def test_stream_forward_gathers_once():
+    assert count(compiled("stream", backward=False), "all-gather") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ring_never_gathers(kind):
+    program = compiled("ring", kind=kind)
+    assert count(program, "all-gather") == 0
+    assert count(program, "collective-permute") > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["stream", "ring"])
+def test_no_block_of_logits_exists(method, kind, monkeypatch):
+    monkeypatch.setattr("disco_jax.losses.contrastive.default_tile", lambda rows: 20)
+    assert not has_logits(compiled(method, kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("method", "mebibytes"), [("ring", 6), ("stream", 20), ("disco", 60), ("auto", 44)]
+)
+def test_temporary_memory(method, mebibytes):
+    """B = 4,096, D = 512 over 8 devices."""
+    stats = compiled(method, 4096, 512).memory_analysis()
+    assert stats.temp_size_in_bytes <= mebibytes * 2**20
+
+
+def test_ring_memory_is_linear():
+    sizes = [
+        compiled("ring", batch, 512).memory_analysis().temp_size_in_bytes
+        for batch in (4096, 8192, 16384, 32768)
+    ]
+    assert all(b <= 2.1 * a for a, b in itertools.pairwise(sizes))

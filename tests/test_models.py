@@ -1,0 +1,233 @@
+"""The towers against OpenCLIP's outputs, and their initial values against CLIP's code."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from disco_jax.models import CLIP, PRESETS, CLIPConfig, TextConfig, VisionConfig, preset
+from disco_jax.models.clip import normalize_pixels
+from disco_jax.models.transformer import gelu
+
+
+def openclip_config(spec: dict, **changes) -> CLIPConfig:
+    vision, text = spec["vision_cfg"], spec["text_cfg"]
+    return CLIPConfig(
+        embed_dim=spec["embed_dim"],
+        vision=VisionConfig(
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            width=vision["width"],
+            layers=vision["layers"],
+            heads=vision["width"] // vision["head_width"],
+            mlp_ratio=vision.get("mlp_ratio", 4.0),
+        ),
+        text=TextConfig(
+            context_length=text["context_length"],
+            vocab_size=text["vocab_size"],
+            width=text["width"],
+            layers=text["layers"],
+            heads=text["heads"],
+            mlp_ratio=text.get("mlp_ratio", 4.0),
+        ),
+        quick_gelu=spec["quick_gelu"],
+        **changes,
+    )
+
+
+def openclip_params(weights: dict[str, np.ndarray], layers: dict[str, int]) -> dict:
+    """OpenCLIP's state dict in the shape of ours: transposed kernels, layers stacked."""
+
+    def norm(name):
+        return {"scale": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]}
+
+    def blocks(prefix, count):
+        def stack(name, transpose=False):
+            arrays = [weights[f"{prefix}transformer.resblocks.{i}.{name}"] for i in range(count)]
+            return np.stack([a.T if transpose else a for a in arrays])
+
+        def linear(name, weight=".weight", bias=".bias"):
+            return {"kernel": stack(name + weight, True), "bias": stack(name + bias)}
+
+        return {
+            "blocks": {
+                "ln_1": {"scale": stack("ln_1.weight"), "bias": stack("ln_1.bias")},
+                "ln_2": {"scale": stack("ln_2.weight"), "bias": stack("ln_2.bias")},
+                "in_proj": linear("attn.in_proj", "_weight", "_bias"),
+                "out_proj": linear("attn.out_proj"),
+                "mlp_in": linear("mlp.c_fc"),
+                "mlp_out": linear("mlp.c_proj"),
+            }
+        }
+
+    conv = weights["visual.conv1.weight"]  # [width, 3, p, p]
+    return {
+        "visual": {
+            "patch_embed": {"kernel": conv.transpose(2, 3, 1, 0).reshape(-1, len(conv))},
+            "class_embedding": weights["visual.class_embedding"],
+            "positional_embedding": weights["visual.positional_embedding"],
+            "ln_pre": norm("visual.ln_pre"),
+            "ln_post": norm("visual.ln_post"),
+            "proj": weights["visual.proj"],
+            "transformer": blocks("visual.", layers["visual"]),
+        },
+        "text": {
+            "token_embedding": {"embedding": weights["token_embedding.weight"]},
+            "positional_embedding": weights["positional_embedding"],
+            "ln_final": norm("ln_final"),
+            "proj": weights["text_projection"],
+            "transformer": blocks("", layers["text"]),
+        },
+        "logit_scale": weights["logit_scale"],
+    }
+
+
+@pytest.mark.parametrize("changes", [{}, {"remat": True}, {"unroll": 2}], ids=str)
+@pytest.mark.parametrize("name", ["openclip_tiny_gelu", "openclip_tiny_quickgelu"])
+def test_features_equal_openclips(name, changes, golden):
+    spec = json.loads((golden / f"{name}.json").read_text())
+    config = openclip_config(spec, **changes)
+    layers = {"visual": config.vision.layers, "text": config.text.layers}
+    params = openclip_params(load_file(golden / f"{name}.weights.safetensors"), layers)
+    io = load_file(golden / f"{name}.io.safetensors")
+    graph, own = nnx.split(CLIP(config, rngs=nnx.Rngs(0)), nnx.Param)
+    shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(own))
+    assert jax.tree.map(np.shape, params) == shapes  # no parameter is missing or left over
+    clip = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
+    image = jax.jit(clip.visual)(io["images_nchw"].transpose(0, 2, 3, 1))
+    text = jax.jit(clip.text)(io["tokens"])
+    np.testing.assert_allclose(image, io["image_features"], atol=1e-4)
+    np.testing.assert_allclose(text, io["text_features"], atol=1e-4)
+
+
+def test_gelu_and_its_gradient():
+    """`x Φ(x)` by math.erf, and the slope by central differences in float64."""
+    from math import erf, sqrt
+
+    x = np.linspace(-6, 6, 101)
+    expected = np.array([v * 0.5 * (1 + erf(v / sqrt(2))) for v in x])
+    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), expected, atol=1e-6)
+    h = 1e-5
+    slope = np.array(
+        [
+            (
+                (v + h) * 0.5 * (1 + erf((v + h) / sqrt(2)))
+                - (v - h) * 0.5 * (1 + erf((v - h) / sqrt(2)))
+            )
+            / (2 * h)
+            for v in x
+        ]
+    )
+    got = jax.vmap(jax.grad(gelu))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(got, slope, atol=1e-5)
+
+
+def tiny(**changes) -> CLIPConfig:
+    return dataclasses.replace(
+        CLIPConfig(
+            embed_dim=24,
+            vision=VisionConfig(image_size=16, patch_size=8, width=32, layers=2, heads=2),
+            text=TextConfig(context_length=8, vocab_size=64, width=32, layers=2, heads=2),
+        ),
+        **changes,
+    )
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    clip = CLIP(tiny(dtype="bfloat16"), rngs=nnx.Rngs(0))
+    exact = CLIP(tiny(), rngs=nnx.Rngs(0))
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(clip, nnx.Param))} == {jnp.dtype("float32")}
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)).astype(np.uint8)
+    features = clip.encode_image(images)
+    assert features.dtype == jnp.float32
+    np.testing.assert_allclose(features, exact.encode_image(images), atol=0.03)
+    jaxpr = str(jax.make_jaxpr(nnx.split(clip)[0] and (lambda x: clip.visual(x)))(images))
+    assert "bf16[20,96]" in jaxpr  # 4 images of 5 tokens, through the first projection
+
+
+def test_remat_keeps_fewer_residuals():
+    images = np.zeros((64, 16, 16, 3), np.uint8)
+
+    def temporaries(config):
+        graph, params = nnx.split(CLIP(config, rngs=nnx.Rngs(0)), nnx.Param)
+        loss = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graph, p).encode_image(images))))
+        return loss.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    deep = dataclasses.replace(tiny().vision, layers=8)
+    assert temporaries(tiny(vision=deep, remat=True)) < 0.6 * temporaries(tiny(vision=deep))
+
+
+def test_text_is_causal_and_pooled_at_the_end_token():
+    clip = CLIP(tiny(), rngs=nnx.Rngs(0))
+    tokens = np.array([[62, 5, 6, 63, 0, 0, 0, 0]], np.int32)
+    changed = tokens.copy()
+    changed[0, 4:] = [7, 8, 9, 10]  # after the end token, the highest id: nothing may see it
+    np.testing.assert_array_equal(clip.encode_text(tokens), clip.encode_text(changed))
+    changed[0, 1] = 7
+    assert np.abs(clip.encode_text(tokens) - clip.encode_text(changed)).max() > 1e-3
+
+
+def test_initial_values_are_clips():
+    config = preset("ViT-B-32")
+    small = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, layers=2),
+        text=dataclasses.replace(config.text, layers=2),
+    )
+    params = nnx.to_pure_dict(nnx.state(CLIP(small, rngs=nnx.Rngs(0)), nnx.Param))
+    text, visual = params["text"], params["visual"]
+    blocks = text["transformer"]["blocks"]
+    w = 512
+    for array, std in (
+        (text["token_embedding"]["embedding"], 0.02),
+        (text["positional_embedding"], 0.01),
+        (text["proj"], w**-0.5),
+        (blocks["in_proj"]["kernel"], w**-0.5),
+        (blocks["out_proj"]["kernel"], w**-0.5 * (2 * 2) ** -0.5),
+        (blocks["mlp_in"]["kernel"], (2 * w) ** -0.5),
+        (blocks["mlp_out"]["kernel"], w**-0.5 * (2 * 2) ** -0.5),
+        (visual["class_embedding"], 768**-0.5),
+        (visual["positional_embedding"], 768**-0.5),
+        (visual["proj"], 768**-0.5),
+        # PyTorch's defaults: Xavier-uniform, and uniform in ±1/sqrt(fan_in).
+        (visual["transformer"]["blocks"]["in_proj"]["kernel"], (2 / (4 * 768)) ** 0.5),
+        (visual["transformer"]["blocks"]["mlp_in"]["kernel"], (1 / (3 * 768)) ** 0.5),
+        (visual["transformer"]["blocks"]["mlp_out"]["kernel"], (1 / (3 * 3072)) ** 0.5),
+        (visual["patch_embed"]["kernel"], (1 / (3 * 3 * 32 * 32)) ** 0.5),
+    ):
+        assert np.std(array) == pytest.approx(std, rel=0.1)
+    assert np.exp(params["logit_scale"]) == pytest.approx(1 / 0.07, rel=1e-5)
+
+
+# Millions, of OpenCLIP's models of these names (its model_profile.csv).
+@pytest.mark.parametrize(
+    ("name", "millions"), [("ViT-B-32", 151.28), ("ViT-B-16", 149.62), ("ViT-L-14", 427.62)]
+)
+def test_presets_have_openclips_sizes(name, millions):
+    shapes = nnx.state(nnx.eval_shape(lambda: CLIP(PRESETS[name], rngs=nnx.Rngs(0))), nnx.Param)
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_pixels_are_normalised_as_clips():
+    black, white = (np.full((1, 1, 1, 3), v, np.uint8) for v in (0, 255))
+    low, high = (np.asarray(normalize_pixels(x, jnp.float32)).ravel() for x in (black, white))
+    np.testing.assert_allclose(low, [-1.79226, -1.75209, -1.48021], atol=1e-4)
+    np.testing.assert_allclose(high, [1.93033, 2.07488, 2.14590], atol=1e-4)
+
+
+def test_mistakes_in_sizes_are_named():
+    with pytest.raises(ValueError, match="unknown model 'ViT-B-64'; known are ViT-B-32"):
+        preset("ViT-B-64")
+    with pytest.raises(ValueError, match="image_size 20 is not a multiple of patch_size 8"):
+        CLIP(tiny(vision=VisionConfig(image_size=20, patch_size=8)), rngs=nnx.Rngs(0))
+    clip = CLIP(tiny(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="images are 8 x 8, the model takes 16 x 16"):
+        clip.encode_image(np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="texts are 9 tokens, the model takes 8"):
+        clip.encode_text(np.zeros((1, 9), np.int32))

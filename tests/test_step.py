@@ -1,0 +1,153 @@
+"""The training step: the same curve however it is distributed, compiled once."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs.shapes import get_config
+from disco_jax.losses import METHODS
+from disco_jax.mesh import place_batch
+from disco_jax.models import PRESETS
+from disco_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from disco_jax.training.state import abstract_model, init_state
+from disco_jax.training.step import clamp_logit_scale, make_train_step
+from tests.conftest import mesh_of
+
+MODEL = PRESETS["tiny"]
+
+
+def small_config(method: str = "disco"):
+    config = get_config()
+    config.loss.method = method
+    config.batch_size = 32
+    config.num_steps = 20
+    config.optimizer.warmup_steps = 5
+    return config
+
+
+def random_batches(count: int):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        tokens = rng.integers(1, 49000, (32, MODEL.text.context_length)).astype(np.int32)
+        tokens[:, -1] = 49407
+        yield {
+            "images": rng.integers(0, 256, (32, 48, 48, 3)).astype(np.uint8),
+            "tokens": tokens,
+        }
+
+
+def curve(method: str, devices: int, steps: int = 20) -> np.ndarray:
+    config, mesh = small_config(method), mesh_of(devices)
+    step = make_train_step(config, MODEL, mesh)
+    state = init_state(MODEL, make_optimizer(config), mesh, seed=0)
+    losses = []
+    for batch in random_batches(steps):
+        state, metrics = step(state, place_batch(batch, mesh))
+        losses.append(float(metrics["train/loss"]))
+    return np.array(losses)
+
+
+@pytest.fixture(scope="module")
+def reference_curve() -> np.ndarray:
+    return curve("reference", 1)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "reference"])
+def test_curves_agree_step_by_step(method, reference_curve):
+    """8 devices with `disco` and the others, and one with the dense loss: to fp32 rounding."""
+    np.testing.assert_allclose(curve(method, 8), reference_curve, rtol=2e-5)
+    assert reference_curve[-1] < reference_curve[0]
+
+
+def test_compiles_once_and_donates_its_state():
+    config, mesh = small_config(), mesh_of(4)
+    compilations = []
+
+    def listener(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(duration)
+
+    step = make_train_step(config, MODEL, mesh)
+    state = init_state(MODEL, make_optimizer(config), mesh, seed=0)
+    batches = [place_batch(batch, mesh) for batch in random_batches(4)]
+    before = state
+    state, _ = step(state, batches[0])
+    assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        for batch in batches[1:]:
+            state, _ = step(state, batch)
+        assert compilations == []
+        jax.jit(lambda x: x + 1)(1.0)  # the listener does hear of compilations
+        assert len(compilations) == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert int(state.step) == 4
+
+
+def test_state_begins_on_every_device():
+    mesh = mesh_of(8)
+    state = init_state(MODEL, make_optimizer(small_config()), mesh, seed=0)
+    assert all(x.sharding.device_set == set(mesh.devices.flat) for x in jax.tree.leaves(state))
+    other = init_state(MODEL, make_optimizer(small_config()), mesh_of(1), seed=0)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_norms_biases_and_the_scale_do_not_decay():
+    _, params = abstract_model(MODEL)
+    mask = decay_mask(params)
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="."): decays
+        for path, decays in jax.tree_util.tree_leaves_with_path(mask)
+    }
+    kept = {name for name, decays in flat.items() if not decays}
+    assert kept == {
+        "logit_scale",
+        "visual.class_embedding",
+        *(
+            f"{n}.{p}"
+            for n in ("visual.ln_pre", "visual.ln_post", "text.ln_final")
+            for p in ("scale", "bias")
+        ),
+        *(
+            f"{tower}.transformer.blocks.{layer}.{p}"
+            for tower in ("visual", "text")
+            for layer, names in (
+                ("ln_1", ("scale", "bias")),
+                ("ln_2", ("scale", "bias")),
+                ("in_proj", ("bias",)),
+                ("out_proj", ("bias",)),
+                ("mlp_in", ("bias",)),
+                ("mlp_out", ("bias",)),
+            )
+            for p in names
+        ),
+    }
+
+
+@pytest.mark.parametrize(("raw", "kept"), [(-1.0, 0.0), (2.5, 2.5), (9.0, np.log(100))])
+def test_the_scale_stays_between_1_and_100(raw, kept):
+    clamped = clamp_logit_scale({"logit_scale": np.float32(raw)})
+    assert float(clamped["logit_scale"]) == pytest.approx(kept)
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    config = small_config()
+    schedule = make_schedule(config)
+    peak = config.optimizer.learning_rate
+    assert float(schedule(0)) == 0
+    assert float(schedule(5)) == pytest.approx(peak)
+    assert float(schedule(12.5)) == pytest.approx(peak / 2)
+    assert float(schedule(20)) == pytest.approx(0)
+
+
+def test_clipping_bounds_the_update():
+    """With plain gradients ten thousand times as large, a clipped AdamW step is the same."""
+    config = small_config()
+    optimizer = make_optimizer(config)
+    params = {"kernel": np.ones((2, 2), np.float32)}
+    big, bigger = ({"kernel": np.full((2, 2), v, np.float32)} for v in (1e2, 1e6))
+    updates = [optimizer.update(g, optimizer.init(params), params)[1] for g in (big, bigger)]
+    for a, b in zip(*(jax.tree.leaves(u) for u in updates), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)

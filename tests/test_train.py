@@ -1,0 +1,163 @@
+"""Training and evaluation as a user runs them: commands, files, interruption, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+SMALL = (
+    "--config.batch_size=16",
+    "--config.num_steps=6",
+    "--config.eval.every=3",
+    "--config.log_every=1",
+    "--config.checkpoint_every=2",
+    "--config.optimizer.warmup_steps=2",
+)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """A small `shapes`, built once by the real builder."""
+    folder = tmp_path_factory.mktemp("data")
+    code = (
+        "from disco_jax.data.shapes import builder\n"
+        "builder.SPLITS = {'train': 300, 'validation': 40, 'test': 52, 'heldout': 24}\n"
+        "from disco_jax.data.tfds_source import load_builder\n"
+        "if __name__ == '__main__': load_builder('shapes', __import__('sys').argv[1])\n"
+    )
+    script = folder / "build.py"
+    script.write_text(code)
+    subprocess.run([sys.executable, script, folder], cwd=ROOT, env=ENV, check=True)
+    return folder
+
+
+def command(script: str, workdir: Path, data_dir: Path, *extra: str) -> list[str]:
+    return [
+        sys.executable,
+        script,
+        "--config=configs/shapes.py",
+        f"--workdir={workdir}",
+        f"--config.data.dir={data_dir}",
+        *SMALL,
+        *extra,
+    ]
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def rows(workdir: Path) -> list[dict]:
+    """Metrics without what is measured in seconds."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "per_second" not in k} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, data_dir) -> Path:
+    """An undisturbed run, on 8 devices."""
+    workdir = tmp_path_factory.mktemp("run")
+    result = run(*command("train.py", workdir, data_dir, "--config.fake_devices=8"))
+    assert result.returncode == 0, result.stderr
+    assert "step 6/6" in result.stdout
+    assert "8 cpu devices" in result.stdout
+    return workdir
+
+
+def test_a_run_leaves_its_files(finished):
+    steps = rows(finished)
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(row["train/loss"] > 0 for row in steps)
+    assert "zeroshot/top1" in steps[2]
+    assert "zeroshot_heldout/top1" in steps[5]
+    assert json.loads((finished / "config.json").read_text())["batch_size"] == 16
+    assert (finished / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((finished / "tensorboard").iterdir())
+
+
+def test_eval_prints_a_table_and_json(finished, data_dir):
+    result = run(*command("eval.py", finished, data_dir))
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads(result.stdout.splitlines()[-1])
+    assert metrics["step"] == 6
+    assert metrics["chance/top1"] == pytest.approx(1 / 64)
+    names = {"zeroshot/top1", "zeroshot_heldout/top1", "bag_of_colours/zeroshot_top1"}
+    ways = ("image_to_text", "text_to_image")
+    names |= {f"retrieval/{way}_recall@{k}" for way in ways for k in (1, 5)}
+    assert names <= metrics.keys()
+    # The same parameters, on 2 devices instead of 8, give what training logged at its end.
+    assert metrics["zeroshot/top1"] == rows(finished)[-1]["zeroshot/top1"]
+    assert (finished / "predictions.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, data_dir):
+    """Kill -9 in mid-run; the same command, with another number of workers, ends the same."""
+    args = command("train.py", tmp_path, data_dir, "--config.fake_devices=8")
+    process = subprocess.Popen(args, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert not (tmp_path / "curves.png").exists()
+    deadline = time.monotonic() + 10
+    while not (done := sorted((tmp_path / "checkpoints").glob("[0-9]*"))):
+        assert time.monotonic() < deadline
+    assert int(done[-1].name) < 6
+    result = run(*args, "--config.data.num_workers=0")
+    assert result.returncode == 0, result.stderr
+    assert f"going on from step {int(done[-1].name)}" in result.stdout
+    assert rows(tmp_path) == rows(finished)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--config.batch_size=17"], "batch_size 17 does not divide by the 2 devices"),
+        (["--config.batchsize=16"], "unknown config field batchsize; did you mean batch_size?"),
+        (["--config.optimizer.lr=1"], "unknown config field optimizer.lr"),
+        (["--config.batch_size=many"], "batch_size"),
+        (["--config=configs/missing.py"], "there is no file configs/missing.py"),
+        (["--config.data.name=no_such_set"], "unknown data set 'no_such_set'"),
+        (["--config.data.split=tset"], "has no split 'tset'"),
+        (["--config.data.caption_key=txt"], "has no feature 'txt'"),
+        (["--config.model.name=ViT"], "model.name: unknown model 'ViT'"),
+        (["--config.loss.method=rng"], "loss.method is 'rng', and must be one of"),
+        (["--config.num_steps=0"], "num_steps is 0, and must be 1 or more"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_mistakes_get_one_line(extra, message, tmp_path, data_dir):
+    args = command("train.py", tmp_path, data_dir, *extra)
+    if extra[0].startswith("--config="):
+        args = [a for a in args if a != "--config=configs/shapes.py"]
+    result = run(*args)
+    assert result.returncode == 2
+    assert result.stderr.strip().startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert message in result.stderr
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_workdir_of_another_config_is_refused(finished, data_dir):
+    before = (finished / "config.json").read_text()
+    result = run(*command("train.py", finished, data_dir, "--config.seed=1"))
+    assert result.returncode == 2
+    assert "holds a run of another config: seed (0 there, 1 here)" in result.stderr
+    assert (finished / "config.json").read_text() == before
+
+
+def test_eval_of_an_empty_workdir_is_refused(tmp_path, data_dir):
+    result = run(*command("eval.py", tmp_path, data_dir))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "holds no run" in result.stderr
+    assert list(tmp_path.iterdir()) == []
