@@ -16,6 +16,13 @@ from tests.conftest import mesh_of
 MODEL = PRESETS["tiny"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def small_config(method: str = "disco"):
     config = get_config()
     config.loss.method = method

@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from disco_jax.data.transforms import to_pixels
 from disco_jax.tokenizer import CLIPTokenizer
@@ -54,6 +55,8 @@ def train_batches(
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """This process's share of the batches, from global sample `start` on."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads its own, also in programs that have none
     samples = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
     own = samples.slice(slice(start + process_index, None, process_count))
     batches = own.batch(batch_size // process_count, batch_fn=encode)

@@ -29,8 +29,10 @@ def _cross_entropy(own: Side, others: Side, logit_scale: Array, axis_name: AxisN
     everyone = _gather(others, axis_name)
     logits = logit_scale * cosines(own.features, everyone.features)
     # Rank r's positives stand in columns r b to (r + 1) b: the offset labels of Algorithm 1.
-    positive, allowed = tile_masks(own, everyone, jnp.int32(0), axis_name)
-    positives = jnp.sum(jnp.where(positive, logits, 0), axis=1)
+    b = len(own.features)
+    target = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
+    positives = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+    _, allowed = tile_masks(own, everyone, jnp.int32(0), axis_name)
     if allowed is not None:
         logits = jnp.where(allowed, logits, MASKED)
     share = share_of(own, len(everyone.features))

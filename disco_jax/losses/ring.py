@@ -32,5 +32,7 @@ def walk(
         carry, own = scan_tiles(tile_fn, carry, columns, (rank - k) % n * b, tile)
         return (carry, columns, combine.merge(outputs, own)), None
 
-    (carry, _, outputs), _ = lax.scan(hop, (carry, columns, outputs), jnp.arange(1, n))
+    (carry, _, outputs), _ = lax.scan(
+        hop, (carry, columns, outputs), jnp.arange(1, n, dtype=jnp.int32)
+    )
     return carry, ring_shift(outputs, axis_name)  # the last hop brings them home

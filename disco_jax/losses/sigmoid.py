@@ -14,6 +14,7 @@ from disco_jax.losses.tiles import Combine, Side, Walk, share_of, tile_masks, va
 
 Array = jax.Array
 SUM = Combine(jnp.add, psum_scatter)
+NOTHING = Combine(lambda a, b: (), lambda outputs, axis_name: ())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -32,12 +33,12 @@ def tiled_sigmoid(
     must be typed as varying over `axis_name`.
     """
 
-    def tile_fn(loss: Array, part: Side, first: Array) -> tuple[Array, Array]:
+    def tile_fn(loss: Array, part: Side, first: Array) -> tuple[Array, tuple]:
         share, logits, positive = _tile(rows, part, logit_scale, logit_bias, first, axis_name)
         loss += jnp.sum(share * jax.nn.softplus(jnp.where(positive, -logits, logits)))
-        return loss, jnp.zeros_like(logits, shape=(logits.shape[1], 0))
+        return loss, ()
 
-    loss, _ = walk(tile_fn, varying((), axis_name), columns, SUM, axis_name, tile)
+    loss, _ = walk(tile_fn, varying((), axis_name), columns, NOTHING, axis_name, tile)
     return loss
 
 
@@ -68,11 +69,15 @@ def _backward(walk, axis_name, tile, residuals, g):
     del walk, axis_name, tile
     d_image, d_text, d_scale, d_bias = residuals
     return (
-        Side((g * d_image).astype(d_image.dtype), None, None),
-        Side((g * d_text).astype(d_text.dtype), None, None),
+        _scaled(d_image, g),
+        _scaled(d_text, g),
         g * d_scale,
         g * d_bias,
     )
+
+
+def _scaled(gradient: Array, g: Array) -> Side:
+    return Side((g * gradient.astype(jnp.float32)).astype(gradient.dtype), None, None)
 
 
 def _tile(rows, part, logit_scale, logit_bias, first, axis_name):

@@ -18,7 +18,7 @@ Array = jax.Array
 TileFn = Callable[[Any, Any, Array], tuple[Any, Any]]
 # (tile_fn, carry, own columns, combine, axis_name, tile) -> (carry, own columns' outputs)
 Walk = Callable[[TileFn, Any, Any, "Combine", AxisName, int], tuple[Any, Any]]
-TILE_ELEMENTS = 2**20  # logits in a default tile: 4 MiB, near a CPU core's cache
+TILE_ELEMENTS = 2**18  # logits in a default tile: 1 MiB, half of a CPU core's L2 cache
 
 
 class Side(NamedTuple):
@@ -37,8 +37,8 @@ class Combine(NamedTuple):
 
 
 def default_tile(rows: int) -> int:
-    """Columns in a tile: about `TILE_ELEMENTS` logits, 128 to 1,024 columns."""
-    return min(max(TILE_ELEMENTS // rows // 128 * 128, 128), 1024)
+    """Columns in a tile: about `TILE_ELEMENTS` logits, but 256 to 1,024 columns."""
+    return min(max(TILE_ELEMENTS // rows // 256 * 256, 256), 1024)
 
 
 def scan_tiles(
@@ -56,7 +56,7 @@ def scan_tiles(
         part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * tile, tile), columns)
         return tile_fn(carry, part, first + i * tile)
 
-    carry, outputs = lax.scan(step, carry, jnp.arange(whole))
+    carry, outputs = lax.scan(step, carry, jnp.arange(whole, dtype=jnp.int32))
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     if whole * tile < total:
         rest = jax.tree.map(lambda x: x[whole * tile :], columns)
@@ -70,8 +70,8 @@ def tile_masks(
 ) -> tuple[Array, Array | None]:
     """bool `[b, tile]` twice: which entries are positives, and which count at all (None: all)."""
     b, tile = len(rows.features), len(columns.features)
-    row = lax.axis_index(axis_name) * b + jnp.arange(b)
-    column = first + jnp.arange(tile)
+    row = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
+    column = first + jnp.arange(tile, dtype=jnp.int32)
     positive = row[:, None] == column[None, :]
     negative = None
     if rows.share is not None and columns.share is not None:
