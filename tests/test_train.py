@@ -99,13 +99,14 @@ def test_eval_prints_a_table_and_json(finished, data_dir):
 def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, data_dir):
     """Kill -9 in mid-run; the same command, with another number of workers, ends the same."""
     args = command("train.py", tmp_path, data_dir, "--config.fake_devices=8")
-    process = subprocess.Popen(args, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
+    with subprocess.Popen(
+        args, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 5/"):
+                process.send_signal(signal.SIGKILL)
+                break
     assert not (tmp_path / "curves.png").exists()
     done = sorted(p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert int(done[-1].name) < 6

@@ -1,6 +1,7 @@
 """TFDS data sets as random-access sources, read from ArrayRecord without TensorFlow."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise UserError(f"unknown data set {name!r}: TFDS has none of that name") from error
     if not builder.data_path.exists():
         print(f"preparing data set {name} in {builder.data_path}", flush=True)
-        tfds.display_progress_bar(False)
+        (tfds.enable_progress_bar if sys.stderr.isatty() else tfds.disable_progress_bar)()
         options = {"file_format": tfds.core.FileFormat.ARRAY_RECORD}
         try:
             builder.download_and_prepare(**options)

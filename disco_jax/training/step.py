@@ -48,7 +48,7 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
         metrics = {
             "train/loss": loss,
             "train/logit_scale": jnp.exp(params["logit_scale"]),
-            "train/grad_norm": optax.global_norm(grads),
+            "train/grad_norm": optax.tree.norm(grads),
             "train/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
