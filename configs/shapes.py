@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
     """Two fake CPU devices, so that the distributed loss really runs."""
     config = default()
     config.batch_size = 128
-    config.num_steps = 950
+    config.num_steps = 1_000
     config.fake_devices = 2
     config.model.name = "tiny"
     config.model.dtype = "float32"
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.05
     config.optimizer.grad_clip_norm = 1.0
     config.data.num_workers = 1
-    config.eval.every = 190
+    config.eval.every = 200
     config.log_every = 10
-    config.checkpoint_every = 190
+    config.checkpoint_every = 200
     return config

@@ -1,0 +1,178 @@
+"""Times loss and gradients of every method, interleaved in one process, and sizes their memory.
+
+    python benchmarks/loss.py --devices 2 --batch 8192 --dim 512 [--json] [--peer openclip]
+
+Several batches (`--batch 2048,4096,8192`) draw time and memory against batch into `--chart`.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from disco_jax.losses import METHODS, contrastive_loss
+from disco_jax.mesh import batch_sharding, make_mesh, use_fake_devices
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, default=2, help="fake CPU devices")
+    parser.add_argument("--batch", default="8192", help="global batch, or several with commas")
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--kind", choices=("softmax", "sigmoid"), default="softmax")
+    parser.add_argument("--methods", default="auto,disco,stream,ring")
+    parser.add_argument("--tile", type=int, default=None)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--peer", choices=("openclip",), help="where that package is installed")
+    parser.add_argument("--chart", type=Path, help="a PNG of time and memory against batch")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    arguments = parser.parse_args()
+    unknown = set(arguments.methods.split(",")) - set(METHODS)
+    if unknown:
+        parser.error(f"--methods: {unknown.pop()!r} is not one of {', '.join(METHODS)}")
+    return arguments
+
+
+def compile_methods(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """Each method's loss and gradients, compiled for `batch`, with the arguments to call it on."""
+    mesh = make_mesh()
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(2, batch, arguments.dim)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=2, keepdims=True)
+    inputs = [jax.device_put(x, batch_sharding(mesh)) for x in rows]
+    inputs += [jnp.float32(14.3)] + [jnp.float32(-10)] * (arguments.kind == "sigmoid")
+    programs = {}
+    for method in arguments.methods.split(","):
+
+        def loss(*args: Any, method: str = method) -> jax.Array:
+            return contrastive_loss(
+                *args, mesh=mesh, kind=arguments.kind, method=method, tile=arguments.tile
+            )
+
+        step = jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs)))))
+        programs[method] = step.lower(*inputs).compile()
+    return {"programs": programs, "inputs": inputs}
+
+
+def matmul_limit(batch: int, dim: int) -> Callable[[], float]:
+    """A run of the machine's own matmul, scaled to the 8 B²D FLOPs of `stream` and `ring`."""
+    n = min(batch, 4096)
+    a, b = jnp.ones((n, dim)), jnp.ones((dim, n))
+    multiply = jax.jit(lambda a, b: a @ b)
+    jax.block_until_ready(multiply(a, b))
+    scale = 8 * batch**2 * dim / (2 * n * n * dim)
+
+    def run() -> float:
+        return scale * min(timed(lambda: multiply(a, b)) for _ in range(3))
+
+    return run
+
+
+def timed(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def measure(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """Seconds (median, least, most) and temporary bytes a device of every method."""
+    compiled = compile_methods(arguments, batch)
+    limit = matmul_limit(batch, arguments.dim)
+    for program in compiled["programs"].values():
+        timed(lambda program=program: program(*compiled["inputs"]))
+    seconds: dict[str, list[float]] = {name: [] for name in compiled["programs"]}
+    limits = []
+    for _ in range(arguments.repeats):
+        limits.append(limit())
+        for name, program in compiled["programs"].items():
+            seconds[name].append(timed(lambda p=program: p(*compiled["inputs"])))
+    methods = {
+        name: {
+            "seconds": statistics.median(times),
+            "seconds_least": min(times),
+            "seconds_most": max(times),
+            "temp_bytes": compiled["programs"][name].memory_analysis().temp_size_in_bytes,
+        }
+        for name, times in seconds.items()
+    }
+    if arguments.peer:
+        from peer_openclip import measure_openclip
+
+        methods["openclip"] = measure_openclip(
+            arguments.devices, batch, arguments.dim, arguments.kind, arguments.repeats
+        )
+    return {
+        "batch": batch,
+        "methods": methods,
+        "matmul_limit_seconds": statistics.median(limits),
+    }
+
+
+def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    limit = result["matmul_limit_seconds"]
+    table = Table(
+        title=f"{arguments.kind}, B = {result['batch']:,}, D = {arguments.dim}, fp32, "
+        f"{arguments.devices} CPU devices; 8 B²D at the matmul rate: {limit:.3f} s"
+    )
+    for column in ("method", "seconds", "least to most", "of the limit", "temporary MiB a device"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, row in result["methods"].items():
+        memory = row["temp_bytes"]
+        table.add_row(
+            name,
+            f"{row['seconds']:.3f}",
+            f"{row['seconds_least']:.3f} to {row['seconds_most']:.3f}",
+            f"{row['seconds'] / limit:.2f}",
+            "-" if memory is None else f"{memory / 2**20:.1f}",
+        )
+    Console(width=100).print(table)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    from disco_jax.report import plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    batches = [result["batch"] for result in results]
+    for name in results[0]["methods"]:
+        rows = [result["methods"][name] for result in results]
+        left.plot(batches, [row["seconds"] for row in rows], marker="o", label=name)
+        if rows[0]["temp_bytes"] is not None:
+            mebibytes = [row["temp_bytes"] / 2**20 for row in rows]
+            right.plot(batches, mebibytes, marker="o", label=name)
+    limits = [result["matmul_limit_seconds"] for result in results]
+    left.plot(batches, limits, "k--", label="8 B²D at the matmul rate")
+    left.set(ylabel="seconds", title="Loss and gradients")
+    right.set(ylabel="MiB a device", title="Temporary memory")
+    for axis in (left, right):
+        axis.set(xlabel="global batch", xscale="log", yscale="log")
+        axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    use_fake_devices(arguments.devices)
+    results = []
+    for batch in arguments.batch.split(","):
+        results.append(measure(arguments, int(batch)))
+        show(arguments, results[-1])
+    if arguments.chart:
+        draw(results, arguments.chart)
+        print(f"drawn: {arguments.chart}")
+    if arguments.json:
+        print(json.dumps(results[0] if len(results) == 1 else {"batches": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""OpenCLIP's losses over gloo, one process a device, timed as `loss.py` times ours."""
+
+import multiprocessing
+import os
+import statistics
+import time
+from typing import Any
+
+
+def measure_openclip(
+    processes: int, batch: int, dim: int, kind: str, repeats: int
+) -> dict[str, Any]:
+    """Seconds of loss and gradients; torch's CPU allocator does not tell its memory."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = (processes, batch, dim, kind, repeats, queue)
+    workers = [context.Process(target=_work, args=(i, *arguments)) for i in range(processes)]
+    for worker in workers:
+        worker.start()
+    times = queue.get()
+    for worker in workers:
+        worker.join()
+    return {
+        "seconds": statistics.median(times),
+        "seconds_least": min(times),
+        "seconds_most": max(times),
+        "temp_bytes": None,
+    }
+
+
+def _work(rank: int, processes: int, batch: int, dim: int, kind: str, repeats: int, queue: Any):
+    import torch
+    import torch.distributed as dist
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513"}
+    dist.init_process_group("gloo", rank=rank, world_size=processes)
+    torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
+    torch.manual_seed(rank)
+    options = {"rank": rank, "world_size": processes}
+    if kind == "softmax":
+        loss = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, **options)
+        scalars = [torch.tensor(14.3, requires_grad=True)]
+    else:
+        loss = SigLipLoss(**options)
+        scalars = [torch.tensor(v, requires_grad=True) for v in (14.3, -10.0)]
+    features = [
+        torch.nn.functional.normalize(torch.randn(batch // processes, dim)).requires_grad_()
+        for _ in range(2)
+    ]
+    times = []
+    for i in range(repeats + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        loss(*features, *scalars).backward()
+        dist.barrier()
+        if i:  # the first one warms up
+            times.append(time.perf_counter() - start)
+    if rank == 0:
+        queue.put(times)
+    dist.destroy_process_group()
