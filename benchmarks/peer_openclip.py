@@ -1,25 +1,26 @@
 """OpenCLIP's losses over gloo, one process a device, timed as `loss.py` times ours."""
 
-import multiprocessing
+import json
 import os
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
+
+PORT = "29513"  # of the processes' meeting point on this machine
 
 
 def measure_openclip(
     processes: int, batch: int, dim: int, kind: str, repeats: int
 ) -> dict[str, Any]:
     """Seconds of loss and gradients; torch's CPU allocator does not tell its memory."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    arguments = (processes, batch, dim, kind, repeats, queue)
-    workers = [context.Process(target=_work, args=(i, *arguments)) for i in range(processes)]
-    for worker in workers:
-        worker.start()
-    times = queue.get()
-    for worker in workers:
-        worker.join()
+    from torch.multiprocessing import spawn  # raises here what a process raises there
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "times.json"
+        spawn(_work, (processes, batch, dim, kind, repeats, result), nprocs=processes)
+        times = json.loads(result.read_text())
     return {
         "seconds": statistics.median(times),
         "seconds_least": min(times),
@@ -28,12 +29,14 @@ def measure_openclip(
     }
 
 
-def _work(rank: int, processes: int, batch: int, dim: int, kind: str, repeats: int, queue: Any):
+def _work(
+    rank: int, processes: int, batch: int, dim: int, kind: str, repeats: int, result: Path
+) -> None:
     import torch
     import torch.distributed as dist
     from open_clip.loss import ClipLoss, SigLipLoss
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
     dist.init_process_group("gloo", rank=rank, world_size=processes)
     torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
     torch.manual_seed(rank)
@@ -57,5 +60,5 @@ def _work(rank: int, processes: int, batch: int, dim: int, kind: str, repeats: i
         if i:  # the first one warms up
             times.append(time.perf_counter() - start)
     if rank == 0:
-        queue.put(times)
+        result.write_text(json.dumps(times))
     dist.destroy_process_group()
