@@ -155,6 +155,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     for axis in (left, right):
         axis.set(xlabel="global batch", xscale="log", yscale="log")
         axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)

@@ -49,7 +49,7 @@ def default() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.every = 1_000  # steps between evaluations; the last step has one too; 0: only that
-    c.eval.name = "shapes"  # a TFDS data set of images and labels
+    c.eval.name = "shapes"  # a TFDS data set of images and labels; "": no zero-shot
     c.eval.splits = ConfigDict({"zeroshot": "test", "zeroshot_heldout": "heldout"})
     c.eval.templates = "shapes"  # prompts: shapes or openai_imagenet (80 of them)
     c.eval.retrieval_split = "validation"  # images and captions of data.name; "": none

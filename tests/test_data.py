@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from disco_jax.data.pipeline import Encode, eval_batches, train_batches
@@ -12,7 +13,10 @@ from disco_jax.data.shapes import vocabulary as words
 from disco_jax.data.shapes.builder import SPLITS, make_example
 from disco_jax.data.shapes.captions import caption
 from disco_jax.data.shapes.scene import SIDE, Item, Scene, draw, outline, pair, single
+from disco_jax.data.tfds_source import open_split
 from disco_jax.data.transforms import decode, to_pixels
+from disco_jax.errors import UserError
+from disco_jax.tokenizer import CLIPTokenizer
 
 
 @pytest.mark.parametrize("i", range(4))
@@ -146,3 +150,42 @@ def test_captions_name_what_is_there_and_vary():
     texts = [re.split(r" (?:on|against) (?:a )?(?!the )", text)[0] for text in texts]
     others = (set(words.COLOURS) | set(words.SHAPES)) - {"red", "heart"}
     assert not any(other in text.split() for text in texts for other in others)
+
+
+class ToyCaptions(tfds.core.GeneratorBasedBuilder):
+    """Another image-text set, with other names, JPEGs, and images of many sizes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"picture": tfds.features.Image(), "text": tfds.features.Text()}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(6):
+            encoded = io.BytesIO()
+            Image.new("RGB", (20 + i, 40 - 3 * i), (40 * i, 0, 0)).save(encoded, "JPEG")
+            yield i, {"picture": encoded.getvalue(), "text": f"red of strength {i}"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets")
+def test_any_tfds_set_of_images_and_captions_is_read_by_name(tmp_path):
+    source = open_split("toy_captions", "train", str(tmp_path), ("picture", "text"))
+    batches = train_batches(
+        source, Encode(16, 8, "picture", "text"), batch_size=6, seed=0, start=0, num_workers=0
+    )
+    batch = next(batches)
+    assert batch["images"].shape == (6, 16, 16, 3)
+    assert batch["images"].dtype == np.uint8
+    # JPEG is lossy: the reds are told apart to a few levels, and paired with their captions.
+    strength = np.round(batch["images"][..., 0].mean(axis=(1, 2)) / 40).astype(int)
+    expected = CLIPTokenizer(8)([f"red of strength {i}" for i in strength])
+    assert sorted(strength) == list(range(6))
+    np.testing.assert_array_equal(batch["tokens"], expected)
+    with pytest.raises(UserError, match="has no split 'test'"):
+        open_split("toy_captions", "test", str(tmp_path), ("picture", "text"))
+    with pytest.raises(UserError, match="has no feature 'caption'"):
+        open_split("toy_captions", "train", str(tmp_path), ("picture", "caption"))

@@ -59,7 +59,13 @@ def open_split(name: str, split: str, data_dir: str, keys: tuple[str, ...]) -> A
         for key in keys
         if isinstance(builder.info.features[key], tfds.features.Image)
     }
-    return builder.as_data_source(split=split, decoders=decoders)
+    try:
+        return builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError as error:
+        raise UserError(
+            f"data set {name} in {builder.data_path} is not stored as ArrayRecord; prepare it "
+            "again with --file_format=array_record"
+        ) from error
 
 
 def class_names(name: str, data_dir: str) -> list[str]:

@@ -32,12 +32,13 @@ class Evaluator:
         self._encode = Encode(
             model.vision.image_size, model.text.context_length, config.data.image_key, ""
         )
-        self.names = class_names(config.eval.name, config.data.dir)
+        self.names: list[str] = []
+        self._splits: dict[str, Sequence[dict[str, Any]]] = {}
+        if config.eval.name:
+            self.names = class_names(config.eval.name, config.data.dir)
+            for metric, split in config.eval.splits.items():
+                self._splits[metric] = self._open(config.eval.name, split, "label")
         self.templates = load_templates(config.eval.templates)
-        self._splits = {
-            metric: self._open(config.eval.name, split, "label")
-            for metric, split in config.eval.splits.items()
-        }
         self._pairs = None
         if config.eval.retrieval_split:
             caption_key = config.data.caption_key
@@ -54,16 +55,23 @@ class Evaluator:
     def run(self, params: Params) -> dict[str, float]:
         """`zeroshot/top1` and the like of every split, and recall@1 and @5 both ways."""
         metrics = {}
-        for name in self._splits:
-            _, labels, predicted = self.predictions(params, name)
-            metrics[f"{name}/top1"] = zeroshot.top1(predicted, labels)
+        if self._splits:
+            classes = self.class_embeddings(params)
+            for name in self._splits:
+                _, labels, predicted = self.predictions(params, classes, name)
+                metrics[f"{name}/top1"] = zeroshot.top1(predicted, labels)
         return metrics | self.retrieval(params)
 
-    def predictions(self, params: Params, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images, true and predicted classes of one of the zero-shot splits."""
-        classes = zeroshot.class_embeddings(
+    def class_embeddings(self, params: Params) -> np.ndarray:
+        """fp32 `[classes, embed_dim]` from the config's prompts."""
+        return zeroshot.class_embeddings(
             self._encoder, params, self._tokenizer, self.names, self.templates
         )
+
+    def predictions(
+        self, params: Params, classes: np.ndarray, name: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images, true and predicted classes of one of the zero-shot splits."""
         images, labels, predicted = [], [], []
         for batch in self._batches(self._splits[name], self._encode):
             features = self._encoder.image(params, batch["images"])
@@ -93,7 +101,9 @@ class Evaluator:
         }
 
     def baselines(self) -> dict[str, float]:
-        """Chance, and what colours alone give, on every zero-shot split."""
+        """Chance, and what colours alone give, on every zero-shot split; empty without one."""
+        if not self._splits:
+            return {}
         source = self._open(self._eval.name, self._data.split, "label")
         chosen = np.random.default_rng(0).permutation(len(source))[:BASELINE_IMAGES]
         train = self._encode([source[int(i)] for i in chosen])

@@ -37,25 +37,27 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     checkpoints.close()
     evaluator = Evaluator(config, model, mesh)
     metrics = evaluator.run(state.params) | evaluator.baselines()
-    _draw(evaluator, state.params, workdir / "predictions.png")
+    if evaluator.split_names:
+        _draw(evaluator, state.params, workdir / "predictions.png")
     table = Table(title=f"{workdir}, step {int(state.step)}")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.2%}")
     console.print(table)
-    console.print(f"drawn: {workdir / 'predictions.png'}")
     print(json.dumps({"step": int(state.step), **metrics}))
 
 
 def _draw(evaluator: Evaluator, params: Params, path: Path) -> None:
     """Draws as many predictions of each zero-shot split, spread evenly over it."""
     sheets = []
+    classes = evaluator.class_embeddings(params)
     for name in evaluator.split_names:
-        images, labels, predicted = evaluator.predictions(params, name)
+        images, labels, predicted = evaluator.predictions(params, classes, name)
         count = max(SHOWN // len(evaluator.split_names), 1)
         chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
         sheets.append((images[chosen], labels[chosen], predicted[chosen]))
     images, labels, predicted = (np.concatenate(part) for part in zip(*sheets, strict=True))
     names = evaluator.names
     plot_predictions(images, [names[i] for i in labels], [names[i] for i in predicted], path)
+    console.print(f"drawn: {path}")

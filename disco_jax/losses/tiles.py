@@ -18,7 +18,7 @@ Array = jax.Array
 TileFn = Callable[[Any, Any, Array], tuple[Any, Any]]
 # (tile_fn, carry, own columns, combine, axis_name, tile) -> (carry, own columns' outputs)
 Walk = Callable[[TileFn, Any, Any, "Combine", AxisName, int], tuple[Any, Any]]
-TILE_ELEMENTS = 2**18  # logits in a default tile, where that is 512 columns or more
+TILE_ELEMENTS = 2**17  # logits in a default tile, where that is 256 columns or more
 
 
 class Side(NamedTuple):
@@ -37,11 +37,11 @@ class Combine(NamedTuple):
 
 
 def default_tile(rows: int) -> int:
-    """Columns in a tile: 512, more where there are few rows, so that matmuls stay worth their call.
+    """Columns in a tile: 256, more where there are few rows, so that matmuls stay worth their call.
 
-    On a CPU 512 to 1,024 are the fastest at 4,096 rows, by 1 % (benchmarks/loss.py --tile).
+    On a CPU, at 4,096 rows, tiles of 256 to 1,024 are within 2 % in time (benchmarks/loss.py).
     """
-    return min(max(TILE_ELEMENTS // rows // 256 * 256, 512), 2048)
+    return min(max(TILE_ELEMENTS // rows // 256 * 256, 256), 1024)
 
 
 def scan_tiles(
