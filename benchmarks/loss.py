@@ -19,8 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from disco_jax.collectives import all_gather
 from disco_jax.losses import METHODS, contrastive_loss
-from disco_jax.mesh import batch_sharding, make_mesh, use_fake_devices
+from disco_jax.losses.tiles import default_tile, scan_tiles
+from disco_jax.mesh import BATCH_AXES, batch_sharding, make_mesh, use_fake_devices
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,6 +79,33 @@ def matmul_limit(batch: int, dim: int) -> Callable[[], float]:
     return run
 
 
+def tile_matmuls(inputs: list[jax.Array], tile: int | None) -> Callable[[], Any]:
+    """The matmuls of `stream` and `ring`, in the same tiles, and nothing else: their floor."""
+    mesh = make_mesh()
+
+    def local(image: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        columns = all_gather(text, BATCH_AXES)
+        size = tile or default_tile(len(image))
+
+        def forward(total: jax.Array, part: jax.Array, _: jax.Array) -> tuple[jax.Array, tuple]:
+            return total + (image @ part.T)[:, 0], ()
+
+        def backward(
+            total: jax.Array, part: jax.Array, _: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            block = image @ part.T
+            return total + block @ part, block.T @ image
+
+        first = jnp.int32(0)
+        used, _ = scan_tiles(forward, jnp.zeros_like(image[:, 0]), columns, first, size)
+        d_image, d_text = scan_tiles(backward, jnp.zeros_like(image), columns, first, size)
+        return used, d_image, d_text
+
+    rows = jax.sharding.PartitionSpec(BATCH_AXES)
+    step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(rows, rows), out_specs=rows))
+    return lambda: step(*inputs[:2])
+
+
 def timed(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function())
@@ -90,9 +119,12 @@ def measure(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
     for program in compiled["programs"].values():
         timed(lambda program=program: program(*compiled["inputs"]))
     seconds: dict[str, list[float]] = {name: [] for name in compiled["programs"]}
-    limits = []
+    floor = tile_matmuls(compiled["inputs"], arguments.tile)
+    timed(floor)
+    limits, floors = [], []
     for _ in range(arguments.repeats):
         limits.append(limit())
+        floors.append(timed(floor))
         for name, program in compiled["programs"].items():
             seconds[name].append(timed(lambda p=program: p(*compiled["inputs"])))
     methods = {
@@ -114,6 +146,7 @@ def measure(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
         "batch": batch,
         "methods": methods,
         "matmul_limit_seconds": statistics.median(limits),
+        "tile_matmul_seconds": statistics.median(floors),
     }
 
 
@@ -134,7 +167,12 @@ def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
             f"{row['seconds'] / limit:.2f}",
             "-" if memory is None else f"{memory / 2**20:.1f}",
         )
-    Console(width=100).print(table)
+    console = Console(width=100)
+    console.print(table)
+    console.print(
+        "the matmuls of stream and ring alone, in their tiles: "
+        f"{result['tile_matmul_seconds']:.3f} s"
+    )
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
