@@ -28,6 +28,9 @@ def default() -> ConfigDict:
     c.model.remat = False  # recompute activations block by block, to save memory
 
     c.loss = ConfigDict()
+    c.loss.kind = (
+        "softmax"  # CLIP's; or sigmoid, SigLIP's, with a learnable bias that begins at -10
+    )
     c.loss.method = "disco"  # auto, reference, disco, stream or ring (disco_jax/losses)
 
     c.optimizer = ConfigDict()
@@ -87,6 +90,7 @@ def validate(config: ConfigDict) -> None:
             problems.append(f"{field} is {given[field]}, and must be 0 or more")
     choices = {
         "model.dtype": ("float32", "bfloat16"),
+        "loss.kind": ("softmax", "sigmoid"),
         "loss.method": ("auto", "reference", "disco", "stream", "ring"),
         "eval.templates": ("shapes", "openai_imagenet"),
     }

@@ -8,6 +8,7 @@ from configs.shapes import get_config
 from disco_jax.losses import METHODS
 from disco_jax.mesh import place_batch
 from disco_jax.models import PRESETS
+from disco_jax.training.loop import model_config
 from disco_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from disco_jax.training.state import abstract_model, init_state
 from disco_jax.training.step import clamp_logit_scale, make_train_step
@@ -43,10 +44,12 @@ def random_batches(count: int):
         }
 
 
-def curve(method: str, devices: int, steps: int = 20) -> np.ndarray:
+def curve(method: str, devices: int, steps: int = 20, kind: str = "softmax") -> np.ndarray:
     config, mesh = small_config(method), mesh_of(devices)
-    step = make_train_step(config, MODEL, mesh)
-    state = init_state(MODEL, make_optimizer(config), mesh, seed=0)
+    config.loss.kind = kind
+    model = model_config(config)
+    step = make_train_step(config, model, mesh)
+    state = init_state(model, make_optimizer(config), mesh, seed=0)
     losses = []
     for batch in random_batches(steps):
         state, metrics = step(state, place_batch(batch, mesh))
@@ -64,6 +67,13 @@ def test_curves_agree_step_by_step(method, reference_curve):
     """8 devices with `disco` and the others, and one with the dense loss: to fp32 rounding."""
     np.testing.assert_allclose(curve(method, 8), reference_curve, rtol=2e-5)
     assert reference_curve[-1] < reference_curve[0]
+
+
+def test_the_sigmoid_loss_trains_as_well():
+    """SigLIP's, with its bias: 8 devices with `ring`, and one with the dense loss."""
+    expected = curve("reference", 1, kind="sigmoid")
+    np.testing.assert_allclose(curve("ring", 8, kind="sigmoid"), expected, rtol=2e-5)
+    assert expected[-1] < expected[0]
 
 
 def test_compiles_once_and_donates_its_state():

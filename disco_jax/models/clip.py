@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.nn.initializers import constant, normal, variance_scaling
+from jax.nn.initializers import normal, variance_scaling
 
 from disco_jax.models.transformer import (
     Transformer,
@@ -63,6 +63,7 @@ class CLIPConfig:
     quick_gelu: bool = False
     remat: bool = False  # recompute each block's activations in the backward pass
     dtype: str = "float32"  # compute dtype of the towers
+    logit_bias: float | None = None  # initial value of a learnable bias, as SigLIP has; None: none
     unroll: int = 1  # blocks compiled in line at a time: quicker on a CPU, slower to compile
 
 
@@ -192,12 +193,14 @@ class TextTransformer(nnx.Module):
 
 
 class CLIP(nnx.Module):
-    """Two towers and the learnable logit_scale, kept as its logarithm as in the paper."""
+    """Two towers, the learnable logit_scale, kept as its logarithm, and logit_bias if wanted."""
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         self.visual = VisionTransformer(config, rngs=rngs)
         self.text = TextTransformer(config, rngs=rngs)
-        self.logit_scale = nnx.Param(constant(INITIAL_LOGIT_SCALE)(rngs.params(), (), jnp.float32))
+        self.logit_scale = nnx.Param(jnp.float32(INITIAL_LOGIT_SCALE))
+        if config.logit_bias is not None:
+            self.logit_bias = nnx.Param(jnp.float32(config.logit_bias))
 
     def encode_image(self, images: Array) -> Array:
         """L2-normalised fp32 features `[b, embed_dim]` of images `[b, h, w, 3]`."""

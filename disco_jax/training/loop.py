@@ -24,6 +24,8 @@ from disco_jax.training.progress import TrainProgress, console
 from disco_jax.training.state import TrainState, abstract_state, init_state
 from disco_jax.training.step import make_train_step
 
+INITIAL_LOGIT_BIAS = -10.0  # most pairs are negatives, and begin as such (SigLIP, section 3.2)
+
 
 def model_config(config: ConfigDict) -> CLIPConfig:
     """The preset that the config names, with the config's choices."""
@@ -36,6 +38,7 @@ def model_config(config: ConfigDict) -> CLIPConfig:
         quick_gelu=config.model.quick_gelu,
         dtype=config.model.dtype,
         remat=config.model.remat,
+        logit_bias=INITIAL_LOGIT_BIAS if config.loss.kind == "sigmoid" else None,
     )
 
 

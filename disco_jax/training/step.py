@@ -37,7 +37,9 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
             clip.encode_image(batch["images"]),
             clip.encode_text(batch["tokens"]),
             jnp.exp(clip.logit_scale[...]),
+            clip.logit_bias[...] if config.loss.kind == "sigmoid" else None,
             mesh=mesh,
+            kind=config.loss.kind,
             method=config.loss.method,
         )
 
