@@ -39,7 +39,7 @@ class Combine(NamedTuple):
 def default_tile(rows: int) -> int:
     """Columns in a tile: 256, more where there are few rows, so that matmuls stay worth their call.
 
-    On a CPU, at 4,096 rows, tiles of 256 to 1,024 are within 2 % in time (benchmarks/loss.py).
+    `--tile` of benchmarks/loss.py compares others.
     """
     return min(max(TILE_ELEMENTS // rows // 256 * 256, 256), 1024)
 
