@@ -11,7 +11,7 @@ from jax import lax
 
 from disco_jax.collectives import AxisName, all_gather
 from disco_jax.losses import reference
-from disco_jax.losses.reference import MASKED, cosines
+from disco_jax.losses.reference import MASKED, scaled_cosines
 from disco_jax.losses.tiles import Side, share_of, tile_masks
 
 Array = jax.Array
@@ -27,7 +27,7 @@ def softmax(rows: Side, columns: Side, logit_scale: Array, axis_name: AxisName) 
 
 def _cross_entropy(own: Side, others: Side, logit_scale: Array, axis_name: AxisName) -> Array:
     everyone = _gather(others, axis_name)
-    logits = logit_scale * cosines(own.features, everyone.features)
+    logits = scaled_cosines(own.features, everyone.features, logit_scale)
     # Rank r's positives stand in columns r b to (r + 1) b: the offset labels of Algorithm 1.
     b = len(own.features)
     target = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
@@ -44,7 +44,7 @@ def sigmoid(
 ) -> Array:
     """This device's part of the sigmoid loss: its images against all texts. One block is all."""
     everyone = _gather(columns, axis_name)
-    logits = logit_scale * cosines(rows.features, everyone.features) + logit_bias
+    logits = scaled_cosines(rows.features, everyone.features, logit_scale) + logit_bias
     positive, allowed = tile_masks(rows, everyone, jnp.int32(0), axis_name)
     losses = jax.nn.softplus(jnp.where(positive, -logits, logits))
     if allowed is not None:

@@ -25,7 +25,7 @@ def softmax(
 
     `mean_i(lse_j L_ij + lse_j L_ji - 2 L_ii) / 2` with `L = logit_scale * image @ text.T`.
     """
-    logits = logit_scale * cosines(image, text)
+    logits = scaled_cosines(image, text, logit_scale)
     positives = jnp.diagonal(logits)
     allowed = allowed_pairs(len(image), weights, group_ids)
     if allowed is not None:
@@ -50,7 +50,7 @@ def sigmoid(
     -1 elsewhere. Weighted, pair ij counts `(w_i + w_j) / 2`.
     """
     n = len(image)
-    logits = logit_scale * cosines(image, text) + logit_bias
+    logits = scaled_cosines(image, text, logit_scale) + logit_bias
     losses = jax.nn.softplus(jnp.where(jnp.eye(n, dtype=bool), -logits, logits))
     allowed = allowed_pairs(n, weights, group_ids)
     if allowed is not None:
@@ -62,6 +62,18 @@ def sigmoid(
 def cosines(image: Array, text: Array) -> Array:
     """`image @ text.T`: multiplied in the features' dtype, accumulated and returned in fp32."""
     return jnp.einsum("id,jd->ij", image, text, preferred_element_type=jnp.float32)
+
+
+def scaled_cosines(image: Array, text: Array, logit_scale: Array) -> Array:
+    """`logit_scale * image @ text.T`, for a whole block of logits.
+
+    fp32 features are scaled before the product, as OpenCLIP does: the gradient of the scale then
+    needs no block of cosines kept, which is a third of the memory. bf16 would lose the scale's
+    digits, and is scaled after.
+    """
+    if image.dtype == jnp.float32:
+        return cosines(logit_scale * image, text)
+    return logit_scale * cosines(image, text)
 
 
 def shares(n: int, weights: Array | None) -> Array:
