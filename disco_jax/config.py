@@ -25,7 +25,10 @@ def default() -> ConfigDict:
     c.model.name = "ViT-B-32"  # a preset of disco_jax/models/presets.py
     c.model.quick_gelu = False  # OpenAI's gelu, instead of the exact one
     c.model.dtype = "bfloat16"  # the towers' compute: bfloat16 or float32
-    c.model.remat = False  # recompute activations block by block, to save memory
+    # What each tower computes again in the backward pass to save memory, from least to most: none,
+    # dots, full or offload (to the host's memory; GPUs and TPUs only).
+    c.model.image_remat = "none"
+    c.model.text_remat = "none"
 
     c.loss = ConfigDict()
     c.loss.kind = (
@@ -64,6 +67,9 @@ def default() -> ConfigDict:
     return c
 
 
+METHODS = ("auto", "reference", "disco", "stream", "ring")
+REMAT = ("none", "dots", "full", "offload")
+
 # What may differ when a run goes on: none of it changes a number.
 FREE_FIELDS = (
     "data.dir",
@@ -71,6 +77,8 @@ FREE_FIELDS = (
     "checkpoint_every",
     "checkpoint_keep",
     "fake_devices",
+    "model.image_remat",
+    "model.text_remat",
 )
 
 
@@ -90,8 +98,10 @@ def validate(config: ConfigDict) -> None:
             problems.append(f"{field} is {given[field]}, and must be 0 or more")
     choices = {
         "model.dtype": ("float32", "bfloat16"),
+        "model.image_remat": REMAT,
+        "model.text_remat": REMAT,
         "loss.kind": ("softmax", "sigmoid"),
-        "loss.method": ("auto", "reference", "disco", "stream", "ring"),
+        "loss.method": METHODS,
         "eval.templates": ("shapes", "openai_imagenet"),
     }
     for field, known in choices.items():
@@ -101,6 +111,16 @@ def validate(config: ConfigDict) -> None:
             )
     if problems:
         raise UserError("; ".join(sorted(problems)))
+
+
+def check_batch_size(batch_size: int, devices: int) -> None:
+    """Raises UserError where the batch does not divide by the devices."""
+    if batch_size % devices:
+        below = batch_size // devices * devices
+        raise UserError(
+            f"batch_size {batch_size} does not divide by the {devices} devices; "
+            f"{below or devices} or {below + devices} would"
+        )
 
 
 def unknown_field(field: str) -> UserError:

@@ -1,5 +1,8 @@
 """The device mesh, how arrays lie on it, and how a host's batch gets there."""
 
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +11,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH_AXES = ("data",)
+
+
+def ignore_absent_accelerators() -> None:
+    """Keeps JAX from trying a compiler's plug-in whose device is not there.
+
+    With the planner's wheels installed (requirements-plan.txt) and no GPU or TPU, JAX would print
+    stack traces and wait before it takes the CPU. Only before JAX's first use.
+    """
+    if jax.config.jax_platforms or sys.platform != "linux":
+        return
+    cuda = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    tpu = find_spec("libtpu") is not None
+    # The driver's device files, in a container or not; /dev/dxg is Windows' subsystem for Linux.
+    has_gpu = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu"))
+    has_tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev").glob("vfio/*"))
+    if (cuda or tpu) and not (has_gpu or has_tpu):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def use_fake_devices(count: int) -> None:

@@ -87,7 +87,7 @@ def openclip_params(weights: dict[str, np.ndarray], layers: dict[str, int]) -> d
     }
 
 
-@pytest.mark.parametrize("changes", [{}, {"remat": True}, {"unroll": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"unroll": 2}], ids=str)
 @pytest.mark.parametrize("name", ["openclip_tiny_gelu", "openclip_tiny_quickgelu"])
 def test_features_equal_openclips(name, changes, golden):
     spec = json.loads((golden / f"{name}.json").read_text())
@@ -151,16 +151,25 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     assert "bf16[20,96]" in jaxpr  # 4 images of 5 tokens, through the first projection
 
 
-def test_remat_keeps_fewer_residuals():
-    images = np.zeros((64, 16, 16, 3), np.uint8)
+def test_remat_gives_the_same_gradients_for_less_memory():
+    images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3)).astype(np.uint8)
 
-    def temporaries(config):
-        graph, params = nnx.split(CLIP(config, rngs=nnx.Rngs(0)), nnx.Param)
-        loss = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graph, p).encode_image(images))))
-        return loss.lower(params).compile().memory_analysis().temp_size_in_bytes
+    def gradients_and_bytes(remat):
+        vision = dataclasses.replace(tiny().vision, layers=8, remat=remat)
+        graph, params = nnx.split(CLIP(tiny(vision=vision), rngs=nnx.Rngs(0)), nnx.Param)
 
-    deep = dataclasses.replace(tiny().vision, layers=8)
-    assert temporaries(tiny(vision=deep, remat=True)) < 0.6 * temporaries(tiny(vision=deep))
+        def total(p):
+            return jnp.sum(jnp.sin(9 * nnx.merge(graph, p).encode_image(images)))
+
+        program = jax.jit(jax.grad(total)).lower(params).compile()
+        return program(params), program.memory_analysis().temp_size_in_bytes
+
+    expected, most = gradients_and_bytes("none")
+    for remat, share in (("dots", 0.9), ("full", 0.6)):
+        got, used = gradients_and_bytes(remat)
+        assert used < share * most, remat
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
 def test_text_is_causal_and_pooled_at_the_end_token():

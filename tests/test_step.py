@@ -8,7 +8,7 @@ from configs.shapes import get_config
 from disco_jax.losses import METHODS
 from disco_jax.mesh import place_batch
 from disco_jax.models import PRESETS
-from disco_jax.training.loop import model_config
+from disco_jax.training.build import model_config
 from disco_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from disco_jax.training.state import abstract_model, init_state
 from disco_jax.training.step import clamp_logit_scale, make_train_step

@@ -13,7 +13,7 @@ from disco_jax.errors import UserError
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.mesh import make_mesh
 from disco_jax.report import plot_predictions
-from disco_jax.training.loop import model_config
+from disco_jax.training.build import model_config
 from disco_jax.training.optimizer import make_optimizer
 from disco_jax.training.progress import console
 from disco_jax.training.state import Params, abstract_state

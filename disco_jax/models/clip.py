@@ -39,6 +39,7 @@ class VisionConfig:
     layers: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    remat: str = "none"  # what the backward pass recomputes: transformer.REMAT
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TextConfig:
     layers: int = 12
     heads: int = 8
     mlp_ratio: float = 4.0
+    remat: str = "none"  # what the backward pass recomputes: transformer.REMAT
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class CLIPConfig:
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     quick_gelu: bool = False
-    remat: bool = False  # recompute each block's activations in the backward pass
     dtype: str = "float32"  # compute dtype of the towers
     logit_bias: float | None = None  # initial value of a learnable bias, as SigLIP has; None: none
     unroll: int = 1  # blocks compiled in line at a time: quicker on a CPU, slower to compile
@@ -116,7 +117,7 @@ class VisionTransformer(nnx.Module):
             causal=False,
             activation=quick_gelu if config.quick_gelu else gelu,
             init=clip_vision_init(c.width, mlp_width),
-            remat=config.remat,
+            remat=c.remat,
             unroll=config.unroll,
             dtype=dtype,
             rngs=rngs,
@@ -129,9 +130,10 @@ class VisionTransformer(nnx.Module):
 
         uint8 images are normalised with CLIP's mean and deviation; floats are taken as they are.
         """
-        if images.dtype == jnp.uint8:
-            images = normalize_pixels(images, self.dtype)
-        x = self.patch_embed(self._patches(images.astype(self.dtype)))
+        embed = self._embed
+        if self.config.remat != "none":  # keeps the bytes for the backward pass, not the patches
+            embed = jax.checkpoint(embed)
+        x = embed(images)
         b, _, width = x.shape
         cls = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (b, 1, width))
         x = jnp.concatenate([cls, x], axis=1)
@@ -139,14 +141,18 @@ class VisionTransformer(nnx.Module):
         x = self.transformer(self.ln_pre(x))
         return (self.ln_post(x[:, 0]) @ self.proj[...].astype(self.dtype)).astype(jnp.float32)
 
-    def _patches(self, images: Array) -> Array:
-        """`[b, h, w, 3]` to `[b, patches, patch_size**2 * 3]`, row by row."""
+    def _embed(self, images: Array) -> Array:
+        """`[b, h, w, 3]` to `[b, patches, width]`, row by row."""
+        if images.dtype == jnp.uint8:
+            images = normalize_pixels(images, self.dtype)
+        images = images.astype(self.dtype)
         b, h, w, channels = images.shape
         p, size = self.config.patch_size, self.config.image_size
         if (h, w) != (size, size):
             raise ValueError(f"images are {h} x {w}, the model takes {size} x {size}")
         x = images.reshape(b, h // p, p, w // p, p, channels)
-        return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
+        return self.patch_embed(x)
 
 
 class TextTransformer(nnx.Module):
@@ -169,7 +175,7 @@ class TextTransformer(nnx.Module):
             causal=True,
             activation=quick_gelu if config.quick_gelu else gelu,
             init=clip_text_init(c.width, c.layers),
-            remat=config.remat,
+            remat=c.remat,
             unroll=config.unroll,
             dtype=dtype,
             rngs=rngs,

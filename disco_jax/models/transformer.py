@@ -12,9 +12,43 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, normal, variance_scaling, zeros
 
 Array = jax.Array
+
+
+BLOCK_INPUT = "block_input"
+# What the backward pass computes again instead of keeping it, from least to most.
+REMAT = ("none", "dots", "full", "offload")
+
+
+def rematerialize(function: Callable, remat: str) -> Callable:
+    """`function`, its intermediates kept for the backward pass as `remat` says.
+
+    Args:
+      function: a block of a scan (which is what keeps the compiler from undoing this), or the like.
+      remat: `none` keeps everything; `dots` keeps what the matmuls with weights gave; `full`
+        keeps the block's input alone; `offload` as full, with the input in the host's memory
+        until it is needed: on GPUs and TPUs.
+    """
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return function
+    if remat == "full":
+        return jax.checkpoint(function, prevent_cse=False)
+    if remat == "dots":
+        policy = policies.dots_with_no_batch_dims_saveable
+    elif remat == "offload":
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[BLOCK_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT)}")
+    return jax.checkpoint(function, prevent_cse=False, policy=policy)
 
 
 @dataclass(frozen=True)
@@ -162,7 +196,7 @@ class Transformer(nnx.Module):
         causal: bool,
         activation: Callable[[Array], Array],
         init: BlockInit,
-        remat: bool,
+        remat: str,
         unroll: int,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -191,9 +225,8 @@ class Transformer(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
 
         def layer(x: Array, params: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, params)(x, n), None
+            return nnx.merge(graph, params)(checkpoint_name(x, BLOCK_INPUT), n), None
 
-        if self.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)  # scan already prevents it
+        layer = rematerialize(layer, self.remat)
         x, _ = jax.lax.scan(layer, x.reshape(b * n, width), stacked, unroll=self.unroll)
         return x.reshape(b, n, width)

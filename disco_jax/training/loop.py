@@ -1,6 +1,5 @@
 """Training from a config: open, restore or begin, step, evaluate, save, draw."""
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -10,53 +9,26 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from disco_jax.checkpoint import Checkpoints
-from disco_jax.config import claim_workdir
+from disco_jax.config import check_batch_size, claim_workdir
 from disco_jax.data.pipeline import Encode, train_batches
 from disco_jax.data.tfds_source import open_split
 from disco_jax.errors import UserError
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.mesh import make_mesh, place_batch
-from disco_jax.models import CLIPConfig, preset
+from disco_jax.models import CLIPConfig
 from disco_jax.report import plot_curves
+from disco_jax.training.build import model_config
 from disco_jax.training.metrics import MetricWriter, read_metrics
 from disco_jax.training.optimizer import make_optimizer
 from disco_jax.training.progress import TrainProgress, console
 from disco_jax.training.state import TrainState, abstract_state, init_state
 from disco_jax.training.step import make_train_step
 
-INITIAL_LOGIT_BIAS = -10.0  # most pairs are negatives, and begin as such (SigLIP, section 3.2)
-
-
-def model_config(config: ConfigDict) -> CLIPConfig:
-    """The preset that the config names, with the config's choices."""
-    try:
-        base = preset(config.model.name)
-    except ValueError as error:
-        raise UserError(f"model.name: {error}") from error
-    return dataclasses.replace(
-        base,
-        quick_gelu=config.model.quick_gelu,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        logit_bias=INITIAL_LOGIT_BIAS if config.loss.kind == "sigmoid" else None,
-    )
-
-
-def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError where the batch does not divide by the devices."""
-    devices = mesh.devices.size
-    if config.batch_size % devices:
-        below = config.batch_size // devices * devices
-        raise UserError(
-            f"batch_size {config.batch_size} does not divide by the {devices} devices; "
-            f"{below or devices} or {below + devices} would"
-        )
-
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Trains to `config.num_steps`, from the newest checkpoint in `workdir` if there is one."""
     mesh, model = make_mesh(), model_config(config)
-    check_batch_size(config, mesh)
+    check_batch_size(config.batch_size, mesh.devices.size)
     source = open_split(
         config.data.name,
         config.data.split,

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from disco_jax.mesh import replicated
+from disco_jax.mesh import batch_sharding, replicated
 from disco_jax.models import CLIP, CLIPConfig
 
 Params = dict[str, Any]
@@ -40,6 +40,16 @@ def abstract_state(
     shapes = jax.eval_shape(lambda: _init(config, optimizer, 0))
     sharding = replicated(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def abstract_batch(config: CLIPConfig, batch_size: int, mesh: Mesh) -> dict[str, Any]:
+    """A training batch as shapes with shardings."""
+    size, length = config.vision.image_size, config.text.context_length
+    rows = batch_sharding(mesh)
+    return {
+        "images": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=rows),
+        "tokens": jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=rows),
+    }
 
 
 def init_state(

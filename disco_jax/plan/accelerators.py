@@ -1,0 +1,198 @@
+"""The accelerators that can be compiled for: one table of facts, and their sources.
+
+To add a GPU, add a row to `ACCELERATORS` with what its datasheet says and, from the CUDA programming
+guide's table of compute capabilities, the limits of a multiprocessor.
+"""
+
+import difflib
+import math
+import os
+from dataclasses import dataclass, field
+
+from disco_jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What XLA's compiler wants to know of an NVIDIA GPU."""
+
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    clock_ghz: float
+    l2_bytes: int
+    fp32_lanes: int  # a multiprocessor
+    shared_bytes: int  # a multiprocessor
+    shared_bytes_block: int  # at most, for a block that asks for more than 48 KiB
+    threads: int = 2048  # a multiprocessor
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device: its memory, its rates, and what the compiler needs to know of it."""
+
+    title: str
+    memory_bytes: int
+    bf16_rate: float  # FLOP/s, dense, accumulating in fp32
+    fp32_rate: float  # FLOP/s of an fp32 matmul as JAX runs it by default: TF32, or bf16 on a TPU
+    bandwidth: float  # bytes/s
+    source: str
+    gpu: Gpu | None = None
+    tpu: str | None = None  # libtpu's name of the generation
+    torus: int = 2  # dimensions of a TPU's interconnect
+    hosts: tuple[int, ...] = field(default=(1, 4))  # TPU chips that a host may have
+
+
+_AMPERE = Gpu((8, 0), 108, 1.41, 40 * 2**20, 64, 167_936, 166_912)
+_HOPPER = Gpu((9, 0), 132, 1.98, 50 * 2**20, 128, 233_472, 232_448)
+_ADA = Gpu((8, 9), 58, 2.04, 48 * 2**20, 128, 102_400, 101_376, threads=1536)
+_A100 = "NVIDIA A100 datasheet (2021); memory as the driver reports it, from XLA's device specs"
+_H100 = "NVIDIA H100 datasheet (SXM, 2023); memory as the driver reports it, from XLA's device specs"
+_TPU = "cloud.google.com/tpu/docs/"
+
+ACCELERATORS = {
+    "a100-40gb": Accelerator(
+        "NVIDIA A100 SXM 40 GB", 42_297_786_368, 312e12, 156e12, 1555e9, _A100, gpu=_AMPERE
+    ),
+    "a100-80gb": Accelerator(
+        "NVIDIA A100 SXM 80 GB", 85_100_068_864, 312e12, 156e12, 2039e9, _A100, gpu=_AMPERE
+    ),
+    "h100-80gb": Accelerator(
+        "NVIDIA H100 SXM 80 GB", 84_942_979_072, 989e12, 495e12, 3352e9, _H100, gpu=_HOPPER
+    ),
+    "h200": Accelerator(
+        "NVIDIA H200 SXM 141 GB",
+        151_397_597_184,
+        989e12,
+        495e12,
+        4800e9,
+        "NVIDIA H200 datasheet (2024); memory as the driver reports it, from XLA's device specs",
+        gpu=_HOPPER,
+    ),
+    "l4": Accelerator(
+        "NVIDIA L4 24 GB",
+        24_152_899_584,
+        121e12,
+        60e12,
+        300e9,
+        "NVIDIA L4 datasheet (2023), dense rates; 24 GiB less ECC and the driver's share",
+        gpu=_ADA,
+    ),
+    "v5e": Accelerator(
+        "TPU v5e", 16 * GIB, 197e12, 197e12, 819e9, _TPU + "v5e", tpu="v5e", hosts=(1, 4, 8)
+    ),
+    "v5p": Accelerator("TPU v5p", 95 * GIB, 459e12, 459e12, 2765e9, _TPU + "v5p", tpu="v5p", torus=3),
+    "v6e": Accelerator(
+        "TPU v6e", 32 * GIB, 918e12, 918e12, 1640e9, _TPU + "v6e", tpu="v6e", hosts=(1, 4, 8)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """So many devices of one kind, over so many hosts."""
+
+    name: str
+    devices: int
+    hosts: int
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The kind of device; a CPU's facts are this machine's memory shared by fake devices."""
+        if self.name == "cpu":
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.devices
+            return Accelerator("CPU, fake devices", memory, math.inf, math.inf, math.inf, "os")
+        return ACCELERATORS[self.name]
+
+    @property
+    def platform(self) -> str:
+        """`cuda`, `tpu` or `cpu`."""
+        if self.name == "cpu":
+            return "cpu"
+        return "tpu" if self.accelerator.tpu else "cuda"
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.devices}"
+
+
+def parse_topology(text: str, hosts: int | None = None) -> Topology:
+    """`a100-40gb:8` to a topology.
+
+    GPUs sit eight to a host where nobody says how many hosts there are, and TPUs four.
+
+    Raises:
+      UserError: an unknown device, a count that is not one, or hosts that cannot hold the devices.
+    """
+    name, _, count = text.partition(":")
+    known = [*ACCELERATORS, "cpu"]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--topology: {name!r} is not one of {', '.join(known)}{hint}")
+    if not (count or "1").isdecimal() or int(count or 1) < 1:
+        raise UserError(f"--topology: {text!r} is not of the form {name}:8")
+    devices = int(count or 1)
+    topology = Topology(name, devices, hosts or 1)
+    if topology.platform == "tpu":
+        tpu_grid(topology.accelerator, devices)
+        allowed = topology.accelerator.hosts
+        if hosts is None:
+            topology = Topology(name, devices, max(1, devices // 4))
+    else:
+        allowed = tuple(range(1, devices + 1))
+        if hosts is None and devices > 8 and devices % 8 == 0:
+            topology = Topology(name, devices, devices // 8)
+    if devices % topology.hosts or devices // topology.hosts not in allowed:
+        raise UserError(
+            f"--hosts: {devices} devices of {name} cannot sit evenly on {topology.hosts} hosts"
+            + (f", {' or '.join(map(str, allowed))} on each" if topology.platform == "tpu" else "")
+        )
+    return topology
+
+
+def tpu_grid(accelerator: Accelerator, chips: int) -> tuple[int, ...]:
+    """The sides of the slice of a TPU pod with so many chips: as square as powers of two can be."""
+    power = chips.bit_length() - 1
+    largest = 256 if accelerator.torus == 2 else 8192
+    if chips != 2**power or chips == 2 or chips > largest:
+        raise UserError(
+            f"--topology: {accelerator.title} slices have 1, 4, 8, 16 and so on to {largest:,} "
+            f"chips, not {chips}"
+        )
+    low, extra = divmod(power, accelerator.torus)
+    sides = [2 ** (low + (i >= accelerator.torus - extra)) for i in range(accelerator.torus)]
+    return tuple(sides) if accelerator.torus == 2 or chips != 4 else (2, 2, 1)
+
+
+def gpu_target_config(accelerator: Accelerator) -> str:
+    """XLA's GpuTargetConfigProto of a GPU, as text (xla/stream_executor/device_description.proto)."""
+    gpu = accelerator.gpu
+    if gpu is None:
+        raise ValueError(f"{accelerator.title} is not a GPU")
+    major, minor = gpu.compute_capability
+    fields = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 49_152,
+        "shared_memory_per_core": gpu.shared_bytes,
+        "threads_per_core_limit": gpu.threads,
+        "core_count": gpu.multiprocessors,
+        "fpus_per_core": gpu.fp32_lanes,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65_535,
+        "block_dim_limit_z": 65_535,
+        "memory_bandwidth": int(accelerator.bandwidth),
+        "l2_cache_size": gpu.l2_bytes,
+        "clock_rate_ghz": gpu.clock_ghz,
+        "device_memory_size": accelerator.memory_bytes,
+        "shared_memory_per_block_optin": gpu.shared_bytes_block,
+        "registers_per_core_limit": 65_536,
+        "registers_per_block_limit": 65_536,
+    }
+    lines = "\n".join(f"  {name}: {value}" for name, value in fields.items())
+    return (
+        f"gpu_device_info {{\n{lines}\n"
+        f"  cuda_compute_capability {{ major: {major} minor: {minor} }}\n}}\n"
+        'platform_name: "CUDA"\ndnn_version_info { major: 9 minor: 8 }\n'
+    )

@@ -1,0 +1,84 @@
+"""Compiles the training step, or the loss alone, for a mesh, and reads what it would cost."""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from disco_jax.losses import contrastive_loss
+from disco_jax.mesh import batch_sharding, replicated
+from disco_jax.plan.flops import matmul_flops
+from disco_jax.plan.hlo import collectives
+from disco_jax.training.build import model_config
+from disco_jax.training.optimizer import make_optimizer
+from disco_jax.training.state import abstract_batch, abstract_state
+from disco_jax.training.step import make_train_step
+
+
+class Job(NamedTuple):
+    """A jitted function, the abstract arguments to compile it for, and which of them are what."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    parts: dict[str, Any]  # the arguments by name: param, optimizer, batch
+
+
+def step_job(config: ConfigDict, mesh: Mesh) -> Job:
+    """The training step of `config`: what `train.py` runs, on shapes instead of arrays."""
+    model = model_config(config)
+    state = abstract_state(model, make_optimizer(config), mesh)
+    batch = abstract_batch(model, config.batch_size, mesh)
+    parts = {"param": state.params, "optimizer": state.opt_state, "batch": batch}
+    return Job(make_train_step(config, model, mesh), (state, batch), parts)
+
+
+def loss_job(config: ConfigDict, mesh: Mesh, dim: int) -> Job:
+    """The loss of `config` and all its gradients, on fp32 features `[B, dim]`."""
+    rows, one = batch_sharding(mesh), replicated(mesh)
+    features = jax.ShapeDtypeStruct((config.batch_size, dim), jnp.float32, sharding=rows)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
+    kind, method = config.loss.kind, config.loss.method
+    scalars = (scalar,) * (2 if kind == "sigmoid" else 1)
+
+    def loss(*args: jax.Array) -> jax.Array:
+        return contrastive_loss(*args, mesh=mesh, kind=kind, method=method)
+
+    arguments = (features, features, *scalars)
+    gradient = jax.value_and_grad(loss, tuple(range(len(arguments))))
+    shardings = (one, (rows, rows, *(one for _ in scalars)))
+    return Job(jax.jit(gradient, out_shardings=shardings), arguments, {"batch": (features,) * 2})
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Compiles a job: bytes a device, FLOPs of all devices, collectives a device."""
+    start = time.perf_counter()
+    traced = job.function.trace(*job.arguments)
+    flops = matmul_flops(traced.jaxpr)
+    program = traced.lower().compile()
+    memory = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    held += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        # Temporaries are one arena, so all of it counts beside the arguments, at every moment.
+        "peak_bytes": max(held, memory.peak_memory_in_bytes),
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        **{f"{name}_bytes": shard_bytes(part) for name, part in job.parts.items()},
+        "step_flops": sum(flops.values()),
+        "flops_by_dtype": flops,
+        "collectives": collectives(program.as_text()),
+        "compile_seconds": time.perf_counter() - start,
+    }
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of abstract arrays with shardings."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        shard = x.sharding.shard_shape(x.shape)
+        total += jax.ShapeDtypeStruct(shard, x.dtype).size * x.dtype.itemsize
+    return total

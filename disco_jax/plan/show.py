@@ -1,0 +1,107 @@
+"""Rows of the planner as tables for people, and as a chart."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def show_one(row: Row, console: Console) -> None:
+    """Everything known of one compiled step."""
+    table = Table(show_header=False, title=f"{_title(row)}, batch {row['batch_size']:,}")
+    table.add_column()
+    table.add_column(justify="right")
+    for label, key in (
+        ("parameters", "param_bytes"),
+        ("optimiser", "optimizer_bytes"),
+        ("batch", "batch_bytes"),
+        ("temporaries", "temp_bytes"),
+        ("peak", "peak_bytes"),
+        ("capacity", "capacity_bytes"),
+        ("kept free", "margin_bytes"),
+    ):
+        if key in row:
+            table.add_row(f"{label}, a device", size(row[key]))
+    table.add_row("headroom, a device", headroom(row))
+    table.add_row("verdict", verdict(row))
+    table.add_section()
+    table.add_row(f"the loss alone ({row['method']}): temporaries", size(row["loss_temp_bytes"]))
+    if row["step_flops"] is not None:
+        table.add_row("matmul FLOPs of a step, all devices", f"{row['step_flops']:.4g}")
+        bound = f"{row['bound_seconds']:.4g} s, by {row['bound_by']}" if row["bound_seconds"] else "-"
+        table.add_row("lower bound on a step's time, not an estimate", bound)
+        for kind, use in row["collectives"].items():
+            table.add_row(f"{kind}, a device and step", f"{use['count']} x, {size(use['bytes'])}")
+    console.print(table)
+
+
+def show_many(rows: list[Row], console: Console) -> None:
+    """A line a row."""
+    table = Table(title=f"{_title(rows[0])}; memory a device")
+    columns = ("batch", "method", "remat", "peak", "temporaries", "loss alone", "headroom", "verdict")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("method", "remat") else "right")
+    for row in rows:
+        remat = {row["image_remat"], row["text_remat"]}
+        table.add_row(
+            f"{row['batch_size']:,}",
+            row["method"],
+            " / ".join(sorted(remat)),
+            size(row["peak_bytes"]),
+            size(row["temp_bytes"]),
+            size(row["loss_temp_bytes"]),
+            headroom(row),
+            verdict(row),
+        )
+    console.print(table)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Peak memory against batch, a line a method, and what the device has."""
+    from disco_jax.report import plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = [(r["batch_size"], r["peak_bytes"]) for r in rows if r["method"] == method]
+        known = sorted((batch, peak / 2**30) for batch, peak in points if peak is not None)
+        if known:
+            axis.plot(*zip(*known, strict=True), marker="o", label=method)
+    capacity, margin = rows[0]["capacity_bytes"] / 2**30, rows[0]["margin_bytes"] / 2**30
+    axis.axhline(capacity, color="black", linestyle="--", label="capacity")
+    axis.axhspan(capacity - margin, capacity, color="black", alpha=0.1, label="kept free")
+    batches = sorted({row["batch_size"] for row in rows})
+    axis.set(xlabel="global batch", ylabel="peak, GiB a device", xscale="log", yscale="log")
+    axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
+    axis.minorticks_off()
+    axis.set_title(_title(rows[0]))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def size(count: int | None) -> str:
+    """Bytes as GiB from 1 GiB on, MiB below."""
+    if count is None:
+        return "unknown"
+    return f"{count / 2**30:,.2f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def headroom(row: Row) -> str:
+    """What is left below the margin, or missing."""
+    if row["peak_bytes"] is None:
+        return "-"
+    return size(row["capacity_bytes"] - row["margin_bytes"] - row["peak_bytes"])
+
+
+def verdict(row: Row) -> str:
+    """One word, or two."""
+    return "fits" if row["fits"] else "does not fit"
+
+
+def _title(row: Row) -> str:
+    hosts = f" on {row['hosts']} hosts" if row["hosts"] > 1 else ""
+    what = "loss and gradients alone" if "param_bytes" not in row else "training step"
+    return f"{row['topology']}{hosts}, {what}"

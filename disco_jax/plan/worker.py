@@ -1,0 +1,82 @@
+"""The process that compiles: one request a line on standard input, one answer a line on output.
+
+It is apart because compiling for an absent accelerator wants an environment of its own, and because
+the plug-ins for it speak up, or wait, where JAX starts (see `compiler.py`).
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from disco_jax.mesh import make_mesh, use_fake_devices
+from disco_jax.plan.accelerators import Topology, gpu_target_config, tpu_grid
+from disco_jax.plan.program import loss_job, measure, step_job
+from disco_jax.training.build import model_config
+
+
+def devices_of(topology: Topology) -> list[Any]:
+    """Descriptions of the devices, good for compiling and nothing else."""
+    hosts, each = topology.hosts, topology.devices // topology.hosts
+    accelerator = topology.accelerator
+    if topology.platform == "cpu":
+        use_fake_devices(topology.devices)
+        return jax.devices()
+    if topology.platform == "tpu":
+        bounds = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 4, 1)}[each]
+        grid = "x".join(map(str, tpu_grid(accelerator, topology.devices)))
+        description = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{accelerator.tpu}:{grid}",
+            chips_per_host_bounds=bounds,
+        )
+    else:
+        description = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=topology.name,
+            target_config=gpu_target_config(accelerator),
+            topology=f"1x{hosts}x{each}",  # slices, hosts, GPUs a host
+        )
+    return list(description.devices)
+
+
+def answer(request: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Measures the job that a request describes, and the loss within it."""
+    config = ConfigDict(request["config"])
+    dim = request["dim"] or model_config(config).embed_dim
+    loss = measure(loss_job(config, mesh, dim))
+    whole = loss if request["loss_only"] else measure(step_job(config, mesh))
+    return whole | {"loss_temp_bytes": loss["temp_bytes"]}
+
+
+def out_of_memory(error: Exception) -> dict[str, Any] | None:
+    """What a compiler that gives up for want of memory says it would have needed."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        return None
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    used = re.search(r"Used ([\d.]+)([KMGT]) of", text)
+    return {"peak_bytes": int(float(used[1]) * units[used[2]]) if used else None}
+
+
+def main() -> None:
+    """Serves requests until standard input ends."""
+    mesh: Mesh | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if mesh is None:
+                mesh = make_mesh(devices_of(Topology(*request["topology"])))
+            result = answer(request, mesh)
+        except Exception as error:  # the parent tells the user
+            result = out_of_memory(error) or {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
