@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/shapes
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint plan clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=configs/shapes.py --workdir=$(RUN)
@@ -12,6 +12,11 @@ demo: $(VENV)/run.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
+
+# What the paper's model takes on the paper's GPUs, without one. About five minutes.
+plan: $(VENV)/plan.stamp
+	$(BIN)/python -m disco_jax.plan --config=configs/vit_b32_laion400m.py --topology=a100-40gb:8 \
+		--batch_size=8192,16384,32768,65536 --compare=auto,disco,stream,ring --chart=runs/plan.png
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -27,6 +32,10 @@ $(VENV)/run.stamp: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt
+$(VENV)/plan.stamp: $(VENV)/run.stamp requirements-plan.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-plan.txt
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/plan.stamp requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

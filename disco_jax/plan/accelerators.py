@@ -48,7 +48,9 @@ _AMPERE = Gpu((8, 0), 108, 1.41, 40 * 2**20, 64, 167_936, 166_912)
 _HOPPER = Gpu((9, 0), 132, 1.98, 50 * 2**20, 128, 233_472, 232_448)
 _ADA = Gpu((8, 9), 58, 2.04, 48 * 2**20, 128, 102_400, 101_376, threads=1536)
 _A100 = "NVIDIA A100 datasheet (2021); memory as the driver reports it, from XLA's device specs"
-_H100 = "NVIDIA H100 datasheet (SXM, 2023); memory as the driver reports it, from XLA's device specs"
+_H100 = (
+    "NVIDIA H100 datasheet (SXM, 2023); memory as the driver reports it, from XLA's device specs"
+)
 _TPU = "cloud.google.com/tpu/docs/"
 
 ACCELERATORS = {
@@ -82,7 +84,9 @@ ACCELERATORS = {
     "v5e": Accelerator(
         "TPU v5e", 16 * GIB, 197e12, 197e12, 819e9, _TPU + "v5e", tpu="v5e", hosts=(1, 4, 8)
     ),
-    "v5p": Accelerator("TPU v5p", 95 * GIB, 459e12, 459e12, 2765e9, _TPU + "v5p", tpu="v5p", torus=3),
+    "v5p": Accelerator(
+        "TPU v5p", 95 * GIB, 459e12, 459e12, 2765e9, _TPU + "v5p", tpu="v5p", torus=3
+    ),
     "v6e": Accelerator(
         "TPU v6e", 32 * GIB, 918e12, 918e12, 1640e9, _TPU + "v6e", tpu="v6e", hosts=(1, 4, 8)
     ),

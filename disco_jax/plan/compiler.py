@@ -67,13 +67,20 @@ class Compiler:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         self._child.kill()
         self._child.wait()
-        self._log.close()
+        for stream in (self._child.stdin, self._child.stdout, self._log):
+            if stream is not None:
+                stream.close()
 
-    def compile(self, config: ConfigDict, *, loss_only: bool = False, dim: int | None = None) -> Row:
+    def compile(
+        self, config: ConfigDict, *, loss_only: bool = False, dim: int | None = None
+    ) -> Row:
         """One row: what the step of `config`, or its loss alone, takes on this topology.
 
         Args:
@@ -104,7 +111,7 @@ class Compiler:
         answer = json.loads(line)
         if "error" in answer:
             raise UserError(f"compiling for {self.topology} failed: {answer['error'][:2000]}")
-        return self._row(config, answer)
+        return self._row(config, answer | {"loss_only": loss_only})
 
     def _last_words(self) -> str:
         self._log.seek(0)
@@ -126,12 +133,7 @@ class Compiler:
             "capacity_bytes": capacity,
             "margin_bytes": int(MARGIN * capacity),
         } | answer
-        # Gave the compiler up, it told at most the peak.
-        for name in ("temp_bytes", "argument_bytes", "loss_temp_bytes", "step_flops"):
-            row.setdefault(name, None)
-        if row["step_flops"] is not None:
-            row |= self._bound(row)
-        return row
+        return row | self._bound(row)
 
     def _bound(self, row: Row) -> Row:
         """The least time a step can take: its matmuls at the peak rate, or arguments once through.
@@ -141,7 +143,9 @@ class Compiler:
         """
         accelerator = self.topology.accelerator
         rates = {"bfloat16": accelerator.bf16_rate, "float32": accelerator.fp32_rate}
-        matmul = sum(n / rates.get(dtype, rates["float32"]) for dtype, n in row["flops_by_dtype"].items())
+        matmul = sum(
+            n / rates.get(dtype, rates["float32"]) for dtype, n in row["flops_by_dtype"].items()
+        )
         matmul /= self.topology.devices
         moved = row["argument_bytes"] + row.get("param_bytes", 0) + row.get("optimizer_bytes", 0)
         memory = moved / accelerator.bandwidth

@@ -9,7 +9,9 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "al
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{(.*?)\}")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{(.*?)\}"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
@@ -49,13 +51,26 @@ def collectives(program: str) -> dict[str, Collective]:
                 continue  # what it calls is its reduction
             if opcode in ("async-update", "async-done"):
                 continue  # names again what async-start began
-            trips = _TRIPS.search(line) if opcode == "while" else None
+            trips = _trips(line, computations) if opcode == "while" else 1
             for called, branches in _CALLED.findall(line):
                 for child in [called] if called else re.findall(r"[\w.\-]+", branches):
-                    visit(child, times * (int(trips[1]) if trips else 1))
+                    visit(child, times * trips)
 
     visit(entry, 1)
     return {kind: {"count": counts[kind], "bytes": sizes[kind]} for kind in KINDS if counts[kind]}
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """Turns of a `while`: as the compiler noted, or the bound that its condition compares with.
+
+    JAX's counted loops run from 0 in steps of 1. A loop without either counts once.
+    """
+    if noted := _TRIPS.search(line):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    text = "\n".join(computations.get(condition[1], ())) if condition else ""
+    bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
+    return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in text else 1
 
 
 def _parse(program: str) -> tuple[dict[str, list[str]], str]:
@@ -75,7 +90,10 @@ def _parse(program: str) -> tuple[dict[str, list[str]], str]:
 
 def _members(program: str) -> int:
     """Devices of the program."""
-    counts = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", program.split("\n", 1)[0])]
+    counts = [
+        int(n)
+        for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", program.split("\n", 1)[0])
+    ]
     return max(counts, default=1)
 
 

@@ -77,4 +77,5 @@ def _with(config: ConfigDict, batch: int, method: str) -> ConfigDict:
 
 def _progress() -> Progress:
     """On standard error, so that standard output holds results alone."""
-    return Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True))
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -1,5 +1,6 @@
 """Compiles the training step, or the loss alone, for a mesh, and reads what it would cost."""
 
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -57,22 +58,43 @@ def measure(job: Job) -> dict[str, Any]:
     start = time.perf_counter()
     traced = job.function.trace(*job.arguments)
     flops = matmul_flops(traced.jaxpr)
-    program = traced.lower().compile()
+    known = {
+        **{f"{name}_bytes": shard_bytes(part) for name, part in job.parts.items()},
+        "step_flops": sum(flops.values()),
+        "flops_by_dtype": flops,
+    }
+    try:
+        program = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        arguments = shard_bytes(job.arguments)
+        return known | out_of_memory(error, arguments) | {"argument_bytes": arguments}
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     held += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
+    return known | {
         # Temporaries are one arena, so all of it counts beside the arguments, at every moment.
         "peak_bytes": max(held, memory.peak_memory_in_bytes),
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        **{f"{name}_bytes": shard_bytes(part) for name, part in job.parts.items()},
-        "step_flops": sum(flops.values()),
-        "flops_by_dtype": flops,
         "collectives": collectives(program.as_text()),
         "compile_seconds": time.perf_counter() - start,
     }
+
+
+def out_of_memory(error: Exception, argument_bytes: int) -> dict[str, int | None]:
+    """What a compiler that gives up for want of memory says it would have needed.
+
+    Raises:
+      Exception: `error` itself, where it is about something else.
+    """
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    told = re.search(r"temporaries \(([\d.]+)([KMGT])\)", str(error))
+    temporaries = int(float(told[1]) * units[told[2]]) if told else None
+    peak = None if temporaries is None else argument_bytes + temporaries
+    return {"temp_bytes": temporaries, "peak_bytes": peak}
 
 
 def shard_bytes(tree: Any) -> int:

@@ -29,19 +29,27 @@ def show_one(row: Row, console: Console) -> None:
     table.add_row("verdict", verdict(row))
     table.add_section()
     table.add_row(f"the loss alone ({row['method']}): temporaries", size(row["loss_temp_bytes"]))
-    if row["step_flops"] is not None:
-        table.add_row("matmul FLOPs of a step, all devices", f"{row['step_flops']:.4g}")
-        bound = f"{row['bound_seconds']:.4g} s, by {row['bound_by']}" if row["bound_seconds"] else "-"
-        table.add_row("lower bound on a step's time, not an estimate", bound)
-        for kind, use in row["collectives"].items():
-            table.add_row(f"{kind}, a device and step", f"{use['count']} x, {size(use['bytes'])}")
+    table.add_row("matmul FLOPs of a step, all devices", f"{row['step_flops']:.4g}")
+    bound = f"{row['bound_seconds']:.4g} s, by {row['bound_by']}" if row["bound_seconds"] else "-"
+    table.add_row("lower bound on a step's time, not an estimate", bound)
+    for kind, use in row.get("collectives", {}).items():
+        table.add_row(f"{kind}, a device and step", f"{use['count']} x, {size(use['bytes'])}")
     console.print(table)
 
 
 def show_many(rows: list[Row], console: Console) -> None:
     """A line a row."""
     table = Table(title=f"{_title(rows[0])}; memory a device")
-    columns = ("batch", "method", "remat", "peak", "temporaries", "loss alone", "headroom", "verdict")
+    columns = (
+        "batch",
+        "method",
+        "remat",
+        "peak",
+        "temporaries",
+        "loss alone",
+        "headroom",
+        "verdict",
+    )
     for name in columns:
         table.add_column(name, justify="left" if name in ("method", "remat") else "right")
     for row in rows:
@@ -79,6 +87,7 @@ def draw(rows: list[Row], path: Path) -> None:
     axis.set_title(_title(rows[0]))
     axis.grid(alpha=0.3)
     axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
@@ -103,5 +112,5 @@ def verdict(row: Row) -> str:
 
 def _title(row: Row) -> str:
     hosts = f" on {row['hosts']} hosts" if row["hosts"] > 1 else ""
-    what = "loss and gradients alone" if "param_bytes" not in row else "training step"
+    what = "loss and gradients alone" if row["loss_only"] else "training step"
     return f"{row['topology']}{hosts}, {what}"

@@ -5,7 +5,6 @@ the plug-ins for it speak up, or wait, where JAX starts (see `compiler.py`).
 """
 
 import json
-import re
 import sys
 from typing import Any
 
@@ -54,16 +53,6 @@ def answer(request: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     return whole | {"loss_temp_bytes": loss["temp_bytes"]}
 
 
-def out_of_memory(error: Exception) -> dict[str, Any] | None:
-    """What a compiler that gives up for want of memory says it would have needed."""
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text:
-        return None
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    used = re.search(r"Used ([\d.]+)([KMGT]) of", text)
-    return {"peak_bytes": int(float(used[1]) * units[used[2]]) if used else None}
-
-
 def main() -> None:
     """Serves requests until standard input ends."""
     mesh: Mesh | None = None
@@ -74,7 +63,7 @@ def main() -> None:
                 mesh = make_mesh(devices_of(Topology(*request["topology"])))
             result = answer(request, mesh)
         except Exception as error:  # the parent tells the user
-            result = out_of_memory(error) or {"error": f"{type(error).__name__}: {error}"}
+            result = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(result), flush=True)
 
 

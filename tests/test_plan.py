@@ -1,0 +1,303 @@
+"""The planner's counts against hand calculations, and the README's claims about memory."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from configs.vit_b32_laion400m import get_config
+from disco_jax.config import default
+from disco_jax.errors import UserError
+from disco_jax.losses import contrastive_loss
+from disco_jax.models import preset
+from disco_jax.plan.accelerators import ACCELERATORS, parse_topology, tpu_grid
+from disco_jax.plan.compiler import MARGIN, Compiler
+from disco_jax.plan.flops import matmul_flops
+from disco_jax.plan.hlo import collectives
+from disco_jax.plan.program import measure, shard_bytes, step_job
+from disco_jax.plan.search import largest_batch
+from tests.conftest import mesh_of
+
+MIB, GIB = 2**20, 2**30
+# The compilers for absent GPUs and TPUs are Linux wheels (requirements-plan.txt).
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the compilers are Linux wheels")
+
+
+@pytest.mark.parametrize(("method", "factor"), [("auto", 6), ("disco", 12), ("ring", 8)])
+def test_flops_of_the_loss(method, factor):
+    """`factor` B²D, as docs/losses.md derives, over all 4 devices."""
+    batch, dim = 64, 16
+    rows = jnp.zeros((batch, dim))
+
+    def loss(image, text, scale):
+        return contrastive_loss(image, text, scale, mesh=mesh_of(4), method=method, tile=6)
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(rows, rows, jnp.float32(1))
+    assert matmul_flops(jaxpr) == {"float32": factor * batch**2 * dim}
+
+
+def test_flops_of_loops_and_branches():
+    a = jnp.zeros((4, 4))
+
+    def program(x, flag):
+        x, _ = lax.scan(lambda c, _: (c @ a, None), x, length=5)
+        x = lax.cond(flag, lambda y: y @ a @ a, lambda y: y, x)
+        return x.astype(jnp.bfloat16) @ a.astype(jnp.bfloat16)
+
+    one = 2 * 4**3
+    counts = matmul_flops(jax.make_jaxpr(program)(a, True))
+    assert counts == {"float32": 7 * one, "bfloat16": one}
+
+
+@jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_flops_of_a_step(remat):
+    """Forward once, backward twice; rematerialised, blocks again but for their last matmul."""
+    config = tiny_config(remat)
+    batch, model = config.batch_size, preset("tiny")
+    blocks = last = patches = projections = 0
+    for tower, tokens in ((model.vision, 10), (model.text, model.text.context_length)):
+        width, rows = tower.width, batch * tokens
+        weights = 2 * rows * width**2 * (4 + 2 * tower.mlp_ratio)
+        attention = 2 * 2 * rows * tokens * width
+        blocks += tower.layers * (weights + attention)
+        last += tower.layers * 2 * rows * width**2 * tower.mlp_ratio
+        projections += 2 * batch * width * model.embed_dim
+    patches = 2 * batch * 9 * (16 * 16 * 3) * model.vision.width  # no gradient of the images
+    loss = 8 * batch**2 * model.embed_dim
+    expected = 3 * (blocks + projections) + 2 * patches + loss
+    if remat == "full":
+        expected += blocks - last
+    job = step_job(config, mesh_of(4))
+    traced = job.function.trace(*job.arguments)
+    assert sum(matmul_flops(traced.jaxpr).values()) == expected
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_bytes_of_the_state():
+    """fp32 parameters, and Adam's two moments of each; a batch split over 4 devices."""
+    config = tiny_config("none")
+    job = step_job(config, mesh_of(4))
+    count = sum(x.size for x in jax.tree.leaves(job.parts["param"]))
+    assert shard_bytes(job.parts["param"]) == 4 * count
+    assert 8 * count <= shard_bytes(job.parts["optimizer"]) <= 8 * count + 64
+    image, tokens = 48 * 48 * 3, 4 * 32
+    assert shard_bytes(job.parts["batch"]) == config.batch_size // 4 * (image + tokens)
+
+
+def test_collectives_are_counted_with_their_loops():
+    mesh = mesh_of(4)
+
+    def local(x):
+        def turn(carry, _):
+            return lax.ppermute(carry, "data", [(i, (i + 1) % 4) for i in range(4)]) + 1, None
+
+        x, _ = lax.scan(turn, x, length=3)
+        return lax.psum_scatter(lax.all_gather(x, "data", tiled=True), "data", tiled=True)
+
+    program = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+    text = program.lower(jnp.zeros((4 * 6, 5))).compile().as_text()
+    piece = 6 * 5 * 4
+    assert collectives(text) == {
+        "all-gather": {"count": 1, "bytes": 4 * piece},
+        "reduce-scatter": {"count": 1, "bytes": 4 * piece},
+        "collective-permute": {"count": 3, "bytes": 3 * piece},
+    }
+
+
+def test_topologies():
+    assert parse_topology("a100-40gb:8").hosts == 1
+    assert parse_topology("a100-40gb:64").hosts == 8
+    assert parse_topology("h200:4", hosts=2).hosts == 2
+    assert parse_topology("v5e:16").hosts == 4
+    assert tpu_grid(ACCELERATORS["v5e"], 8) == (2, 4)
+    assert tpu_grid(ACCELERATORS["v5p"], 4) == (2, 2, 1)
+    assert tpu_grid(ACCELERATORS["v5p"], 64) == (4, 4, 4)
+    assert tpu_grid(ACCELERATORS["v6e"], 256) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts", "says"),
+    [
+        ("a100-40g:8", None, "did you mean a100-40gb"),
+        ("a100-40gb:none", None, "a100-40gb:8"),
+        ("a100-40gb:0", None, "a100-40gb:8"),
+        ("a100-40gb:8", 3, "--hosts"),
+        ("v5e:6", None, "1, 4, 8, 16"),
+        ("v5p:8", 1, "on each"),
+    ],
+)
+def test_bad_topologies_are_told(text, hosts, says):
+    with pytest.raises(UserError, match=says):
+        parse_topology(text, hosts)
+
+
+@pytest.mark.parametrize("devices", [1, 6, 8])
+@pytest.mark.parametrize("usable", [3, 999, 40_000, 10**6])
+def test_search_finds_the_largest_batch(devices, usable):
+    """Memory of a fixed part and one growing with the batch, not quite in a line."""
+
+    def row(batch):
+        peak = 10 + batch + batch**2 // 10**7
+        fits = peak <= usable
+        return dict(
+            batch_size=batch, peak_bytes=peak, fits=fits, capacity_bytes=usable, margin_bytes=0
+        )
+
+    best, rows = largest_batch(row, devices, start=1024)
+    if best is None:
+        assert not row(devices)["fits"]
+    else:
+        assert best["fits"]
+        assert best["batch_size"] % devices == 0
+        above = best["batch_size"] + max(best["batch_size"] // 8, devices)
+        assert not row(above)["fits"]
+    assert len(rows) < 25
+
+
+def test_command_ends_in_rows(tmp_path):
+    """The loss alone on fake CPU devices: a table, a chart, and JSON as the last line."""
+    command = "-m disco_jax.plan --loss_only --topology=cpu:2 --dim=16 --json"
+    chart = tmp_path / "chart.png"
+    done = run(*command.split(), "--compare=disco,ring", "--batch_size=64,128", f"--chart={chart}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert [(row["method"], row["batch_size"]) for row in rows] == [
+        ("disco", 64),
+        ("disco", 128),
+        ("ring", 64),
+        ("ring", 128),
+    ]
+    assert rows[0]["step_flops"] == 12 * 64**2 * 16
+    assert rows[0]["argument_bytes"] == 2 * 32 * 16 * 4 + 4
+    assert rows[0]["fits"]
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--loss_only --topology=a100", "--topology: 'a100' is not one of"),
+        ("--loss_only --topology=cpu:8 --batch_size=100", "does not divide by the 8 devices"),
+        ("--loss_only --topology=cpu:8 --compare=dense", "--compare: 'dense' is not one of"),
+        ("--loss_only", "--topology=NAME:COUNT is missing"),
+        ("--topology=cpu:8", "--config=FILE is missing"),
+    ],
+)
+def test_mistakes_end_in_one_line(flags, says):
+    done = run("-m", "disco_jax.plan", *flags.split())
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_linux
+def test_the_wheels_change_no_ordinary_start():
+    """JAX says nothing, and takes the CPU, though plug-ins for absent devices are installed."""
+    code = "from disco_jax import mesh; mesh.ignore_absent_accelerators(); print(mesh.make_mesh())"
+    done = run("-c", code)
+    assert "'data': " in done.stdout
+    assert done.stderr == ""
+
+
+# The claims. Everything below is compiled for hardware that is not there.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ordinary_environment():
+    """The compiling process is a user's: Optax's Adam does not bear strict promotion."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION", "JAX_PLATFORMS"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module", params=[8, 64])
+def a100s(request):
+    with Compiler(parse_topology(f"a100-40gb:{request.param}")) as compiler:
+        yield compiler
+
+
+LOSS_CLAIMS = {
+    8: [("ring", 32_768, 64), ("stream", 32_768, 200)],
+    64: [("ring", 196_608, 48), ("ring", 1_048_576, 256)],
+}
+
+
+@needs_linux
+def test_loss_memory_on_a100s(a100s):
+    """Loss and gradients, D = 512, fp32: temporaries in MiB a device."""
+    for method, batch, mebibytes in LOSS_CLAIMS[a100s.topology.devices]:
+        row = compile_loss(a100s, method, batch)
+        assert row["loss_temp_bytes"] <= mebibytes * MIB, (method, batch)
+
+
+@needs_linux
+def test_disco_needs_gigabytes_where_ring_needs_megabytes(a100s):
+    """At a million samples; a dense block of logits is B²/N times 4 bytes."""
+    disco = compile_loss(a100s, "disco", 1_048_576)
+    block = 4 * 1_048_576**2 // a100s.topology.devices
+    assert disco["temp_bytes"] > 2 * block
+    assert not disco["fits"]
+
+
+STEP_CLAIMS = {8: [(32_768, 20.0), (65_536, 40 * (1 - MARGIN))], 64: [(196_608, 15.5)]}
+
+
+@needs_linux
+def test_step_memory_on_a100s(a100s):
+    """ViT-B/32, bf16, full remat: the peak in GiB a device. The paper took 8 A100s for 32,768."""
+    for batch, gibibytes in STEP_CLAIMS[a100s.topology.devices]:
+        config = get_config()
+        config.batch_size = batch
+        row = a100s.compile(config)
+        assert row["peak_bytes"] <= gibibytes * GIB, batch
+        assert row["fits"]
+        assert row["peak_bytes"] >= row["argument_bytes"] + row["temp_bytes"]
+
+
+@needs_linux
+def test_a_tpu_compiles_too():
+    with Compiler(parse_topology("v5e:4")) as compiler:
+        row = compile_loss(compiler, "ring", 4096)
+        too_large = compile_loss(compiler, "disco", 262_144)
+    assert row["fits"]
+    assert row["collectives"]["collective-permute"]["count"] >= 4
+    assert not too_large["fits"]
+    assert too_large["peak_bytes"] > too_large["capacity_bytes"]
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_measures_agree_with_the_compiler():
+    """Arguments by shapes are the arguments that XLA counts."""
+    job = step_job(tiny_config("none"), mesh_of(4))
+    row = measure(job)
+    parts = row["param_bytes"] + row["optimizer_bytes"] + row["batch_bytes"]
+    assert row["argument_bytes"] - parts == 4  # the step's number
+
+
+def tiny_config(remat):
+    config = default()
+    config.batch_size = 16
+    config.model.name = "tiny"
+    config.model.dtype = "float32"
+    config.model.image_remat = config.model.text_remat = remat
+    config.loss.method = "ring"
+    return config
+
+
+def compile_loss(compiler, method, batch):
+    config = default()
+    config.batch_size, config.loss.method = batch, method
+    return compiler.compile(config, loss_only=True, dim=512)
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
