@@ -19,7 +19,7 @@ def ignore_absent_accelerators() -> None:
     With the planner's wheels installed (requirements-plan.txt) and no GPU or TPU, JAX would print
     stack traces and wait before it takes the CPU. Only before JAX's first use.
     """
-    if jax.config.jax_platforms or sys.platform != "linux":
+    if jax.config.read("jax_platforms") or sys.platform != "linux":
         return
     cuda = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
     tpu = find_spec("libtpu") is not None

@@ -145,9 +145,8 @@ def test_search_finds_the_largest_batch(devices, usable):
     def row(batch):
         peak = 10 + batch + batch**2 // 10**7
         fits = peak <= usable
-        return dict(
-            batch_size=batch, peak_bytes=peak, fits=fits, capacity_bytes=usable, margin_bytes=0
-        )
+        limits = {"capacity_bytes": usable, "margin_bytes": 0}
+        return {"batch_size": batch, "peak_bytes": peak, "fits": fits} | limits
 
     best, rows = largest_batch(row, devices, start=1024)
     if best is None:

@@ -1,7 +1,7 @@
 """The accelerators that can be compiled for: one table of facts, and their sources.
 
-To add a GPU, add a row to `ACCELERATORS` with what its datasheet says and, from the CUDA programming
-guide's table of compute capabilities, the limits of a multiprocessor.
+To add a GPU, add a row to `ACCELERATORS` with what its datasheet says and, from the CUDA
+programming guide's table of compute capabilities, the limits of a multiprocessor.
 """
 
 import difflib
@@ -170,7 +170,7 @@ def tpu_grid(accelerator: Accelerator, chips: int) -> tuple[int, ...]:
 
 
 def gpu_target_config(accelerator: Accelerator) -> str:
-    """XLA's GpuTargetConfigProto of a GPU, as text (xla/stream_executor/device_description.proto)."""
+    """A GPU as text of XLA's GpuTargetConfigProto (stream_executor/device_description.proto)."""
     gpu = accelerator.gpu
     if gpu is None:
         raise ValueError(f"{accelerator.title} is not a GPU")

@@ -33,9 +33,9 @@ def find_max_batch(
 ) -> list[Row]:
     """For every method the largest batch that fits, with the settings that reach it.
 
-    The settings tried are the kinds of rematerialisation a device can do, for both towers alike; the
-    cheapest to compute wins among those that reach the same batch. A method that fits with none has
-    its smallest batch as its row, which does not fit.
+    The settings tried are the kinds of rematerialisation, for both towers alike; the cheapest to
+    compute wins among those that reach the same batch. A method that fits with none has the
+    smallest batch tried as its row, which does not fit.
     """
     kinds = ("none",) if scope.get("loss_only") else tuple(k for k in REMAT if k != "offload")
     found = []
