@@ -18,7 +18,14 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of parameters and of the order of samples
     c.batch_size = 1024  # samples a step
+    # Exact large batches: towers run on so many samples a device at a time, the loss on all of them
+    # at once (disco_jax/training/gradients.py). 0: everything at once.
+    c.microbatch = 0
+    # Where a batch's images wait: `scan`, on the devices, in one program; `host`, in the host's
+    # memory, which then bounds the batch.
+    c.microbatch_mode = "scan"
     c.num_steps = 10_000  # optimiser updates in all
+    c.fsdp = 1  # devices over which one copy of parameters and optimiser state is split
     c.fake_devices = 0  # run on so many CPU devices; 0: on what the machine has
 
     c.model = ConfigDict()
@@ -30,6 +37,10 @@ def default() -> ConfigDict:
     c.model.image_remat = "none"
     c.model.text_remat = "none"
 
+    c.model.patch_dropout = 0.0  # share of an image's patches left out in training (FLIP)
+    c.model.dropout = 0.0  # of what each residual branch adds, in training
+    c.model.lock_image = False  # LiT: the image tower stays as it is, and needs no gradients
+
     c.loss = ConfigDict()
     c.loss.kind = (
         "softmax"  # CLIP's; or sigmoid, SigLIP's, with a learnable bias that begins at -10
@@ -37,10 +48,11 @@ def default() -> ConfigDict:
     c.loss.method = "disco"  # auto, reference, disco, stream or ring (disco_jax/losses)
 
     c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw, lion, adafactor or muon (disco_jax/training/optimizer.py)
     c.optimizer.learning_rate = 5e-4  # after warm-up; falls to 0 along a cosine
     c.optimizer.warmup_steps = 2_000
     c.optimizer.weight_decay = 0.2  # not of norms, biases, class token and logit_scale
-    c.optimizer.b1 = 0.9
+    c.optimizer.b1 = 0.9  # of adamw and lion; adafactor keeps no first moment, muon 0.95
     c.optimizer.b2 = 0.98
     c.optimizer.eps = 1e-6
     c.optimizer.grad_clip_norm = 0.0  # global norm that gradients are clipped to; 0: never
@@ -77,6 +89,9 @@ FREE_FIELDS = (
     "checkpoint_every",
     "checkpoint_keep",
     "fake_devices",
+    "fsdp",
+    "microbatch",
+    "microbatch_mode",
     "model.image_remat",
     "model.text_remat",
 )
@@ -90,16 +105,34 @@ def validate(config: ConfigDict) -> None:
     for field in given.keys() - reference.keys():
         if not field.startswith("eval.splits."):
             problems.append(f"unknown config field {field}{_hint(field, list(reference))}")
-    for field in ("batch_size", "num_steps", "log_every", "checkpoint_every", "checkpoint_keep"):
+    for field in (
+        "batch_size",
+        "num_steps",
+        "fsdp",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_keep",
+    ):
         if given.get(field, 1) < 1:
             problems.append(f"{field} is {given[field]}, and must be 1 or more")
-    for field in ("fake_devices", "data.num_workers", "eval.every", "optimizer.warmup_steps"):
+    for field in ("model.patch_dropout", "model.dropout"):
+        if not 0 <= given.get(field, 0) < 1:
+            problems.append(f"{field} is {given[field]}, and must be at least 0 and less than 1")
+    for field in (
+        "microbatch",
+        "fake_devices",
+        "data.num_workers",
+        "eval.every",
+        "optimizer.warmup_steps",
+    ):
         if given.get(field, 0) < 0:
             problems.append(f"{field} is {given[field]}, and must be 0 or more")
     choices = {
         "model.dtype": ("float32", "bfloat16"),
         "model.image_remat": REMAT,
         "model.text_remat": REMAT,
+        "microbatch_mode": ("scan", "host"),
+        "optimizer.name": ("adamw", "lion", "adafactor", "muon"),
         "loss.kind": ("softmax", "sigmoid"),
         "loss.method": METHODS,
         "eval.templates": ("shapes", "openai_imagenet"),
@@ -113,13 +146,23 @@ def validate(config: ConfigDict) -> None:
         raise UserError("; ".join(sorted(problems)))
 
 
-def check_batch_size(batch_size: int, devices: int) -> None:
-    """Raises UserError where the batch does not divide by the devices."""
+def check_division(config: ConfigDict, devices: int) -> None:
+    """Raises UserError where devices, batch and microbatch do not divide as they must."""
+    batch_size, microbatch = config.batch_size, config.microbatch
+    if devices % config.fsdp:
+        raise UserError(f"fsdp {config.fsdp} does not divide the {devices} devices")
     if batch_size % devices:
         below = batch_size // devices * devices
         raise UserError(
             f"batch_size {batch_size} does not divide by the {devices} devices; "
             f"{below or devices} or {below + devices} would"
+        )
+    share = batch_size // devices
+    if microbatch and share % microbatch:
+        below = max(n for n in range(1, min(microbatch, share) + 1) if share % n == 0)
+        raise UserError(
+            f"microbatch {microbatch} does not divide a device's share of the batch, {share} "
+            f"samples; {below} would"
         )
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-BATCH_AXES = ("data",)
+# The batch is split over both axes; one copy of the state is split over the devices of `fsdp`.
+BATCH_AXES = ("data", "fsdp")
 
 
 def ignore_absent_accelerators() -> None:
@@ -19,7 +20,8 @@ def ignore_absent_accelerators() -> None:
     With the planner's wheels installed (requirements-plan.txt) and no GPU or TPU, JAX would print
     stack traces and wait before it takes the CPU. Only before JAX's first use.
     """
-    if jax.config.read("jax_platforms") or sys.platform != "linux":
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if platforms or sys.platform != "linux":
         return
     cuda = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
     tpu = find_spec("libtpu") is not None
@@ -36,10 +38,11 @@ def use_fake_devices(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """One mesh over `devices`, all of them by default; the batch is split over every axis."""
+def make_mesh(devices: list[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
+    """A mesh `(data, fsdp)` over `devices`, all of them by default; `fsdp` divides their number."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), BATCH_AXES, axis_types=(AxisType.Auto,), devices=devices)
+    shape = (len(devices) // fsdp, fsdp)
+    return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -50,6 +53,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Arrays that every device holds whole."""
     return NamedSharding(mesh, P())
+
+
+def state_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """How a parameter, a gradient or an optimiser's moment of `shape` lies on the mesh.
+
+    The rule: the longest dimension that `fsdp` divides is split over it, the last of equals. What
+    has none is whole on every device, as is everything where `fsdp` is 1.
+    """
+    size = mesh.shape["fsdp"]
+    dividing = [axis for axis, length in enumerate(shape) if length and length % size == 0]
+    if size == 1 or not dividing:
+        return replicated(mesh)
+    longest = max(dividing, key=lambda axis: (shape[axis], axis))
+    return NamedSharding(
+        mesh, P(*("fsdp" if axis == longest else None for axis in range(len(shape))))
+    )
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -25,6 +25,6 @@ def golden() -> Path:
     return GOLDEN
 
 
-def mesh_of(devices: int) -> Mesh:
+def mesh_of(devices: int, fsdp: int = 1) -> Mesh:
     """A mesh over the first so many of the eight fake devices."""
-    return make_mesh(jax.devices()[:devices])
+    return make_mesh(jax.devices()[:devices], fsdp)

@@ -23,14 +23,18 @@ class Encoder:
 
     def __init__(self, model: CLIPConfig, mesh: Mesh, batch_size: int):
         graph, _ = abstract_model(model)
-        inputs, outputs = (replicated(mesh), batch_sharding(mesh)), replicated(mesh)
+        whole = replicated(mesh)
+        # Parameters come as they lie, and are whole where they are used.
+        inputs, outputs = (None, batch_sharding(mesh)), whole
         devices = mesh.devices.size
         self._batch_size = -(-batch_size // devices) * devices
 
         def image(params: Params, images: jax.Array) -> jax.Array:
+            params = jax.lax.with_sharding_constraint(params, whole)
             return nnx.merge(graph, params).encode_image(images)
 
         def text(params: Params, tokens: jax.Array) -> jax.Array:
+            params = jax.lax.with_sharding_constraint(params, whole)
             return nnx.merge(graph, params).encode_text(tokens)
 
         self._image = jax.jit(image, in_shardings=inputs, out_shardings=outputs)

@@ -30,7 +30,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     if not (workdir / "config.json").exists():
         raise UserError(f"workdir {workdir} holds no run: train into it first")
     check_same(read_json(workdir / "config.json"), config, workdir)
-    mesh, model = make_mesh(), model_config(config)
+    mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
     checkpoints = Checkpoints(workdir)
     # The optimiser's state is restored with the rest, on the same mesh, and dropped.
     state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh))

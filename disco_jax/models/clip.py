@@ -35,11 +35,13 @@ class VisionConfig:
 
     image_size: int = 224
     patch_size: int = 32
+    patch_dropout: float = 0.0  # share of an image's patches left out in training
     width: int = 768
     layers: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
     remat: str = "none"  # what the backward pass recomputes: transformer.REMAT
+    dropout: float = 0.0  # of what each residual branch adds
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class TextConfig:
     heads: int = 8
     mlp_ratio: float = 4.0
     remat: str = "none"  # what the backward pass recomputes: transformer.REMAT
+    dropout: float = 0.0  # of what each residual branch adds
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class CLIPConfig:
     text: TextConfig = TextConfig()
     quick_gelu: bool = False
     dtype: str = "float32"  # compute dtype of the towers
+    lock_image: bool = False  # the image tower is not trained (LiT, Zhai et al., 2022)
     logit_bias: float | None = None  # initial value of a learnable bias, as SigLIP has; None: none
     unroll: int = 1  # blocks compiled in line at a time: quicker on a CPU, slower to compile
 
@@ -81,6 +85,18 @@ def normalize_pixels(images: Array, dtype: jnp.dtype) -> Array:
     """
     mean, std = (jnp.asarray(c, jnp.float32).reshape(1, 1, 1, 3) for c in (PIXEL_MEAN, PIXEL_STD))
     return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+
+
+def drop_patches(x: Array, keys: Array, rate: float) -> Array:
+    """Keeps the class token and a random choice of patches of `[b, 1 + n, width]` (FLIP).
+
+    `round(n (1 - rate))` patches are left of each image, at least one. `keys` `[b]`.
+    """
+    n = x.shape[1] - 1
+    kept = max(1, round(n * (1 - rate)))
+    scores = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (n,)))(keys)
+    chosen = jax.lax.top_k(scores, kept)[1][:, :, None]
+    return jnp.concatenate([x[:, :1], jnp.take_along_axis(x[:, 1:], chosen, axis=1)], axis=1)
 
 
 class VisionTransformer(nnx.Module):
@@ -118,6 +134,7 @@ class VisionTransformer(nnx.Module):
             activation=quick_gelu if config.quick_gelu else gelu,
             init=clip_vision_init(c.width, mlp_width),
             remat=c.remat,
+            dropout=c.dropout,
             unroll=config.unroll,
             dtype=dtype,
             rngs=rngs,
@@ -125,10 +142,11 @@ class VisionTransformer(nnx.Module):
         self.ln_post = layer_norm(c.width, dtype, rngs)
         self.proj = nnx.Param(scale(rngs.params(), (c.width, config.embed_dim), jnp.float32))
 
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Array, keys: Array | None = None) -> Array:
         """Un-normalised fp32 features `[b, embed_dim]` of `[b, image_size, image_size, 3]`.
 
         uint8 images are normalised with CLIP's mean and deviation; floats are taken as they are.
+        `keys` `[b]`, a sample's own random key each, turn dropout on.
         """
         embed = self._embed
         if self.config.remat != "none":  # keeps the bytes for the backward pass, not the patches
@@ -138,7 +156,9 @@ class VisionTransformer(nnx.Module):
         cls = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (b, 1, width))
         x = jnp.concatenate([cls, x], axis=1)
         x = x + self.positional_embedding[...].astype(self.dtype)[None]
-        x = self.transformer(self.ln_pre(x))
+        if keys is not None and self.config.patch_dropout:
+            x = drop_patches(x, keys, self.config.patch_dropout)
+        x = self.transformer(self.ln_pre(x), keys)
         return (self.ln_post(x[:, 0]) @ self.proj[...].astype(self.dtype)).astype(jnp.float32)
 
     def _embed(self, images: Array) -> Array:
@@ -176,6 +196,7 @@ class TextTransformer(nnx.Module):
             activation=quick_gelu if config.quick_gelu else gelu,
             init=clip_text_init(c.width, c.layers),
             remat=c.remat,
+            dropout=c.dropout,
             unroll=config.unroll,
             dtype=dtype,
             rngs=rngs,
@@ -185,14 +206,17 @@ class TextTransformer(nnx.Module):
             normal(c.width**-0.5)(rngs.params(), (c.width, config.embed_dim), jnp.float32)
         )
 
-    def __call__(self, tokens: Array) -> Array:
-        """Un-normalised fp32 features `[b, embed_dim]` of int32 token ids `[b, context_length]`."""
+    def __call__(self, tokens: Array, keys: Array | None = None) -> Array:
+        """Un-normalised fp32 features `[b, embed_dim]` of int32 token ids `[b, context_length]`.
+
+        `keys` `[b]`, a sample's own random key each, turn dropout on.
+        """
         b, n = tokens.shape
         if n != self.config.context_length:
             raise ValueError(f"texts are {n} tokens, the model takes {self.config.context_length}")
         x = self.token_embedding(tokens)
         x = x + self.positional_embedding[...].astype(self.dtype)[None]
-        x = self.transformer(x)
+        x = self.transformer(x, keys)
         pooled = x[jnp.arange(b), jnp.argmax(tokens, axis=-1)]
         pooled = self.ln_final(pooled)
         return (pooled @ self.proj[...].astype(self.dtype)).astype(jnp.float32)
@@ -208,10 +232,14 @@ class CLIP(nnx.Module):
         if config.logit_bias is not None:
             self.logit_bias = nnx.Param(jnp.float32(config.logit_bias))
 
-    def encode_image(self, images: Array) -> Array:
-        """L2-normalised fp32 features `[b, embed_dim]` of images `[b, h, w, 3]`."""
-        return l2_normalize(self.visual(images))
+    def encode_image(self, images: Array, keys: Array | None = None) -> Array:
+        """L2-normalised fp32 features `[b, embed_dim]` of images `[b, h, w, 3]`.
 
-    def encode_text(self, tokens: Array) -> Array:
+        `keys` `[b]` turn dropout on: one random key a sample, so that what is dropped does not
+        depend on how the batch is cut up.
+        """
+        return l2_normalize(self.visual(images, keys))
+
+    def encode_text(self, tokens: Array, keys: Array | None = None) -> Array:
         """L2-normalised fp32 features `[b, embed_dim]` of token ids `[b, context_length]`."""
-        return l2_normalize(self.text(tokens))
+        return l2_normalize(self.text(tokens, keys))

@@ -148,12 +148,14 @@ class Block(nnx.Module):
         causal: bool,
         activation: Callable[[Array], Array],
         init: BlockInit,
+        dropout: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of its {heads} heads")
         self.heads, self.causal, self.activation = heads, causal, activation
+        self.dropout = dropout
 
         def linear(n_in: int, n_out: int, kernel: Initializer, bias: Initializer) -> nnx.Linear:
             return nnx.Linear(
@@ -167,10 +169,19 @@ class Block(nnx.Module):
         self.mlp_in = linear(width, mlp_width, init.mlp_in, init.mlp_in_bias)
         self.mlp_out = linear(mlp_width, width, init.mlp_out, init.mlp_out_bias)
 
-    def __call__(self, x: Array, tokens: int) -> Array:
-        """Maps `[b*n, width]` to the same shape; `tokens` is n."""
-        x = x + self._attention(self.ln_1(x), tokens)
-        return x + self.mlp_out(self.activation(self.mlp_in(self.ln_2(x))))
+    def __call__(self, x: Array, tokens: int, keys: Array | None) -> Array:
+        """Maps `[b*n, width]` to the same shape; `tokens` is n, `keys` `[b]` turn dropout on."""
+        x = x + self._drop(self._attention(self.ln_1(x), tokens), keys, 1)
+        return x + self._drop(self.mlp_out(self.activation(self.mlp_in(self.ln_2(x)))), keys, 2)
+
+    def _drop(self, branch: Array, keys: Array | None, use: int) -> Array:
+        """Dropout of `[b*n, width]`, with what is left scaled up to the same mean."""
+        if keys is None or not self.dropout:
+            return branch
+        shape = (len(branch) // len(keys), branch.shape[1])
+        keep = 1 - self.dropout
+        drawn = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, use), keep, shape))
+        return jnp.where(drawn(keys).reshape(branch.shape), branch / keep, 0).astype(branch.dtype)
 
     def _attention(self, x: Array, tokens: int) -> Array:
         width = x.shape[-1]
@@ -197,11 +208,12 @@ class Transformer(nnx.Module):
         activation: Callable[[Array], Array],
         init: BlockInit,
         remat: str,
+        dropout: float,
         unroll: int,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.remat, self.unroll = remat, unroll
+        self.remat, self.unroll, self.layers = remat, unroll, layers
 
         @nnx.split_rngs(splits=layers)
         @nnx.vmap
@@ -213,20 +225,24 @@ class Transformer(nnx.Module):
                 causal=causal,
                 activation=activation,
                 init=init,
+                dropout=dropout,
                 dtype=dtype,
                 rngs=rngs,
             )
 
         self.blocks = stack(rngs)
 
-    def __call__(self, x: Array) -> Array:
-        """Maps `[b, n, width]` to the same shape."""
+    def __call__(self, x: Array, keys: Array | None = None) -> Array:
+        """Maps `[b, n, width]` to the same shape; `keys` `[b]` turn dropout on."""
         b, n, width = x.shape
         graph, stacked = nnx.split(self.blocks)
 
-        def layer(x: Array, params: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, params)(checkpoint_name(x, BLOCK_INPUT), n), None
+        def layer(x: Array, block: tuple[nnx.State, Array]) -> tuple[Array, None]:
+            params, index = block
+            own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+            return nnx.merge(graph, params)(checkpoint_name(x, BLOCK_INPUT), n, own), None
 
         layer = rematerialize(layer, self.remat)
-        x, _ = jax.lax.scan(layer, x.reshape(b * n, width), stacked, unroll=self.unroll)
+        blocks = (stacked, jnp.arange(1, self.layers + 1, dtype=jnp.int32))
+        x, _ = jax.lax.scan(layer, x.reshape(b * n, width), blocks, unroll=self.unroll)
         return x.reshape(b, n, width)

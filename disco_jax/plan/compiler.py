@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from disco_jax.config import check_batch_size
+from disco_jax.config import check_division
 from disco_jax.errors import UserError
 from disco_jax.plan.accelerators import Topology
 
@@ -91,7 +91,7 @@ class Compiler:
         Raises:
           UserError: the batch does not divide, or the compiler failed; its message is passed on.
         """
-        check_batch_size(config.batch_size, self.topology.devices)
+        check_division(config, self.topology.devices)
         request = {
             "topology": [self.topology.name, self.topology.devices, self.topology.hosts],
             "config": json.loads(config.to_json()),
@@ -129,6 +129,9 @@ class Compiler:
             "kind": config.loss.kind,
             "image_remat": config.model.image_remat,
             "text_remat": config.model.text_remat,
+            "microbatch": config.microbatch,
+            "microbatch_mode": config.microbatch_mode,
+            "fsdp": config.fsdp,
             "fits": peak is not None and peak <= (1 - MARGIN) * capacity,
             "capacity_bytes": capacity,
             "margin_bytes": int(MARGIN * capacity),

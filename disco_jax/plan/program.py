@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,9 @@ from ml_collections import ConfigDict
 from disco_jax.losses import contrastive_loss
 from disco_jax.mesh import batch_sharding, replicated
 from disco_jax.plan.flops import matmul_flops
-from disco_jax.plan.hlo import collectives
+from disco_jax.plan.hlo import Collective, collectives
 from disco_jax.training.build import model_config
+from disco_jax.training.host_step import HostStep
 from disco_jax.training.optimizer import make_optimizer
 from disco_jax.training.state import abstract_batch, abstract_state
 from disco_jax.training.step import make_train_step
@@ -34,6 +36,44 @@ def step_job(config: ConfigDict, mesh: Mesh) -> Job:
     batch = abstract_batch(model, config.batch_size, mesh)
     parts = {"param": state.params, "optimizer": state.opt_state, "batch": batch}
     return Job(make_train_step(config, model, mesh), (state, batch), parts)
+
+
+def measure_step(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """What a step of `config` takes: one program, or the several of the host's loop together."""
+    if not (config.microbatch and config.microbatch_mode == "host"):
+        return measure(step_job(config, mesh))
+    model = model_config(config)
+    phases = HostStep(config, model, mesh).phases()
+    total: dict[str, Any] = {"peak_bytes": 0, "step_flops": 0, "compile_seconds": 0.0}
+    flops: Counter[str] = Counter()
+    moved: dict[str, Collective] = {}
+    for name, phase in phases.items():
+        row = measure(Job(phase.function, phase.arguments, {}))
+        beside = shard_bytes(phase.beside)
+        if row["peak_bytes"] is None:
+            return row | {"phase": name}
+        if row["peak_bytes"] + beside > total["peak_bytes"]:
+            total |= {key: row[key] for key in ("temp_bytes", "output_bytes")}
+            total["argument_bytes"] = row["argument_bytes"] + beside
+            total["peak_bytes"] = row["peak_bytes"] + beside
+            total["phase"] = name
+        total["compile_seconds"] += row["compile_seconds"]
+        for dtype, count in row["flops_by_dtype"].items():
+            flops[dtype] += phase.turns * count
+        for kind, use in row["collectives"].items():
+            known = moved.setdefault(kind, {"count": 0, "bytes": 0})
+            known["count"] += phase.turns * use["count"]
+            known["bytes"] += phase.turns * use["bytes"]
+    state = abstract_state(model, make_optimizer(config), mesh)
+    samples = abstract_batch(model, 2 * config.microbatch * mesh.devices.size, mesh)
+    return total | {
+        "param_bytes": shard_bytes(state.params),
+        "optimizer_bytes": shard_bytes(state.opt_state),
+        "batch_bytes": shard_bytes(samples),
+        "step_flops": sum(flops.values()),
+        "flops_by_dtype": dict(flops),
+        "collectives": moved,
+    }
 
 
 def loss_job(config: ConfigDict, mesh: Mesh, dim: int) -> Job:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from disco_jax.mesh import make_mesh, use_fake_devices
 from disco_jax.plan.accelerators import Topology, gpu_target_config, tpu_grid
-from disco_jax.plan.program import loss_job, measure, step_job
+from disco_jax.plan.program import loss_job, measure, measure_step
 from disco_jax.training.build import model_config
 
 
@@ -49,18 +49,19 @@ def answer(request: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     config = ConfigDict(request["config"])
     dim = request["dim"] or model_config(config).embed_dim
     loss = measure(loss_job(config, mesh, dim))
-    whole = loss if request["loss_only"] else measure(step_job(config, mesh))
+    whole = loss if request["loss_only"] else measure_step(config, mesh)
     return whole | {"loss_temp_bytes": loss["temp_bytes"]}
 
 
 def main() -> None:
     """Serves requests until standard input ends."""
-    mesh: Mesh | None = None
+    devices: list[Any] | None = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if mesh is None:
-                mesh = make_mesh(devices_of(Topology(*request["topology"])))
+            if devices is None:
+                devices = devices_of(Topology(*request["topology"]))
+            mesh = make_mesh(devices, request["config"]["fsdp"])
             result = answer(request, mesh)
         except Exception as error:  # the parent tells the user
             result = {"error": f"{type(error).__name__}: {error}"}

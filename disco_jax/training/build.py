@@ -20,7 +20,15 @@ def model_config(config: ConfigDict) -> CLIPConfig:
         base,
         quick_gelu=config.model.quick_gelu,
         dtype=config.model.dtype,
-        vision=dataclasses.replace(base.vision, remat=config.model.image_remat),
-        text=dataclasses.replace(base.text, remat=config.model.text_remat),
+        lock_image=config.model.lock_image,
+        vision=dataclasses.replace(
+            base.vision,
+            remat=config.model.image_remat,
+            patch_dropout=config.model.patch_dropout,
+            dropout=config.model.dropout,
+        ),
+        text=dataclasses.replace(
+            base.text, remat=config.model.text_remat, dropout=config.model.dropout
+        ),
         logit_bias=INITIAL_LOGIT_BIAS if config.loss.kind == "sigmoid" else None,
     )

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from disco_jax.checkpoint import Checkpoints
-from disco_jax.config import check_batch_size, claim_workdir
+from disco_jax.config import check_division, claim_workdir
 from disco_jax.data.pipeline import Encode, train_batches
 from disco_jax.data.tfds_source import open_split
 from disco_jax.errors import UserError
@@ -18,6 +18,7 @@ from disco_jax.mesh import make_mesh, place_batch
 from disco_jax.models import CLIPConfig
 from disco_jax.report import plot_curves
 from disco_jax.training.build import model_config
+from disco_jax.training.host_step import HostStep
 from disco_jax.training.metrics import MetricWriter, read_metrics
 from disco_jax.training.optimizer import make_optimizer
 from disco_jax.training.progress import TrainProgress, console
@@ -27,8 +28,8 @@ from disco_jax.training.step import make_train_step
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Trains to `config.num_steps`, from the newest checkpoint in `workdir` if there is one."""
-    mesh, model = make_mesh(), model_config(config)
-    check_batch_size(config.batch_size, mesh.devices.size)
+    check_division(config, jax.device_count())
+    mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
     source = open_split(
         config.data.name,
         config.data.split,
@@ -76,14 +77,15 @@ def _run_steps(
     checkpoints: Checkpoints,
     metrics: MetricWriter,
 ) -> None:
-    train_step = make_train_step(config, model, mesh)
+    by_host = config.microbatch and config.microbatch_mode == "host"
+    train_step = (HostStep if by_host else make_train_step)(config, model, mesh)
     start = int(state.step)
     progress = TrainProgress(start, config.num_steps, config.batch_size)
     previous = None
     for step in range(start + 1, config.num_steps + 1):
         last = step == config.num_steps
-        batch = place_batch(next(batches), mesh)
-        state, values = train_step(state, batch)
+        batch = next(batches)
+        state, values = train_step(state, batch if by_host else place_batch(batch, mesh))
         if previous is not None:
             # At most two steps in flight: enough to hide the host's work behind the devices'.
             jax.block_until_ready(previous)

@@ -8,14 +8,17 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from disco_jax.mesh import batch_sharding, replicated
+from disco_jax.mesh import batch_sharding, state_sharding
 from disco_jax.models import CLIP, CLIPConfig
 
 Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """Updates done, the parameters as a nested dict, and the optimiser's state."""
+    """Updates done, the parameters as a nested dict, and the optimiser's state.
+
+    A locked tower's parameters are in `params`, and have no part in `opt_state`.
+    """
 
     step: jax.Array
     params: Params
@@ -28,9 +31,14 @@ def abstract_model(config: CLIPConfig) -> tuple[nnx.GraphDef, Params]:
     return graph, nnx.to_pure_dict(params)
 
 
+def trained(config: CLIPConfig, params: Params) -> Params:
+    """The parameters that training changes: all, or all but a locked image tower's (LiT)."""
+    return {k: v for k, v in params.items() if k != "visual"} if config.lock_image else params
+
+
 def _init(config: CLIPConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     params = nnx.to_pure_dict(nnx.state(CLIP(config, rngs=nnx.Rngs(seed)), nnx.Param))
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
+    return TrainState(jnp.int32(0), params, optimizer.init(trained(config, params)))
 
 
 def abstract_state(
@@ -38,8 +46,10 @@ def abstract_state(
 ) -> TrainState:
     """The state as shapes with shardings: to restore into, to compile for, to initialise by."""
     shapes = jax.eval_shape(lambda: _init(config, optimizer, 0))
-    sharding = replicated(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding(mesh, x.shape)),
+        shapes,
+    )
 
 
 def abstract_batch(config: CLIPConfig, batch_size: int, mesh: Mesh) -> dict[str, Any]:

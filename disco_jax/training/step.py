@@ -1,4 +1,4 @@
-"""One update: both towers, the loss over the mesh, gradients, AdamW. Pure, and jitted once."""
+"""One update: both towers, the loss over the mesh, gradients, optimiser. Pure, and jitted once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,20 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from disco_jax.losses import contrastive_loss
 from disco_jax.mesh import batch_sharding, replicated
 from disco_jax.models import CLIPConfig
 from disco_jax.models.clip import MAX_LOGIT_SCALE
+from disco_jax.training.gradients import by_microbatches, make_parts, whole_batch
 from disco_jax.training.optimizer import make_optimizer, make_schedule
-from disco_jax.training.state import Params, TrainState, abstract_model, abstract_state
+from disco_jax.training.state import Params, TrainState, abstract_state, trained
 
 Array = jax.Array
 Metrics = dict[str, Array]
-StepFn = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]
+StepFn = Callable[[TrainState, dict[str, Any]], tuple[TrainState, Metrics]]
 
 
 def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn:
@@ -28,25 +27,36 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
     The batch holds uint8 `images` `[B, h, w, 3]` and int32 `tokens` `[B, context_length]`, split
     over the mesh. The state is donated: the one passed in is gone. Metrics are fp32 scalars.
     """
-    graph, _ = abstract_model(model)
-    optimizer, schedule = make_optimizer(config), make_schedule(config)
-
-    def loss_fn(params: Params, batch: dict[str, Array]) -> Array:
-        clip = nnx.merge(graph, params)
-        return contrastive_loss(
-            clip.encode_image(batch["images"]),
-            clip.encode_text(batch["tokens"]),
-            jnp.exp(clip.logit_scale[...]),
-            clip.logit_bias[...] if config.loss.kind == "sigmoid" else None,
-            mesh=mesh,
-            kind=config.loss.kind,
-            method=config.loss.method,
-        )
+    parts = make_parts(config, model, mesh)
+    if config.microbatch:
+        gradient = by_microbatches(parts, model, mesh, config.microbatch)
+    else:
+        gradient = whole_batch(parts, model)
+    update = make_update(config, model)
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = clamp_logit_scale(optax.apply_updates(state.params, updates))
+        loss, grads = gradient(state.params, batch, state.step)
+        return update(state, loss, grads)
+
+    shardings = state_shardings(config, model, mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_update(
+    config: ConfigDict, model: CLIPConfig
+) -> Callable[[TrainState, Array, Params], tuple[TrainState, Metrics]]:
+    """(state, loss, gradients) to (state, metrics): the optimiser's part of a step."""
+    optimizer, schedule = make_optimizer(config), make_schedule(config)
+
+    def update(state: TrainState, loss: Array, grads: Params) -> tuple[TrainState, Metrics]:
+        changing = trained(model, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, changing)
+        params = state.params | clamp_logit_scale(optax.apply_updates(changing, updates))
         metrics = {
             "train/loss": loss,
             "train/logit_scale": jnp.exp(params["logit_scale"]),
@@ -55,13 +65,13 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, mesh))
-    return jax.jit(
-        train_step,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
+    return update
+
+
+def state_shardings(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> TrainState:
+    """Where each array of the state lies."""
+    state = abstract_state(model, make_optimizer(config), mesh)
+    return jax.tree.map(lambda x: x.sharding, state)
 
 
 def clamp_logit_scale(params: dict[str, Any]) -> dict[str, Any]:

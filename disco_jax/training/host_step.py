@@ -1,0 +1,193 @@
+"""The step by microbatches with images in the host's memory, which then bounds the batch.
+
+A loop in Python over five jitted functions. Samples travel to the devices one microbatch ahead of
+the one computed, once for the features and once more for the gradients.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from disco_jax.mesh import batch_sharding, place_batch, replicated, state_sharding
+from disco_jax.models import CLIPConfig
+from disco_jax.training.gradients import (
+    Cut,
+    Features,
+    add,
+    make_parts,
+    pullback,
+    split,
+    zeros,
+)
+from disco_jax.training.optimizer import make_optimizer
+from disco_jax.training.state import Params, TrainState, abstract_batch, abstract_state, trained
+from disco_jax.training.step import Metrics, make_update, state_shardings
+
+Array = jax.Array
+Samples = dict[str, Array]
+
+
+class Phase(NamedTuple):
+    """One jitted function of a step, for the planner."""
+
+    function: Any
+    arguments: tuple[Any, ...]  # abstract
+    turns: int  # calls in a step
+    beside: tuple[Any, ...]  # abstract arrays that are alive as well, and not arguments
+
+
+class HostStep:
+    """(state, batch) to (state, metrics), as `make_train_step`'s; the batch is of NumPy arrays.
+
+    They are this process's rows: uint8 `images` `[B / processes, h, w, 3]` and int32 `tokens`.
+    """
+
+    def __init__(self, config: ConfigDict, model: CLIPConfig, mesh: Mesh):
+        parts = make_parts(config, model, mesh)
+        update = make_update(config, model)
+        cut = Cut(mesh, config.microbatch)
+        self._config, self._model, self._mesh = config, model, mesh
+        self._count = cut.count(config.batch_size)
+        self._local_devices = len(mesh.local_devices)
+        rows, whole = batch_sharding(mesh), replicated(mesh)
+        shardings = state_shardings(config, model, mesh)
+
+        def empty() -> Features:
+            shape = (cut.devices, self._count, cut.microbatch, model.embed_dim)
+            return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+
+        def encode(
+            towers: Params, features: Features, samples: Samples, i: Array, step: Array
+        ) -> tuple[Features, Array]:
+            """Microbatch i's features, put in their place; and a number to wait for."""
+            new = parts.encode(towers, samples | {"index": cut.index(self._count, i)}, step)
+            pieces = (x.reshape(cut.devices, 1, cut.microbatch, -1) for x in new)
+            image, text = (
+                lax.dynamic_update_slice_in_dim(old, piece, i, axis=1)
+                for old, piece in zip(features, pieces, strict=True)
+            )
+            return (image, text), new[0][0, 0]
+
+        def loss(scalars: Params, folded: Features) -> tuple[Array, Params, Features]:
+            features = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), folded)
+            value, (d_scalars, d_features) = jax.value_and_grad(parts.loss, (0, 1))(
+                scalars, features
+            )
+            return value, d_scalars, jax.tree.map(cut.fold, d_features)
+
+        def pull(
+            towers: Params,
+            total: Params,
+            samples: Samples,
+            cotangents: Features,
+            i: Array,
+            step: Array,
+        ) -> tuple[Params, Array]:
+            """Adds microbatch i's gradients; and a number to wait for."""
+            samples = samples | {"index": cut.index(self._count, i)}
+            grads = pullback(parts, model, towers)(samples, step, cut.take(cotangents, i))
+            return add(mesh, total, grads), jax.tree.leaves(grads)[0].ravel()[0]
+
+        def begin(params: Params) -> Params:
+            return zeros(mesh, split(trained(model, params))[0])
+
+        self._prepare = jax.jit(lambda params: parts.prepare(split(params)[0]), out_shardings=whole)
+        self._empty = jax.jit(empty, out_shardings=(rows, rows))
+        self._encode = jax.jit(encode, donate_argnums=1, out_shardings=((rows, rows), whole))
+        self._loss = jax.jit(loss, donate_argnums=1, out_shardings=(whole, whole, (rows, rows)))
+        self._begin = jax.jit(begin)
+        self._pull = jax.jit(pull, donate_argnums=1)
+        self._update = jax.jit(
+            lambda state, value, total, d_scalars: update(state, value, total | d_scalars),
+            donate_argnums=0,
+            out_shardings=(shardings, whole),
+        )
+
+    def __call__(
+        self, state: TrainState, batch: dict[str, np.ndarray]
+    ) -> tuple[TrainState, Metrics]:
+        """Takes one step; the state passed in is gone."""
+        value, total, d_scalars = self._gradients(state, batch)
+        return self._update(state, value, total, d_scalars)
+
+    def _gradients(
+        self, state: TrainState, batch: dict[str, np.ndarray]
+    ) -> tuple[Array, Params, Params]:
+        """Loss, the towers' gradients and the scalars'; all else is freed before the update."""
+        towers = self._prepare(state.params)
+        features = self._each(
+            batch,
+            self._empty(),
+            lambda x, samples, i: self._encode(towers, x, samples, i, state.step),
+        )
+        value, d_scalars, d_features = self._loss(split(state.params)[1], features)
+        total = self._each(
+            batch,
+            self._begin(state.params),
+            lambda x, samples, i: self._pull(towers, x, samples, d_features, i, state.step),
+        )
+        return value, total, d_scalars
+
+    def _each(self, batch: dict[str, np.ndarray], carry: Any, call: Any) -> Any:
+        """Folds `call(carry, microbatch i, i)` over all i, each sent while the one before runs.
+
+        At most two are on the devices: before a third is sent, the first is waited for.
+        """
+        folded = {
+            name: x.reshape(self._local_devices, self._count, -1, *x.shape[1:])
+            for name, x in batch.items()
+        }
+
+        def place(i: int) -> Samples:
+            pieces = {name: x[:, i].reshape(-1, *x.shape[3:]) for name, x in folded.items()}
+            return place_batch(pieces, self._mesh)
+
+        samples, before = place(0), None
+        for i in range(self._count):
+            carry, done = call(carry, samples, np.int32(i))
+            if i + 1 < self._count:
+                jax.block_until_ready(before)
+                before, samples = done, place(i + 1)
+        return carry
+
+    def phases(self) -> dict[str, Phase]:
+        """What a step compiles, in its order, as shapes: for the planner."""
+        config, model, mesh = self._config, self._model, self._mesh
+        state = abstract_state(model, make_optimizer(config), mesh)
+        towers, scalars = split(state.params)
+        towers = _like(jax.eval_shape(self._prepare, state.params), lambda _: replicated(mesh))
+        features = _like(jax.eval_shape(self._empty), lambda _: batch_sharding(mesh))
+        total = _like(
+            jax.eval_shape(self._begin, state.params), lambda x: state_sharding(mesh, x.shape)
+        )
+        samples = abstract_batch(model, config.microbatch * mesh.devices.size, mesh)
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+        value = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+        return {
+            "prepare": Phase(self._prepare, (state.params,), 1, (state.opt_state,)),
+            "encode": Phase(
+                self._encode,
+                (towers, features, samples, number, number),
+                self._count,
+                (state, samples),
+            ),
+            "loss": Phase(self._loss, (scalars, features), 1, (state, towers)),
+            "pull": Phase(
+                self._pull,
+                (towers, total, samples, features, number, number),
+                self._count,
+                (state, samples),
+            ),
+            "update": Phase(self._update, (state, value, total, scalars), 1, ()),
+        }
+
+
+def _like(shapes: Any, sharding: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), shapes
+    )
