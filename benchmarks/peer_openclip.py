@@ -1,12 +1,15 @@
-"""OpenCLIP's losses over gloo, one process a device, timed as `loss.py` times ours."""
+"""OpenCLIP's losses over gloo, and its training step, for `loss.py` and `step.py` to time."""
 
 import json
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 PORT = "29513"  # of the processes' meeting point on this machine
 
@@ -62,3 +65,28 @@ def _work(
     if rank == 0:
         result.write_text(json.dumps(times))
     dist.destroy_process_group()
+
+
+def openclip_step(model_name: str, batch: dict[str, np.ndarray]) -> Callable[[], None]:
+    """A call that takes one step of OpenCLIP's model with torch's AdamW, in fp32 on all cores."""
+    import open_clip
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = open_clip.create_model(model_name, pretrained=None).train()
+    loss = open_clip.ClipLoss()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2
+    )
+    tokens = torch.from_numpy(batch["tokens"].astype(np.int64))
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
+
+    def run() -> None:
+        images = torch.from_numpy(batch["images"]).permute(0, 3, 1, 2).float() / 255
+        optimizer.zero_grad()
+        image, text, scale = model((images - mean) / std, tokens)[:3]
+        loss(image, text, scale).backward()
+        optimizer.step()
+
+    return run

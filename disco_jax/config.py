@@ -37,6 +37,9 @@ def default() -> ConfigDict:
     c.model.image_remat = "none"
     c.model.text_remat = "none"
 
+    # `auto`: cuDNN's flash attention in bfloat16 on the GPUs that have it, XLA's elsewhere; or xla,
+    # or cudnn.
+    c.model.attention = "auto"
     c.model.patch_dropout = 0.0  # share of an image's patches left out in training (FLIP)
     c.model.dropout = 0.0  # of what each residual branch adds, in training
     c.model.lock_image = False  # LiT: the image tower stays as it is, and needs no gradients
@@ -92,6 +95,7 @@ FREE_FIELDS = (
     "fsdp",
     "microbatch",
     "microbatch_mode",
+    "model.attention",
     "model.image_remat",
     "model.text_remat",
 )
@@ -129,6 +133,7 @@ def validate(config: ConfigDict) -> None:
             problems.append(f"{field} is {given[field]}, and must be 0 or more")
     choices = {
         "model.dtype": ("float32", "bfloat16"),
+        "model.attention": ("auto", "xla", "cudnn"),
         "model.image_remat": REMAT,
         "model.text_remat": REMAT,
         "microbatch_mode": ("scan", "host"),

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.nn.initializers import normal, variance_scaling
 
 from disco_jax.models.transformer import (
+    Attention,
     Transformer,
     clip_text_init,
     clip_vision_init,
@@ -69,6 +70,7 @@ class CLIPConfig:
     dtype: str = "float32"  # compute dtype of the towers
     lock_image: bool = False  # the image tower is not trained (LiT, Zhai et al., 2022)
     logit_bias: float | None = None  # initial value of a learnable bias, as SigLIP has; None: none
+    attention: Attention = "xla"  # or cudnn: flash attention, bf16 on NVIDIA's Ampere and later
     unroll: int = 1  # blocks compiled in line at a time: quicker on a CPU, slower to compile
 
 
@@ -136,6 +138,7 @@ class VisionTransformer(nnx.Module):
             remat=c.remat,
             dropout=c.dropout,
             unroll=config.unroll,
+            attention=config.attention,
             dtype=dtype,
             rngs=rngs,
         )
@@ -198,6 +201,7 @@ class TextTransformer(nnx.Module):
             remat=c.remat,
             dropout=c.dropout,
             unroll=config.unroll,
+            attention=config.attention,
             dtype=dtype,
             rngs=rngs,
         )

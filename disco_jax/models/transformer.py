@@ -8,6 +8,7 @@ twice as fast as one that contracts two dimensions, and which costs nothing else
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, normal, variance_scaling, zeros
 
 Array = jax.Array
+Attention = Literal["xla", "cudnn"]  # cuDNN's is flash attention, for 16 bits
 
 
 BLOCK_INPUT = "block_input"
@@ -149,13 +151,14 @@ class Block(nnx.Module):
         activation: Callable[[Array], Array],
         init: BlockInit,
         dropout: float,
+        attention: Attention,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of its {heads} heads")
         self.heads, self.causal, self.activation = heads, causal, activation
-        self.dropout = dropout
+        self.dropout, self.attention = dropout, attention
 
         def linear(n_in: int, n_out: int, kernel: Initializer, bias: Initializer) -> nnx.Linear:
             return nnx.Linear(
@@ -187,7 +190,9 @@ class Block(nnx.Module):
         width = x.shape[-1]
         qkv = self.in_proj(x).reshape(-1, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        mixed = jax.nn.dot_product_attention(
+            q, k, v, is_causal=self.causal, implementation=self.attention
+        )
         return self.out_proj(mixed.reshape(-1, width))
 
 
@@ -210,6 +215,7 @@ class Transformer(nnx.Module):
         remat: str,
         dropout: float,
         unroll: int,
+        attention: Attention,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -226,6 +232,7 @@ class Transformer(nnx.Module):
                 activation=activation,
                 init=init,
                 dropout=dropout,
+                attention=attention,
                 dtype=dtype,
                 rngs=rngs,
             )

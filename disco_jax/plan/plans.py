@@ -6,7 +6,6 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from disco_jax.config import REMAT
 from disco_jax.plan.accelerators import Topology
 from disco_jax.plan.compiler import Compiler, Row
 from disco_jax.plan.search import largest_batch
@@ -33,39 +32,48 @@ def find_max_batch(
 ) -> list[Row]:
     """For every method the largest batch that fits, with the settings that reach it.
 
-    The settings tried are the kinds of rematerialisation, for both towers alike; the cheapest to
-    compute wins among those that reach the same batch. A method that fits with none has the
-    smallest batch tried as its row, which does not fit.
+    A row without microbatches and one with them, of 256 samples a device where the config names
+    none; where it does, that alone. The batch is found with everything rematerialised, which takes
+    least; then the cheapest rematerialisation that fits as well is the row's. A method that does
+    not fit at all has the smallest batch tried as its row, which does not fit.
     """
-    kinds = ("none",) if scope.get("loss_only") else tuple(k for k in REMAT if k != "offload")
+    loss_only = bool(scope.get("loss_only"))
+    microbatches = (0,) if loss_only else (0, 256)
+    if config.microbatch:
+        microbatches = (config.microbatch,)
     found = []
     with Compiler(topology) as compiler, _progress() as progress:
         for method in methods:
-            reached: list[Row] = []
-            tried: list[Row] = []
-            for remat in kinds:
+            for microbatch in microbatches:
                 task = progress.add_task("searching", total=None)
-                trial = _with(config, batches[0], method)
-                trial.model.image_remat = trial.model.text_remat = remat
 
-                def compile_batch(batch: int, trial: ConfigDict = trial, task: Any = task) -> Row:
-                    row = compiler.compile(_with(trial, batch, trial.loss.method), **scope)
-                    progress.update(
-                        task,
-                        description=f"{trial.loss.method}, remat {trial.model.image_remat}: "
-                        f"batch {batch:,} takes {size(row['peak_bytes'])}, {verdict(row)}",
+                def compile_batch(
+                    batch: int,
+                    remat: str = "full",
+                    method: str = method,
+                    microbatch: int = microbatch,
+                    task: Any = task,
+                ) -> Row:
+                    trial = _with(config, batch, method)
+                    trial.microbatch = microbatch
+                    trial.model.image_remat = trial.model.text_remat = remat
+                    row = compiler.compile(trial, **scope)
+                    said = (
+                        f"{method}, microbatch {microbatch}, remat {remat}: batch {batch:,} takes"
                     )
+                    said = f"{said} {size(row['peak_bytes'])}, {verdict(row)}"
+                    progress.update(task, description=said)
                     return row
 
-                best, rows = largest_batch(compile_batch, topology.devices, batches[0])
+                unit = topology.devices * (microbatch or 1)
+                best, rows = largest_batch(compile_batch, unit, max(batches[0], unit))
+                if best is None:
+                    best = min(rows, key=lambda row: row["batch_size"])
+                elif not loss_only:
+                    cheaper = (compile_batch(best["batch_size"], r) for r in ("none", "dots"))
+                    best = next((row for row in cheaper if row["fits"]), best)
                 progress.update(task, total=1, completed=1)
-                tried += rows
-                reached += [best] if best else []
-            found.append(
-                max(reached, key=lambda row: row["batch_size"])
-                if reached
-                else min(tried, key=lambda row: row["batch_size"])
-            )
+                found.append(best)
     return found
 
 

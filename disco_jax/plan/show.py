@@ -34,30 +34,30 @@ def show_one(row: Row, console: Console) -> None:
     table.add_row("lower bound on a step's time, not an estimate", bound)
     for kind, use in row.get("collectives", {}).items():
         table.add_row(f"{kind}, a device and step", f"{use['count']} x, {size(use['bytes'])}")
+    if not row["loss_only"]:
+        settings = f"remat {row['image_remat']} (images), {row['text_remat']} (texts)"
+        if row["microbatch"]:
+            settings += f"; microbatches of {row['microbatch']} a device, {row['microbatch_mode']}"
+        if row["fsdp"] > 1:
+            settings += f"; state over {row['fsdp']} devices"
+        console.print(settings)
     console.print(table)
 
 
 def show_many(rows: list[Row], console: Console) -> None:
     """A line a row."""
     table = Table(title=f"{_title(rows[0])}; memory a device")
-    columns = (
-        "batch",
-        "method",
-        "remat",
-        "peak",
-        "temporaries",
-        "loss alone",
-        "headroom",
-        "verdict",
-    )
-    for name in columns:
+    whole_step = not rows[0]["loss_only"]
+    for name in ("batch", "method", *(("remat", "microbatch") if whole_step else ())):
         table.add_column(name, justify="left" if name in ("method", "remat") else "right")
+    for name in ("peak", "temporaries", "loss alone", "headroom", "verdict"):
+        table.add_column(name, justify="right")
     for row in rows:
-        remat = {row["image_remat"], row["text_remat"]}
+        remat = " / ".join(dict.fromkeys((row["image_remat"], row["text_remat"])))
         table.add_row(
             f"{row['batch_size']:,}",
             row["method"],
-            " / ".join(sorted(remat)),
+            *((remat, str(row["microbatch"] or "-")) if whole_step else ()),
             size(row["peak_bytes"]),
             size(row["temp_bytes"]),
             size(row["loss_temp_bytes"]),

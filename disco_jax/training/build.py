@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax
 from ml_collections import ConfigDict
 
 from disco_jax.errors import UserError
 from disco_jax.models import CLIPConfig, preset
+from disco_jax.models.transformer import Attention
 
 INITIAL_LOGIT_BIAS = -10.0  # most pairs are negatives, and begin as such (SigLIP, section 3.2)
 
@@ -20,6 +22,7 @@ def model_config(config: ConfigDict) -> CLIPConfig:
         base,
         quick_gelu=config.model.quick_gelu,
         dtype=config.model.dtype,
+        attention=_attention(config.model.attention, config.model.dtype),
         lock_image=config.model.lock_image,
         vision=dataclasses.replace(
             base.vision,
@@ -32,3 +35,13 @@ def model_config(config: ConfigDict) -> CLIPConfig:
         ),
         logit_bias=INITIAL_LOGIT_BIAS if config.loss.kind == "sigmoid" else None,
     )
+
+
+def _attention(wanted: str, dtype: str) -> Attention:
+    """`xla` or `cudnn`: the flash attention that cuDNN has for 16 bits from Ampere on."""
+    if wanted != "auto":
+        return "cudnn" if wanted == "cudnn" else "xla"
+    device = jax.devices()[0]
+    capability = float(getattr(device, "compute_capability", None) or 0)
+    is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    return "cudnn" if is_cuda and capability >= 8 and dtype == "bfloat16" else "xla"

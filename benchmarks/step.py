@@ -1,0 +1,131 @@
+"""Times whole training steps: ours, by microbatches, and OpenCLIP's, interleaved.
+
+    python benchmarks/step.py --batch 64 [--peer openclip] [--json]
+    python benchmarks/step.py --devices 2 --batch 64 --microbatch 8 [--model tiny]
+
+Forward, backward and optimiser, fp32, on random images and texts. With `--microbatch` the host's
+loop is compared with the plain step; its second forward pass costs a third of a step by itself.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from disco_jax.config import default
+from disco_jax.mesh import make_mesh, place_batch, use_fake_devices
+from disco_jax.training.build import model_config
+from disco_jax.training.host_step import HostStep
+from disco_jax.training.optimizer import make_optimizer
+from disco_jax.training.state import init_state
+from disco_jax.training.step import make_train_step
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, default=1, help="fake CPU devices")
+    parser.add_argument("--batch", type=int, default=64, help="global batch")
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--microbatch", type=int, default=0, help="samples a device")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peer", choices=("openclip",), help="where that package is installed")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    return parser.parse_args()
+
+
+def make_config(arguments: argparse.Namespace) -> ConfigDict:
+    config = default()
+    config.batch_size = arguments.batch
+    config.model.name = arguments.model
+    config.model.dtype = "float32"
+    config.loss.method = "ring"
+    return config
+
+
+def ours(config: ConfigDict, batch: dict[str, np.ndarray], mode: str | None) -> Callable[[], None]:
+    """A call that takes one step and waits for it."""
+    mesh, model = make_mesh(), model_config(config)
+    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    step = HostStep(config, model, mesh) if mode == "host" else make_train_step(config, model, mesh)
+
+    def run() -> None:
+        nonlocal state
+        state, _ = step(state, batch if mode == "host" else place_batch(batch, mesh))
+        jax.block_until_ready(state)
+
+    return run
+
+
+def contenders(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    config = make_config(arguments)
+    model = model_config(config)
+    rng = np.random.default_rng(0)
+    size, length = model.vision.image_size, model.text.context_length
+    batch = {
+        "images": rng.integers(0, 256, (arguments.batch, size, size, 3)).astype(np.uint8),
+        "tokens": rng.integers(1, 49407, (arguments.batch, length)).astype(np.int32),
+    }
+    steps = {"plain": ours(config, batch, None)}
+    if arguments.microbatch:
+        for mode in ("scan", "host"):
+            changed = config.copy_and_resolve_references()
+            changed.microbatch, changed.microbatch_mode = arguments.microbatch, mode
+            steps[f"microbatch, {mode}"] = ours(changed, batch, mode)
+    if arguments.peer:
+        from peer_openclip import openclip_step
+
+        steps["openclip"] = openclip_step(arguments.model, batch)
+    return steps
+
+
+def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()  # compiles
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "seconds": statistics.median(times),
+            "seconds_least": min(times),
+            "seconds_most": max(times),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    use_fake_devices(arguments.devices)
+    result = measure(contenders(arguments), arguments.repeats)
+    table = Table(
+        title=f"{arguments.model}, batch {arguments.batch}, fp32, "
+        f"{arguments.devices} CPU devices: a training step"
+    )
+    for column in ("step", "seconds", "least to most", "of the plain step"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for name, row in result.items():
+        table.add_row(
+            name,
+            f"{row['seconds']:.3f}",
+            f"{row['seconds_least']:.3f} to {row['seconds_most']:.3f}",
+            f"{row['seconds'] / result['plain']['seconds']:.2f}",
+        )
+    Console(width=100).print(table)
+    if arguments.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
