@@ -112,10 +112,10 @@ class HostStep:
         self, state: TrainState, batch: dict[str, np.ndarray]
     ) -> tuple[TrainState, Metrics]:
         """Takes one step; the state passed in is gone."""
-        value, total, d_scalars = self._gradients(state, batch)
+        value, total, d_scalars = self.gradients(state, batch)
         return self._update(state, value, total, d_scalars)
 
-    def _gradients(
+    def gradients(
         self, state: TrainState, batch: dict[str, np.ndarray]
     ) -> tuple[Array, Params, Params]:
         """Loss, the towers' gradients and the scalars'; all else is freed before the update."""

@@ -1,0 +1,251 @@
+"""Microbatches: the loss and the gradients of the whole batch, whatever is dropped at random."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from disco_jax.config import check_division, default
+from disco_jax.errors import UserError
+from disco_jax.losses import METHODS
+from disco_jax.mesh import place_batch
+from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
+from disco_jax.models.clip import drop_patches
+from disco_jax.plan.flops import matmul_flops
+from disco_jax.training import gradients
+from disco_jax.training.gradients import by_microbatches, make_parts, split, whole_batch
+from disco_jax.training.host_step import HostStep
+from disco_jax.training.optimizer import make_optimizer
+from disco_jax.training.state import init_state
+from disco_jax.training.step import state_shardings
+from tests.conftest import mesh_of
+
+BATCH = 32
+# (devices, devices of one copy of the state, samples a device in a microbatch)
+DIVISIONS = [(1, 1, 8), (2, 1, 4), (8, 1, 2), (8, 4, 1)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def small(kind="softmax", method="ring", microbatch=0, drop=(0.5, 0.0), **model):
+    """A config that drops patches and more, and a model small enough to compile often."""
+    config = default()
+    config.batch_size, config.microbatch, config.num_steps = BATCH, microbatch, 20
+    config.loss.kind, config.loss.method = kind, method
+    config.optimizer.warmup_steps, config.optimizer.learning_rate = 2, 2e-3
+    config.model.dtype = model.setdefault("dtype", "float32")
+    config.model.patch_dropout, config.model.dropout = drop
+    clip = CLIPConfig(
+        embed_dim=24,
+        vision=VisionConfig(
+            image_size=32, patch_size=8, width=32, layers=2, heads=2,
+            patch_dropout=config.model.patch_dropout, dropout=config.model.dropout,
+        ),
+        text=TextConfig(
+            context_length=8, vocab_size=64, width=32, layers=2, heads=2,
+            dropout=config.model.dropout,
+        ),
+        logit_bias=-10.0 if kind == "sigmoid" else None,
+    )  # fmt: skip
+    return config, dataclasses.replace(clip, **model)
+
+
+def random_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "images": rng.integers(0, 256, (BATCH, 32, 32, 3)).astype(np.uint8),
+        "tokens": rng.integers(1, 64, (BATCH, 8)).astype(np.int32),
+    }
+
+
+@functools.cache
+def initial_state(kind):
+    """Made once: compiling it takes as long as a test."""
+    config, model = small(kind)
+    return init_state(model, make_optimizer(config), mesh_of(1), seed=0)
+
+
+def loss_and_gradients(config, model, devices, fsdp=1, mode="scan"):
+    """As NumPy arrays, the loss among them."""
+    mesh = mesh_of(devices, fsdp)
+    state = jax.device_put(initial_state(config.loss.kind), state_shardings(config, model, mesh))
+    if mode == "host":
+        loss, towers, scalars = HostStep(config, model, mesh).gradients(state, random_batch())
+        result = loss, towers | scalars
+    else:
+        parts = make_parts(config, model, mesh)
+        gradient = whole_batch(parts, model)
+        if config.microbatch:
+            gradient = by_microbatches(parts, model, mesh, config.microbatch)
+        batch = place_batch(random_batch(), mesh)
+        result = jax.jit(gradient)(state.params, batch, state.step)
+    return jax.tree.map(np.asarray, result)
+
+
+def difference(a, b):
+    """The largest of all arrays, each relative to its own largest number."""
+    relative = jax.tree.map(lambda x, y: np.abs(x - y).max() / np.abs(y).max(), a, b)
+    return max(jax.tree.leaves(relative))
+
+
+@functools.cache
+def whole(kind):
+    """One device, the dense loss, the whole batch at once."""
+    config, model = small(kind, "reference")
+    return loss_and_gradients(config, model, 1)
+
+
+@pytest.mark.parametrize("mode", ["scan", "host"])
+@pytest.mark.parametrize(("devices", "fsdp", "microbatch"), DIVISIONS)
+def test_softmax_gradients_are_the_whole_batchs(devices, fsdp, microbatch, mode):
+    config, model = small("softmax", "ring", microbatch)
+    got = loss_and_gradients(config, model, devices, fsdp, mode)
+    assert difference(got, whole("softmax")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("devices", "fsdp", "microbatch", "mode"),
+    [(1, 1, 8, "host"), (2, 1, 4, "scan"), (8, 1, 2, "scan"), (8, 4, 1, "host")],
+)
+def test_sigmoid_gradients_are_the_whole_batchs(devices, fsdp, microbatch, mode):
+    config, model = small("sigmoid", "ring", microbatch)
+    got = loss_and_gradients(config, model, devices, fsdp, mode)
+    assert difference(got, whole("sigmoid")) < 1e-5
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "ring"])
+def test_every_method_takes_microbatches(method):
+    config, model = small("softmax", method, 8)
+    assert difference(loss_and_gradients(config, model, 2), whole("softmax")) < 1e-5
+
+
+def test_dropout_is_replayed():
+    config, model = small(drop=(0.5, 0.1), method="reference")
+    expected = loss_and_gradients(config, model, 1)
+    config, model = small(drop=(0.5, 0.1), microbatch=4)
+    assert difference(loss_and_gradients(config, model, 2), expected) < 1e-5
+    assert difference(loss_and_gradients(config, model, 2, mode="host"), expected) < 1e-5
+
+
+def test_both_passes_must_draw_the_same(monkeypatch):
+    """With other keys in the second pass the gradients are visibly others."""
+    real = gradients.pullback
+
+    def other_keys(parts, model, towers):
+        pull = real(parts, model, towers)
+        return lambda samples, step, cotangents: pull(samples, step + 1, cotangents)
+
+    monkeypatch.setattr(gradients, "pullback", other_keys)
+    config, model = small("softmax", "ring", 8)
+    assert difference(loss_and_gradients(config, model, 2), whole("softmax")) > 1e-2
+
+
+def test_dropout_changes_with_the_step():
+    config, model = small(drop=(0.0, 0.1))
+    mesh = mesh_of(1)
+    parts = make_parts(config, model, mesh)
+    params = split(init_state(model, make_optimizer(config), mesh, seed=0).params)[0]
+    samples = random_batch() | {"index": np.arange(BATCH, dtype=np.int32)}
+    encode = jax.jit(parts.encode)
+    first, again, later = (encode(params, samples, jnp.int32(step)) for step in (3, 3, 4))
+    for a, b, c in zip(first, again, later, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(np.asarray(a) - np.asarray(c)).max() > 1e-3
+
+
+def test_patch_dropout_keeps_the_class_token_and_as_many_patches():
+    x = jnp.arange(3 * 17, dtype=jnp.float32).reshape(3, 17, 1)
+    keys = jax.random.split(jax.random.key(0), 3)
+    kept = drop_patches(x, keys, 0.75)
+    assert kept.shape == (3, 5, 1)
+    np.testing.assert_array_equal(kept[:, 0], x[:, 0])
+    for row, whole in zip(np.asarray(kept[:, 1:, 0]), np.asarray(x[:, 1:, 0]), strict=True):
+        assert len(set(row)) == 4
+        assert set(row) <= set(whole)
+    alone = drop_patches(x[1:2], keys[1:2], 0.75)  # a sample's choice is its own
+    np.testing.assert_array_equal(alone, kept[1:2])
+
+
+def test_the_loss_is_computed_once():
+    """FLOPs of microbatches: the whole batch's, and the towers' forward pass once more."""
+    counts = {}
+    config, model = small(drop=(0.0, 0.0))
+    mesh = mesh_of(2)
+    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    parts, batch = make_parts(config, model, mesh), random_batch()
+    functions = {
+        "whole": whole_batch(parts, model),
+        "microbatches": by_microbatches(parts, model, mesh, 4),
+        "forward": lambda params, batch, step: parts.encode(split(params)[0], batch, step),
+    }
+    for name, function in functions.items():
+        counts[name] = matmul_flops(jax.make_jaxpr(function)(state.params, batch, state.step))
+    whole, forward = counts["whole"]["float32"], counts["forward"]["float32"]
+    assert counts["microbatches"]["float32"] == whole + forward
+
+
+def test_parameters_are_cast_once():
+    """In bfloat16: one conversion of a kernel, before the loops, and none of the norms'."""
+    config, model = small(drop=(0.0, 0.0), dtype="bfloat16")
+    mesh = mesh_of(2)
+    parts = make_parts(config, model, mesh)
+    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    gradient = by_microbatches(parts, model, mesh, 4)
+    text = str(jax.make_jaxpr(gradient)(state.params, random_batch(), state.step))
+    kernel = "bf16[2,32,128] = convert_element_type"  # mlp_in of both layers, both towers
+    assert text.count(kernel) == 2
+    towers = jax.eval_shape(parts.prepare, split(state.params)[0])
+    dtypes = {
+        jax.tree_util.keystr(path, simple=True, separator="."): str(x.dtype)
+        for path, x in jax.tree_util.tree_leaves_with_path(towers)
+    }
+    assert {dtype for name, dtype in dtypes.items() if ".ln_" in name} == {"float32"}
+    assert {dtype for name, dtype in dtypes.items() if ".ln_" not in name} == {"bfloat16"}
+
+
+def test_the_hosts_loop_compiles_once_and_donates_its_state():
+    config, model = small(microbatch=2)
+    mesh = mesh_of(4)
+    step = HostStep(config, model, mesh)
+    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    before = state
+    state, _ = step(state, random_batch(0))
+    assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
+    compilations = []
+
+    def listener(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        for seed in (1, 2):
+            state, _ = step(state, random_batch(seed))
+        assert compilations == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert int(state.step) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"microbatch": 3}, "microbatch 3 does not divide a device's share of the batch, 8 sampl"),
+        ({"batch_size": 30}, "batch_size 30 does not divide by the 4 devices; 28 or 32 would"),
+        ({"fsdp": 3}, "fsdp 3 does not divide the 4 devices"),
+    ],
+)  # fmt: skip
+def test_what_does_not_divide_is_told(changes, says):
+    config = default()
+    config.batch_size = 32
+    config.update(changes)
+    with pytest.raises(UserError, match=says):
+        check_division(config, devices=4)
