@@ -33,7 +33,7 @@ def default() -> ConfigDict:
     c.model.quick_gelu = False  # OpenAI's gelu, instead of the exact one
     c.model.dtype = "bfloat16"  # the towers' compute: bfloat16 or float32
     # What each tower computes again in the backward pass to save memory, from least to most: none,
-    # dots, full or offload (to the host's memory; GPUs and TPUs only).
+    # dots, full or offload (a block's input waits in the host's memory).
     c.model.image_remat = "none"
     c.model.text_remat = "none"
 
@@ -154,6 +154,10 @@ def validate(config: ConfigDict) -> None:
 def check_division(config: ConfigDict, devices: int) -> None:
     """Raises UserError where devices, batch and microbatch do not divide as they must."""
     batch_size, microbatch = config.batch_size, config.microbatch
+    if config.microbatch_mode == "host" and not microbatch:
+        raise UserError(
+            "microbatch_mode 'host' needs microbatch, the samples a device takes at once"
+        )
     if devices % config.fsdp:
         raise UserError(f"fsdp {config.fsdp} does not divide the {devices} devices")
     if batch_size % devices:

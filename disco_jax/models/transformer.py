@@ -32,7 +32,7 @@ def rematerialize(function: Callable, remat: str) -> Callable:
       function: a block of a scan (which is what keeps the compiler from undoing this), or the like.
       remat: `none` keeps everything; `dots` keeps what the matmuls with weights gave; `full`
         keeps the block's input alone; `offload` as full, with the input in the host's memory
-        until it is needed: on GPUs and TPUs.
+        until it is needed, which pays on GPUs and TPUs.
     """
     policies = jax.checkpoint_policies
     if remat == "none":

@@ -33,14 +33,15 @@ def find_max_batch(
     """For every method the largest batch that fits, with the settings that reach it.
 
     A row without microbatches and one with them, of 256 samples a device where the config names
-    none; where it does, that alone. The batch is found with everything rematerialised, which takes
-    least; then the cheapest rematerialisation that fits as well is the row's. A method that does
-    not fit at all has the smallest batch tried as its row, which does not fit.
+    none; where it does, that alone. The batch is found with the rematerialisation that takes least
+    memory; then the cheapest that fits as well is the row's. A method that does not fit at all has
+    the smallest batch tried as its row, which does not fit.
     """
     loss_only = bool(scope.get("loss_only"))
+    *cheaper, least = ("none", "dots", "full", "offload")[: 3 if topology.platform == "cpu" else 4]
     microbatches = (0,) if loss_only else (0, 256)
-    if config.microbatch:
-        microbatches = (config.microbatch,)
+    if config.microbatch or config.microbatch_mode == "host":
+        microbatches = (config.microbatch or 256,)
     found = []
     with Compiler(topology) as compiler, _progress() as progress:
         for method in methods:
@@ -49,7 +50,7 @@ def find_max_batch(
 
                 def compile_batch(
                     batch: int,
-                    remat: str = "full",
+                    remat: str = least,
                     method: str = method,
                     microbatch: int = microbatch,
                     task: Any = task,
@@ -70,8 +71,8 @@ def find_max_batch(
                 if best is None:
                     best = min(rows, key=lambda row: row["batch_size"])
                 elif not loss_only:
-                    cheaper = (compile_batch(best["batch_size"], r) for r in ("none", "dots"))
-                    best = next((row for row in cheaper if row["fits"]), best)
+                    others = (compile_batch(best["batch_size"], remat) for remat in cheaper)
+                    best = next((row for row in others if row["fits"]), best)
                 progress.update(task, total=1, completed=1)
                 found.append(best)
     return found
