@@ -107,7 +107,7 @@ def headroom(row: Row) -> str:
 
 def verdict(row: Row) -> str:
     """One word, or two."""
-    return "fits" if row["fits"] else "does not fit"
+    return "fits" if row["fits"] else "too large"
 
 
 def _title(row: Row) -> str:
