@@ -84,4 +84,6 @@ def _flag_error(error: Exception, argv: list[str]) -> UserError:
     for field in fields:
         if field not in known and not field.startswith("eval.splits."):
             return config_lib.unknown_field(field)
+    if fields and not any(re.match(r"--?config=", a) for a in argv):
+        return UserError(f"--config.{fields[0]} needs a --config=FILE whose field it sets")
     return UserError(" ".join(str(error).split()))

@@ -1,8 +1,10 @@
 """Evaluation of a run's newest checkpoint: what `eval.py` does."""
 
 import json
+import math
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -30,7 +32,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     if not (workdir / "config.json").exists():
         raise UserError(f"workdir {workdir} holds no run: train into it first")
     check_same(read_json(workdir / "config.json"), config, workdir)
-    mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
+    # A run of many devices may be evaluated on few.
+    fsdp = math.gcd(config.fsdp, jax.device_count())
+    mesh, model = make_mesh(fsdp=fsdp), model_config(config)
     checkpoints = Checkpoints(workdir)
     # The optimiser's state is restored with the rest, on the same mesh, and dropped.
     state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh))
