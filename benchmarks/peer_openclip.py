@@ -5,8 +5,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,29 @@ def _work(
     if rank == 0:
         result.write_text(json.dumps(times))
     dist.destroy_process_group()
+
+
+def openclip_batches(pattern: str, batch: int, workers: int) -> Iterator[Any]:
+    """OpenCLIP's webdataset pipeline over shards, with its training transform and tokenizer."""
+    import open_clip
+    import torch
+    from open_clip.transform import image_transform
+    from open_clip_train.data import get_wds_dataset
+
+    torch.set_num_threads(1)
+    options = SimpleNamespace(
+        train_data=pattern,
+        train_num_samples=1_000_000,  # an epoch's, longer than the measurement
+        train_data_upsampling_factors=None,
+        dataset_resampled=True,  # as its users train on many shards; and the stream does not end
+        batch_size=batch,
+        workers=workers,
+        world_size=1,
+        seed=0,
+    )
+    transform = image_transform(224, is_train=True)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    return iter(get_wds_dataset(options, transform, True, tokenizer=tokenizer).dataloader)
 
 
 def openclip_step(model_name: str, batch: dict[str, np.ndarray]) -> Callable[[], None]:

@@ -103,6 +103,9 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, Any
         step()  # compiles
     for _ in range(repeats):
         for name, step in steps.items():
+            # Steps follow one another in training. The first after another contender's finds its
+            # memory given back to the system, and may take half as long again.
+            step()
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)

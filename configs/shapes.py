@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.05
     config.optimizer.grad_clip_norm = 1.0
     config.data.num_workers = 1
+    config.data.crop_scale = 1.0  # where a shape stands is part of its caption
     config.eval.every = 200
     config.log_every = 10
     config.checkpoint_every = 200

@@ -20,18 +20,24 @@ class Checkpoints:
         """The step of the newest complete checkpoint, None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, samples_seen: int) -> None:
-        """Starts writing; training may go on meanwhile. A step that is there already stays."""
+    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
+        """Starts writing; training may go on meanwhile. A step that is there already stays.
+
+        Args:
+          step: of the state.
+          state: a tree of arrays.
+          data: the position in the data, whatever JSON can hold.
+        """
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave({"samples_seen": samples_seen}),
+            data=ocp.args.JsonSave(data),
         )
         self._manager.save(step, args=items)
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, int]:
-        """The state, laid out as `abstract_state` says, and the samples seen; newest by default.
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """The state, laid out as `abstract_state` says, and the data's position; the newest's.
 
         Raises:
           UserError: there is no checkpoint.
@@ -43,7 +49,7 @@ class Checkpoints:
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=items)
-        return restored["state"], restored["data"]["samples_seen"]
+        return restored["state"], restored["data"]
 
     def close(self) -> None:
         """Waits for what is still being written."""

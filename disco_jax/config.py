@@ -61,19 +61,37 @@ def default() -> ConfigDict:
     c.optimizer.grad_clip_norm = 0.0  # global norm that gradients are clipped to; 0: never
 
     c.data = ConfigDict()
-    c.data.name = "shapes"  # a TFDS data set of images and captions
-    c.data.split = "train"
+    # Images and captions: a TFDS data set; tar shards as img2dataset writes them,
+    # "/data/{00000..41407}.tar" or "/data/*.tar"; a table of paths and captions, .csv, .tsv or
+    # .parquet. Several are joined by "::".
+    c.data.name = "shapes"
+    c.data.weights = ()  # shares of what is joined, (2.0, 1.0) say; (): all of it is one set
+    c.data.split = "train"  # of TFDS data sets
     c.data.dir = "data"  # where TFDS data sets are kept
-    c.data.image_key = "image"
+    c.data.image_key = "image"  # TFDS's feature, a table's column; shards need none
+    # TFDS's feature, a table's column; of shards "txt", their text files, or a key of their .json.
+    # Of a list of captions one is drawn each time.
     c.data.caption_key = "caption"
+    c.data.crop_scale = 0.9  # least share of the area that training's random crop keeps; 1: none
     c.data.num_workers = 8  # processes that decode and tokenise; 0: the main one
+    # What an image may measure. Others are bad samples, as broken ones are: counted, written to
+    # bad_samples.jsonl and replaced.
+    c.data.max_image_pixels = 100_000_000
+    c.data.min_image_side = 4  # pixels
+    c.data.max_aspect_ratio = 20.0
+    c.data.max_bad_fraction = 0.05  # of all samples (of 1,000 at least): with more, the run stops
+    c.data.record_keys = False  # writes the keys of each step's samples to keys.jsonl
 
     c.eval = ConfigDict()
     c.eval.every = 1_000  # steps between evaluations; the last step has one too; 0: only that
     c.eval.name = "shapes"  # a TFDS data set of images and labels; "": no zero-shot
+    c.eval.train_split = "train"  # of eval.name: what the bag-of-colours baseline is fitted to
     c.eval.splits = ConfigDict({"zeroshot": "test", "zeroshot_heldout": "heldout"})
     c.eval.templates = "shapes"  # prompts: shapes or openai_imagenet (80 of them)
-    c.eval.retrieval_split = "validation"  # images and captions of data.name; "": none
+    # Images and captions for retrieval: a source as data.name, or "" for data.name itself, and its
+    # split; no split: no retrieval.
+    c.eval.retrieval_name = ""
+    c.eval.retrieval_split = "validation"
     c.eval.batch_size = 1024
 
     c.log_every = 50  # steps between lines of metrics
@@ -88,7 +106,9 @@ REMAT = ("none", "dots", "full", "offload")
 # What may differ when a run goes on: none of it changes a number.
 FREE_FIELDS = (
     "data.dir",
+    "data.max_bad_fraction",
     "data.num_workers",
+    "data.record_keys",
     "checkpoint_every",
     "checkpoint_keep",
     "fake_devices",
@@ -116,12 +136,22 @@ def validate(config: ConfigDict) -> None:
         "log_every",
         "checkpoint_every",
         "checkpoint_keep",
+        "data.max_image_pixels",
+        "data.min_image_side",
+        "data.max_aspect_ratio",
     ):
         if given.get(field, 1) < 1:
             problems.append(f"{field} is {given[field]}, and must be 1 or more")
     for field in ("model.patch_dropout", "model.dropout"):
         if not 0 <= given.get(field, 0) < 1:
             problems.append(f"{field} is {given[field]}, and must be at least 0 and less than 1")
+    for field in ("data.crop_scale", "data.max_bad_fraction"):
+        if not 0 < given.get(field, 1) <= 1:
+            problems.append(f"{field} is {given[field]}, and must be more than 0 and at most 1")
+    weights = given.get("data.weights", ())
+    parts = len(str(given.get("data.name")).split("::"))
+    if weights and (len(weights) != parts or min(weights) <= 0):
+        problems.append(f"data.weights must be {parts} positive numbers, one for each in data.name")
     for field in (
         "microbatch",
         "fake_devices",

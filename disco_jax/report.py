@@ -1,5 +1,6 @@
 """Pictures of a run: its curves, and what it answers."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,23 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     points = [(row["step"], row[name]) for row in rows if name in row]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def plot_pairs(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) -> None:
+    """A contact sheet of images `[h, w, 3]` over their captions."""
+    columns = 8
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.9 * columns, 2.6 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        axis.imshow(image)
+        told = textwrap.shorten(caption, 90, placeholder="…").replace("$", r"\$")
+        axis.set_title(textwrap.fill(told, 24), fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def plot_predictions(

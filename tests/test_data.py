@@ -1,27 +1,47 @@
 """Images, order of samples, and the drawn data set."""
 
+import csv
 import io
+import pickle
 import re
+from collections import Counter
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from disco_jax.data.pipeline import Encode, eval_batches, train_batches
+from disco_jax.config import default
+from disco_jax.data.load import Load
+from disco_jax.data.pipeline import Collate, eval_batches, train_batches
 from disco_jax.data.shapes import vocabulary as words
 from disco_jax.data.shapes.builder import SPLITS, make_example
 from disco_jax.data.shapes.captions import caption
 from disco_jax.data.shapes.scene import SIDE, Item, Scene, draw, outline, pair, single
-from disco_jax.data.tfds_source import open_split
-from disco_jax.data.transforms import decode, to_pixels
+from disco_jax.data.source import BadSample, Joined, Sample
+from disco_jax.data.sources import open_source
+from disco_jax.data.transforms import (
+    ImageLimits,
+    open_image,
+    random_crop,
+    to_pixels,
+    to_random_pixels,
+)
 from disco_jax.errors import UserError
 from disco_jax.tokenizer import CLIPTokenizer
+from tests.tars import picture
+
+LIMITS = ImageLimits(max_image_pixels=10**8, min_image_side=1, max_aspect_ratio=1e4)
+
+
+def pixels(encoded: bytes, size: int) -> np.ndarray:
+    return to_pixels(open_image(encoded, LIMITS, "key"), size, "key")
 
 
 @pytest.mark.parametrize("i", range(4))
 def test_evaluation_transform_equals_openclips(i, golden):
-    got = to_pixels((golden / f"preprocess_{i}_in.png").read_bytes(), 224)
+    got = pixels((golden / f"preprocess_{i}_in.png").read_bytes(), 224)
     expected = np.asarray(Image.open(golden / f"preprocess_{i}_out.png"))
     np.testing.assert_array_equal(got, expected)
 
@@ -31,11 +51,17 @@ def test_any_mode_becomes_rgb(mode):
     encoded = io.BytesIO()
     form = "JPEG" if mode == "CMYK" else "PNG"
     Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode).save(encoded, form)
-    assert np.asarray(decode(encoded.getvalue())).min() > 250
+    assert pixels(encoded.getvalue(), 4).min() > 250
+    rng = np.random.default_rng(0)
+    image = open_image(encoded.getvalue(), LIMITS, "key")
+    assert to_random_pixels(image, 4, 0.9, rng, "key").min() > 250
 
 
 class Numbered:
     """A source whose sample k has the label k."""
+
+    fingerprint = "numbers"
+    problems: Counter[str] = Counter()  # noqa: RUF012
 
     def __init__(self, length: int):
         encoded = io.BytesIO()
@@ -46,16 +72,17 @@ class Numbered:
         return self._length
 
     def __getitem__(self, i):
-        return {"image": self._image, "caption": b"a cat", "label": i}
+        return Sample(str(i), self._image, b"a cat", i)
 
 
-ENCODE = Encode(4, 8, "image", "caption")
-
-
-def order(steps: int, length: int = 10, **kwargs) -> np.ndarray:
+def order(steps: int, *lengths: int, **kwargs) -> np.ndarray:
     options = {"batch_size": 4, "seed": 0, "start": 0, "num_workers": 0} | kwargs
-    batches = train_batches(Numbered(length), ENCODE, **options)
-    return np.concatenate([next(batches)["labels"] for _ in range(steps)])
+    source = Joined([Numbered(length) for length in lengths or (10,)])
+    batches = train_batches(source, Load(source, default().data, 4), Collate(8), **options)
+    seen = [next(batches) for _ in range(steps)]
+    labels = np.concatenate([batch.labels for batch in seen])
+    np.testing.assert_array_equal(labels, np.concatenate([b.keys for b in seen]).astype(int))
+    return labels
 
 
 def test_each_epoch_is_another_permutation_and_batches_straddle_epochs():
@@ -85,16 +112,57 @@ def test_processes_share_the_same_batches(processes):
 
 
 def test_eval_batches_hold_every_sample_once():
-    batches = list(eval_batches(Numbered(10), ENCODE, batch_size=4))
-    assert [len(batch["images"]) for batch in batches] == [4, 4, 2]
-    np.testing.assert_array_equal(np.concatenate([b["labels"] for b in batches]), np.arange(10))
+    source = Joined([Numbered(10)])
+    batches = list(eval_batches(source, Load(source, default().data, 4), Collate(8), batch_size=4))
+    assert [len(batch.arrays["images"]) for batch in batches] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate([b.labels for b in batches]), np.arange(10))
+
+
+def test_weights_give_each_source_its_share_and_epochs_of_its_own():
+    seen = order(9, 6, 6, weights=(2.0, 1.0))
+    assert Counter(seen.tolist()) == dict.fromkeys(range(6), 4 + 2)
+    np.testing.assert_array_equal(order(4, 6, 6, weights=(2.0, 1.0), start=20), seen[20:36])
+
+
+def test_random_crops_are_as_torchvisions():
+    """Areas are uniform, ratios log-uniform, places uniform; what does not fit is the middle."""
+    rng = np.random.default_rng(0)
+    left, top, width, height = np.array([random_crop(rng, 400, 400, 0.2) for _ in range(4000)]).T
+    area, ratio = width * height / 400**2, np.log(width / height)
+    # Of area a, ratios up to 1/a fit.
+    areas = np.linspace(0.2, 1, 1001)
+    fits = np.minimum(-np.log(areas) / np.log(4 / 3), 1)
+    assert abs(area.mean() - np.average(areas, weights=fits)) < 0.01
+    assert abs(ratio.mean()) < 0.02
+    assert abs(ratio).max() < np.log(4 / 3) + 0.02
+    assert abs((left / np.maximum(400 - width, 1)).mean() - 0.5) < 0.03
+    assert abs((top / np.maximum(400 - height, 1)).mean() - 0.5) < 0.03
+    assert random_crop(rng, 300, 100, 0.9) == (83, 0, 133, 100)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_a_reduced_jpeg_looks_like_the_whole_one(form):
+    """The same crop, cut out of the image in full, gives nearly the same pixels."""
+    y, x = np.mgrid[:600, :640] / 640
+    full = np.stack([x, y, 0.5 + 0.4 * np.sin(9 * x * y)], -1)
+    encoded = io.BytesIO()
+    Image.fromarray((255 * full).astype(np.uint8)).save(encoded, form, quality=95)
+    rng, same = np.random.default_rng(1), np.random.default_rng(1)
+    image = open_image(encoded.getvalue(), LIMITS, "key")
+    got = to_random_pixels(image, 112, 0.9, rng, "key")
+    assert image.size == ((160, 150) if form == "JPEG" else (640, 600))
+    left, top, width, height = random_crop(same, 640, 600, 0.9)
+    cut = Image.open(encoded).convert("RGB").crop((left, top, left + width, top + height))
+    expected = np.asarray(cut.resize((112, 112), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(got - expected).max() <= 6
+    assert np.abs(got - expected).mean() < 1
 
 
 def test_examples_are_reproducible_and_distinct():
     assert make_example("train", 5) == make_example("train", 5)
     assert make_example("train", 5) != make_example("train", 6)
     assert make_example("train", 5) != make_example("test", 5)
-    assert decode(make_example("train", 5)["image"]).size == (SIDE, SIDE)
+    assert open_image(make_example("train", 5)["image"], LIMITS, "").size == (SIDE, SIDE)
 
 
 def test_heldout_classes_are_in_no_other_split():
@@ -173,11 +241,13 @@ class ToyCaptions(tfds.core.GeneratorBasedBuilder):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets")
 def test_any_tfds_set_of_images_and_captions_is_read_by_name(tmp_path):
-    source = open_split("toy_captions", "train", str(tmp_path), ("picture", "text"))
+    data = default().data
+    data.update(dir=str(tmp_path), image_key="picture", caption_key="text")
+    source = open_source(data, "toy_captions", "train")
     batches = train_batches(
-        source, Encode(16, 8, "picture", "text"), batch_size=6, seed=0, start=0, num_workers=0
+        source, Load(source, data, 16), Collate(8), batch_size=6, seed=0, start=0, num_workers=0
     )
-    batch = next(batches)
+    batch = next(batches).arrays
     assert batch["images"].shape == (6, 16, 16, 3)
     assert batch["images"].dtype == np.uint8
     # JPEG is lossy: the reds are told apart to a few levels, and paired with their captions.
@@ -186,6 +256,43 @@ def test_any_tfds_set_of_images_and_captions_is_read_by_name(tmp_path):
     assert sorted(strength) == list(range(6))
     np.testing.assert_array_equal(batch["tokens"], expected)
     with pytest.raises(UserError, match="has no split 'test'"):
-        open_split("toy_captions", "test", str(tmp_path), ("picture", "text"))
+        open_source(data, "toy_captions", "test")
+    data.caption_key = "caption"
     with pytest.raises(UserError, match="has no feature 'caption'"):
-        open_split("toy_captions", "train", str(tmp_path), ("picture", "caption"))
+        open_source(data, "toy_captions", "train")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_tables_of_paths_and_captions(suffix, tmp_path):
+    paths = [f"images/{i}.jpg" for i in range(3)] + ["images/gone.jpg", "images/0.jpg"]
+    captions = ['seven, "eight"', "9", "ten\neleven", "gone", ""]
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / f"images/{i}.jpg").write_bytes(picture(i))
+    table = tmp_path / f"list.{suffix}"
+    if suffix == "parquet":
+        columns = {"filepath": paths, "title": [[c, "other"] for c in captions]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), table)
+    else:
+        with table.open("w", newline="") as file:
+            delimiter = "\t" if suffix == "tsv" else ","
+            writer = csv.writer(file, delimiter=delimiter)
+            writer.writerows([["filepath", "title"], *zip(paths, captions, strict=True)])
+    data = default().data
+    data.update(image_key="filepath", caption_key="title")
+    source = pickle.loads(pickle.dumps(open_source(data, str(table), "")))
+    load = Load(source, data, 24)
+    for i in range(3):
+        sample = load.evaluate(i)
+        assert sample.caption == captions[i]
+        np.testing.assert_array_equal(sample.pixels, pixels(picture(i), 24))
+    with pytest.raises(BadSample, match="unreadable"):
+        load.evaluate(3)
+    with pytest.raises(BadSample, match="empty_caption"):
+        load.evaluate(4)
+    data.caption_key = "caption"
+    with pytest.raises(UserError, match=r"data\.caption_key: .* has no column 'caption'"):
+        open_source(data, str(table), "")
+    table.write_bytes(b"")
+    with pytest.raises(UserError, match="can't be read"):
+        open_source(data, str(table), "")

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import grain
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -37,11 +39,13 @@ def data_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def command(script: str, workdir: Path, data_dir: Path, *extra: str) -> list[str]:
+def command(
+    script: str, workdir: Path, data_dir: Path, *extra: str, config: str = "shapes"
+) -> list[str]:
     return [
         sys.executable,
         script,
-        "--config=configs/shapes.py",
+        f"--config=configs/{config}.py",
         f"--workdir={workdir}",
         f"--config.data.dir={data_dir}",
         *SMALL,
@@ -54,9 +58,15 @@ def run(*args: str) -> subprocess.CompletedProcess:
 
 
 def rows(workdir: Path) -> list[dict]:
-    """Metrics without what is measured in seconds."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "per_second" not in k} for line in lines]
+    """Metrics without what is measured in seconds, and retrieval, which the shards lack."""
+    return [
+        {k: v for k, v in row.items() if not k.endswith("per_second") and "retrieval" not in k}
+        for row in lines_of(workdir / "metrics.jsonl")
+    ]
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -96,9 +106,28 @@ def test_eval_prints_a_table_and_json(finished, data_dir):
     assert (finished / "predictions.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, data_dir):
-    """Kill -9 in mid-run; the same command, with another number of workers, ends the same."""
-    args = command("train.py", tmp_path, data_dir, "--config.fake_devices=8")
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, data_dir) -> str:
+    """The same samples as tar shards, one of them a duplicate that the index leaves out."""
+    folder = tmp_path_factory.mktemp("tars")
+    module = "disco_jax.data.make_tars"
+    options = (f"--dir={data_dir}", f"--out={folder}", "--samples=64")
+    result = run(sys.executable, "-m", module, "shapes", *options)
+    assert result.returncode == 0, result.stderr
+    assert "300 samples in 5 shards" in result.stdout
+    with tarfile.open(folder / "00002.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("000000130.png"))
+    return f"{folder}/{{00000..00004}}.tar"
+
+
+def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, data_dir, shards):
+    """Kill -9 in mid-run, on shards; the same command, with other workers, ends the same.
+
+    And as the undisturbed run on the TFDS form.
+    """
+    args = command("train.py", tmp_path, data_dir, "--config.fake_devices=8", config="tars")
+    args += [f"--config.data.name={shards}", "--config.data.record_keys"]
+    args += ["--config.data.num_workers=4"]
     with subprocess.Popen(
         args, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -111,6 +140,13 @@ def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, 
     done = sorted(p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert int(done[-1].name) < 6
     result = run(*args, "--config.data.num_workers=0")
+    keys = lines_of(tmp_path / "keys.jsonl")
+    assert [row["step"] for row in keys] == [1, 2, 3, 4, 5, 6]
+    seen = [int(key.rsplit("/", 1)[1]) for row in keys for key in row["keys"]]
+    assert len(set(seen)) == 96  # less than an epoch: none twice
+    expected = grain.MapDataset.range(300).shuffle(seed=0)
+    assert seen == [expected[i] for i in range(96)]
+    assert "left out of the index: 1 duplicate_key" in result.stdout
     assert result.returncode == 0, result.stderr
     assert f"going on from step {int(done[-1].name)}" in result.stdout
     assert rows(tmp_path) == rows(finished)

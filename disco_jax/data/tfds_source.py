@@ -2,12 +2,14 @@
 
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 import disco_jax.data.shapes  # noqa: F401  (registers `shapes` with TFDS)
+from disco_jax.data.source import Sample
 from disco_jax.errors import UserError
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of optional packages
@@ -22,7 +24,10 @@ def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder(name, data_dir=str(Path(data_dir).expanduser()))
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"unknown data set {name!r}: TFDS has none of that name") from error
+        raise UserError(
+            f"unknown data set {name!r}: TFDS has none of that "
+            "name; shards end in .tar, tables in .csv, .tsv or .parquet"
+        ) from error
     if not builder.data_path.exists():
         print(f"preparing data set {name} in {builder.data_path}", flush=True)
         (tfds.enable_progress_bar if sys.stderr.isatty() else tfds.disable_progress_bar)()
@@ -37,35 +42,59 @@ def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def open_split(name: str, split: str, data_dir: str, keys: tuple[str, ...]) -> Any:
-    """A split as a sequence of dicts with `keys`; images stay encoded bytes.
+class TfdsSource:
+    """A split; a `Source`. Images stay encoded bytes.
+
+    Args:
+      name: the data set, `name`, `name/config` or `name:version`.
+      split: `train`, say, or `train[:1000]`.
+      data_dir: where TFDS data sets are kept.
+      image_key: the feature of images.
+      caption_key: the feature of captions; "", no captions.
 
     Raises:
       UserError: no such data set, split or feature.
     """
-    builder = load_builder(name, data_dir)
-    if split.split("[")[0] not in builder.info.splits:
-        raise UserError(
-            f"data set {name} has no split {split!r}, only {', '.join(builder.info.splits)}"
+
+    def __init__(self, name: str, split: str, data_dir: str, image_key: str, caption_key: str):
+        self._image_key, self._caption_key = image_key, caption_key
+        builder = load_builder(name, data_dir)
+        features = builder.info.features
+        if split.split("[")[0] not in builder.info.splits:
+            raise UserError(
+                f"data set {name} has no split {split!r}, only {', '.join(builder.info.splits)}"
+            )
+        for key in filter(None, (image_key, caption_key)):
+            if key not in features:
+                raise UserError(
+                    f"data set {name} has no feature {key!r}, it has {', '.join(features)}"
+                )
+        self._labelled = "label" in features and isinstance(
+            features["label"], tfds.features.ClassLabel
         )
-    missing = [key for key in keys if key not in builder.info.features]
-    if missing:
-        raise UserError(
-            f"data set {name} has no feature {missing[0]!r}, it has "
-            f"{', '.join(builder.info.features)}"
-        )
-    decoders = {
-        key: tfds.decode.SkipDecoding()
-        for key in keys
-        if isinstance(builder.info.features[key], tfds.features.Image)
-    }
-    try:
-        return builder.as_data_source(split=split, decoders=decoders)
-    except NotImplementedError as error:
-        raise UserError(
-            f"data set {name} in {builder.data_path} is not stored as ArrayRecord; prepare it "
-            "again with --file_format=array_record"
-        ) from error
+        try:
+            self._examples = builder.as_data_source(
+                split=split, decoders={image_key: tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError as error:
+            raise UserError(
+                f"data set {name} in {builder.data_path} is not stored as ArrayRecord; prepare it "
+                "again with --file_format=array_record"
+            ) from error
+        self._split = f"{builder.info.full_name}/{split}"
+        self.fingerprint = f"{self._split}, {len(self)} samples"
+        self.problems: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Sample:
+        example = self._examples[index]
+        captions = example[self._caption_key] if self._caption_key else None
+        if isinstance(captions, np.ndarray):
+            captions = captions.tolist()
+        label = int(example["label"]) if self._labelled else None
+        return Sample(f"{self._split}/{index}", example[self._image_key], captions, label)
 
 
 def class_names(name: str, data_dir: str) -> list[str]:

@@ -1,17 +1,20 @@
 """All that a config's `eval` section asks for, of given parameters."""
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from importlib import resources
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from disco_jax.data.pipeline import Encode, eval_batches
+from disco_jax.data.load import Load
+from disco_jax.data.pipeline import Batch, Collate, eval_batches
 from disco_jax.data.shapes import vocabulary
-from disco_jax.data.tfds_source import class_names, open_split
+from disco_jax.data.source import Joined
+from disco_jax.data.sources import open_source
+from disco_jax.data.tfds_source import class_names
 from disco_jax.evaluation import baseline, zeroshot
 from disco_jax.evaluation.encoder import Encoder
 from disco_jax.evaluation.retrieval import recall_at
@@ -29,23 +32,23 @@ class Evaluator:
         self._data, self._eval = config.data, config.eval
         self._encoder = Encoder(model, mesh, config.eval.batch_size)
         self._tokenizer = CLIPTokenizer(model.text.context_length)
-        self._encode = Encode(
-            model.vision.image_size, model.text.context_length, config.data.image_key, ""
-        )
+        self._image_size = model.vision.image_size
         self.names: list[str] = []
-        self._splits: dict[str, Sequence[dict[str, Any]]] = {}
+        self._splits: dict[str, Joined] = {}
         if config.eval.name:
             self.names = class_names(config.eval.name, config.data.dir)
             for metric, split in config.eval.splits.items():
-                self._splits[metric] = self._open(config.eval.name, split, "label")
+                self._splits[metric] = open_source(
+                    config.data, config.eval.name, split, captions=False
+                )
         self.templates = load_templates(config.eval.templates)
         self._pairs = None
         if config.eval.retrieval_split:
-            caption_key = config.data.caption_key
-            self._pairs = self._open(config.data.name, config.eval.retrieval_split, caption_key)
-
-    def _open(self, name: str, split: str, key: str) -> Sequence[dict[str, Any]]:
-        return open_split(name, split, self._data.dir, (self._data.image_key, key))
+            self._pairs = open_source(
+                config.data,
+                config.eval.retrieval_name or config.data.name,
+                config.eval.retrieval_split,
+            )
 
     @property
     def split_names(self) -> list[str]:
@@ -73,10 +76,10 @@ class Evaluator:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images, true and predicted classes of one of the zero-shot splits."""
         images, labels, predicted = [], [], []
-        for batch in self._batches(self._splits[name], self._encode):
-            features = self._encoder.image(params, batch["images"])
-            images.append(batch["images"])
-            labels.append(batch["labels"])
+        for batch in self._batches(self._splits[name]):
+            features = self._encoder.image(params, batch.arrays["images"])
+            images.append(batch.arrays["images"])
+            labels.append(batch.labels)
             predicted.append(zeroshot.predict(features, classes))
         return np.concatenate(images), np.concatenate(labels), np.concatenate(predicted)
 
@@ -84,13 +87,7 @@ class Evaluator:
         """Recall at 1 and 5, captions by image and images by caption; empty without a split."""
         if self._pairs is None:
             return {}
-        encode = Encode(
-            self._encode.image_size,
-            self._tokenizer.context_length,
-            self._data.image_key,
-            self._data.caption_key,
-        )
-        batches = list(self._batches(self._pairs, encode))
+        batches = [batch.arrays for batch in self._batches(self._pairs)]
         image = np.concatenate([self._encoder.image(params, b["images"]) for b in batches])
         text = np.concatenate([self._encoder.text(params, b["tokens"]) for b in batches])
         ways = {"image_to_text": (image, text), "text_to_image": (text, image)}
@@ -104,21 +101,27 @@ class Evaluator:
         """Chance, and what colours alone give, on every zero-shot split; empty without one."""
         if not self._splits:
             return {}
-        source = self._open(self._eval.name, self._data.split, "label")
+        source = open_source(self._data, self._eval.name, self._eval.train_split, captions=False)
         chosen = np.random.default_rng(0).permutation(len(source))[:BASELINE_IMAGES]
-        train = self._encode([source[int(i)] for i in chosen])
-        names = [self.names[label] for label in train["labels"]]
+        load = Load(source, self._data, self._image_size)
+        train = Collate(0)([load.evaluate(int(i)) for i in chosen])
+        names = [self.names[label] for label in train.labels]
         metrics = {"chance/top1": 1 / len(self.names)}
         for split, examples in self._splits.items():
-            batches = list(self._batches(examples, self._encode))
-            images = np.concatenate([batch["images"] for batch in batches])
-            labels = np.concatenate([batch["labels"] for batch in batches])
-            predicted = baseline.fit_predict(train["images"], names, images, self.names)
+            batches = list(self._batches(examples))
+            images = np.concatenate([batch.arrays["images"] for batch in batches])
+            labels = np.concatenate([batch.labels for batch in batches])
+            predicted = baseline.fit_predict(train.arrays["images"], names, images, self.names)
             metrics[f"bag_of_colours/{split}_top1"] = zeroshot.top1(predicted, labels)
         return metrics
 
-    def _batches(self, source: Sequence[dict[str, Any]], encode: Encode) -> Any:
-        return eval_batches(source, encode, batch_size=self._eval.batch_size)
+    def _batches(self, source: Joined) -> Iterator[Batch]:
+        load = Load(source, self._data, self._image_size)
+        collate = Collate(self._tokenizer.context_length)
+        for batch in eval_batches(source, load, collate, batch_size=self._eval.batch_size):
+            for kind, key, detail in batch.failures:
+                print(f"left out of the evaluation: {key}: {kind} {detail}", file=sys.stderr)
+            yield batch
 
 
 def load_templates(name: str) -> Sequence[str]:

@@ -61,7 +61,9 @@ def make_parts(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> Parts:
         scalars = {name: x for name, x in abstract.items() if name in SCALARS}  # unused here
         clip = nnx.merge(graph, params | scalars)
         image = clip.encode_image(samples["images"], None if model.lock_image else keys)
-        return image, clip.encode_text(samples["tokens"], keys)
+        # One tower after the other: side by side on a CPU they fight for its caches.
+        image, params = lax.optimization_barrier((image, params))
+        return image, nnx.merge(graph, params | scalars).encode_text(samples["tokens"], keys)
 
     def loss(scalars: Params, features: Features) -> Array:
         return contrastive_loss(

@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from disco_jax.checkpoint import Checkpoints
 from disco_jax.config import check_division, claim_workdir
-from disco_jax.data.pipeline import Encode, train_batches
-from disco_jax.data.tfds_source import open_split
+from disco_jax.data.source import Joined
+from disco_jax.data.sources import open_source
+from disco_jax.data.stream import TrainStream
 from disco_jax.errors import UserError
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.mesh import make_mesh, place_batch
@@ -30,37 +31,21 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """Trains to `config.num_steps`, from the newest checkpoint in `workdir` if there is one."""
     check_division(config, jax.device_count())
     mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
-    source = open_split(
-        config.data.name,
-        config.data.split,
-        config.data.dir,
-        (config.data.image_key, config.data.caption_key),
-    )
+    source = open_source(config.data, config.data.name, config.data.split)
     evaluator = Evaluator(config, model, mesh)
     claim_workdir(config, workdir)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
-    state, samples_seen = _restore_or_init(config, model, mesh, checkpoints)
+    state, position = _restore_or_init(config, model, mesh, checkpoints)
     start = int(state.step)
-    _announce(config, mesh, state, start)
+    stream = TrainStream(config, model, source, workdir, start, position)
+    _announce(config, mesh, state, source, start)
     metrics = MetricWriter(workdir, resume_from=start)
-    batches = train_batches(
-        source,
-        Encode(
-            model.vision.image_size,
-            model.text.context_length,
-            config.data.image_key,
-            config.data.caption_key,
-        ),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start=samples_seen,
-        num_workers=config.data.num_workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     try:
-        _run_steps(config, model, mesh, state, batches, evaluator, checkpoints, metrics)
+        _run_steps(config, model, mesh, state, stream, evaluator, checkpoints, metrics)
     finally:
+        if report := stream.report():
+            console.print(report, soft_wrap=True)
+        stream.close()
         metrics.close()
         checkpoints.close()
     plot_curves(read_metrics(workdir), workdir / "curves.png")
@@ -72,7 +57,7 @@ def _run_steps(
     model: CLIPConfig,
     mesh: Mesh,
     state: TrainState,
-    batches: Any,
+    stream: TrainStream,
     evaluator: Evaluator,
     checkpoints: Checkpoints,
     metrics: MetricWriter,
@@ -84,7 +69,7 @@ def _run_steps(
     previous = None
     for step in range(start + 1, config.num_steps + 1):
         last = step == config.num_steps
-        batch = next(batches)
+        batch = next(stream)
         state, values = train_step(state, batch if by_host else place_batch(batch, mesh))
         if previous is not None:
             # At most two steps in flight: enough to hide the host's work behind the devices'.
@@ -96,6 +81,7 @@ def _run_steps(
             if not math.isfinite(row["train/loss"]):
                 raise UserError(f"the loss is {row['train/loss']} at step {step}; stopped")
             row |= progress.update(step, row["train/loss"], row["train/logit_scale"])
+            row |= stream.metrics()
         if last or (config.eval.every and step % config.eval.every == 0):
             results = evaluator.run(state.params)
             row |= results
@@ -107,25 +93,28 @@ def _run_steps(
         if row:
             metrics.write(step, row)
         if last or step % config.checkpoint_every == 0:
-            checkpoints.save(step, state, samples_seen=step * config.batch_size)
+            checkpoints.save(step, state, stream.position())
     progress.close()
 
 
 def _restore_or_init(
     config: ConfigDict, model: CLIPConfig, mesh: Mesh, checkpoints: Checkpoints
-) -> tuple[TrainState, int]:
+) -> tuple[TrainState, dict[str, Any]]:
     optimizer = make_optimizer(config)
     if checkpoints.latest_step() is not None:
         return checkpoints.restore(abstract_state(model, optimizer, mesh))
-    return init_state(model, optimizer, mesh, config.seed), 0
+    return init_state(model, optimizer, mesh, config.seed), {}
 
 
-def _announce(config: ConfigDict, mesh: Mesh, state: TrainState, start: int) -> None:
+def _announce(
+    config: ConfigDict, mesh: Mesh, state: TrainState, source: Joined, start: int
+) -> None:
     count = sum(x.size for x in jax.tree.leaves(state.params))
     origin = f"going on from step {start}" if start else "from scratch"
     console.print(
         f"{config.model.name}, {count / 1e6:.1f} M parameters, on {mesh.devices.size} "
-        f"{jax.devices()[0].platform} devices; batch {config.batch_size:,}, "
+        f"{jax.devices()[0].platform} devices; {len(source):,} samples, batch "
+        f"{config.batch_size:,}, "
         f"{config.num_steps:,} steps, loss method {config.loss.method}; {origin}",
         soft_wrap=True,
     )

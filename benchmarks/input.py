@@ -1,0 +1,203 @@
+"""Times the input pipeline: ours, and OpenCLIP's, each in a process of its own.
+
+    python benchmarks/input.py [--images=2000] [--side=512] [--peer openclip] [--json]
+    python benchmarks/input.py --index=1000 --entries=10000
+
+Shards of JPEGs are made in a temporary folder, decoded, cropped at random to 224 pixels and
+tokenised. CPU seconds are those of all threads. `--index` times the index of so many shards.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import resource
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from disco_jax.config import default
+from disco_jax.data.load import Load
+from disco_jax.data.pipeline import Collate, train_batches
+from disco_jax.data.sources import open_source
+
+SHARD = 250  # samples
+CAPTION = "a photo of a harbour with boats, number {} of the set, taken in the evening light"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=2_000)
+    parser.add_argument("--side", type=int, default=512, help="pixels")
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer", choices=("openclip",), help="where that package is installed")
+    parser.add_argument("--index", type=int, help="shards to index, instead")
+    parser.add_argument("--entries", type=int, default=10_000, help="samples of each of those")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    return parser.parse_args()
+
+
+def photo(rng: np.random.Generator, side: int) -> bytes:
+    """A JPEG with structure at all scales, as large as a photograph's: about 1.5 bits a pixel."""
+    total = np.zeros((side, side, 3))
+    for cells in (2, 5, 13, 40, side // 4):
+        noise = rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8)
+        grown = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
+        total += np.asarray(grown, float) * cells**-0.5
+    total = (total - total.min()) / (total.max() - total.min())
+    encoded = io.BytesIO()
+    Image.fromarray((255 * total).astype(np.uint8)).save(encoded, "JPEG", quality=90)
+    return encoded.getvalue()
+
+
+def write_shards(folder: Path, images: int, side: int) -> str:
+    rng = np.random.default_rng(0)
+    pictures = [photo(rng, side) for _ in range(50)]
+    print(f"{side}-pixel JPEGs of {np.mean([len(p) for p in pictures]) / 1000:.0f} kB")
+    for start in range(0, images, SHARD):
+        with tarfile.open(folder / f"{start // SHARD:05}.tar", "w") as tar:
+            for key in range(start, min(start + SHARD, images)):
+                caption = CAPTION.format(key).encode()
+                for extension, content in (("jpg", pictures[key % 50]), ("txt", caption)):
+                    member = tarfile.TarInfo(f"{key:09}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    last = -(-images // SHARD) - 1
+    return f"{folder}/{{00000..{last:05}}}.tar"
+
+
+def ours(pattern: str, batch: int, workers: int) -> Iterator[Any]:
+    data = default().data
+    data.caption_key = "txt"
+    source = open_source(data, pattern, "")
+    load, collate = Load(source, data, 224), Collate(77)
+    return train_batches(
+        source, load, collate, batch_size=batch, seed=0, start=0, num_workers=workers
+    )
+
+
+def openclip(pattern: str, batch: int, workers: int) -> Iterator[Any]:
+    from peer_openclip import openclip_batches
+
+    return openclip_batches(pattern, batch, workers)
+
+
+def _time(make: Callable[..., Iterator[Any]], pipe: Any, *args: Any) -> None:
+    images, rest = args[0], args[1:]
+    batches = make(*rest)
+    batch = rest[1]
+    next(batches)
+    before, start = _cpu(), time.perf_counter()
+    for _ in range(images // batch - 1):
+        next(batches)
+    pipe.send((time.perf_counter() - start, _cpu() - before))
+
+
+def _cpu() -> float:
+    """CPU seconds of this process, and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def measure(arguments: argparse.Namespace, pattern: str) -> dict[str, dict[str, float]]:
+    contenders = {"ours": ours} | ({"openclip": openclip} if arguments.peer else {})
+    context = multiprocessing.get_context("spawn")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for _ in range(arguments.repeats):
+        for name, make in contenders.items():
+            here, there = context.Pipe()
+            rest = (arguments.images, pattern, arguments.batch, arguments.workers)
+            process = context.Process(target=_time, args=(make, there, *rest))
+            process.start()
+            there.close()
+            times[name].append(here.recv())
+            process.join()
+    count = (arguments.images // arguments.batch - 1) * arguments.batch
+    return {
+        name: {
+            "images_per_second": count / min(wall for wall, _ in measured),
+            "cpu_seconds_per_image": min(cpu for _, cpu in measured) / count,
+        }
+        for name, measured in times.items()
+    }
+
+
+def measure_index(shards: int, entries: int) -> dict[str, float]:
+    """Seconds to index and to open again, and the process's memory, over links to one shard."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = Path(folder) / "first"
+        with tarfile.open(first, "w") as tar:
+            for key in range(entries):
+                for extension in ("jpg", "txt", "json"):
+                    member = tarfile.TarInfo(f"{key:09}.{extension}")
+                    member.size = 1
+                    tar.addfile(member, io.BytesIO(b"?"))
+        for i in range(shards):
+            (Path(folder) / f"{i:05}.tar").hardlink_to(first)
+        context = multiprocessing.get_context("spawn")
+        result: dict[str, float] = {}
+        for what in ("index", "open"):
+            here, there = context.Pipe()
+            process = context.Process(target=_open, args=(there, f"{folder}/*.tar"))
+            process.start()
+            there.close()
+            seconds, memory, samples = here.recv()
+            process.join()
+            result |= {f"{what}_seconds": seconds, f"{what}_bytes": memory, "samples": samples}
+        return result
+
+
+def _open(pipe: Any, pattern: str) -> None:
+    data = default().data
+    data.caption_key = "txt"
+    start = time.perf_counter()
+    source = open_source(data, pattern, "")
+    seconds = time.perf_counter() - start
+    rng = np.random.default_rng(0)
+    for index in rng.integers(0, len(source), 1_000).tolist():
+        source[index]
+    pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, len(source)))
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.index:
+        result: dict[str, Any] = measure_index(arguments.index, arguments.entries)
+        print(
+            f"{result['samples']:,} samples in {arguments.index:,} shards: indexed in "
+            f"{result['index_seconds']:.1f} s, opened again in {result['open_seconds']:.1f} s; "
+            f"{result['index_bytes'] / 2**20:,.0f} and {result['open_bytes'] / 2**20:,.0f} MiB "
+            "at most in the process"
+        )
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(
+                arguments, write_shards(Path(folder), arguments.images, arguments.side)
+            )
+        table = Table(
+            title=f"{arguments.side}-pixel JPEGs to 224 pixels, {arguments.workers} workers"
+        )
+        for column in ("pipeline", "images/s", "CPU ms an image", "images a CPU second"):
+            table.add_column(column, justify="left" if column == "pipeline" else "right")
+        for name, row in result.items():
+            cpu = row["cpu_seconds_per_image"]
+            table.add_row(
+                name, f"{row['images_per_second']:.0f}", f"{1000 * cpu:.2f}", f"{1 / cpu:.0f}"
+            )
+        Console(width=100).print(table)
+    if arguments.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

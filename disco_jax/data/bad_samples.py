@@ -1,0 +1,73 @@
+"""What was wrong with the data: counted by kind, written down, and too much of it an error."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from disco_jax.data.load import Failure
+from disco_jax.errors import UserError
+from disco_jax.jsonl import JsonLines
+
+WRITTEN = 10_000  # bad samples written down; beyond, they are only counted
+AT_LEAST = 1_000  # samples that the share of bad ones is taken of, so that one alone is not a lot
+
+
+class BadSamples:
+    """Counts over a whole run: they are part of its checkpoints.
+
+    Args:
+      path: the file they are written down in.
+      max_fraction: bad samples among all that were tried, above which the run stops.
+      step: where the run goes on; what was written past it is dropped.
+      counts: by kind, at that step.
+    """
+
+    def __init__(self, path: Path, max_fraction: float, step: int, counts: dict[str, int]):
+        self._path, self._max_fraction = path, max_fraction
+        self.counts = Counter(counts)
+        self._lines = JsonLines(self._path, step)
+
+    def add(self, failures: Iterable[Failure], step: int, samples: int) -> None:
+        """Counts the bad samples of a step; `samples` good ones have been seen in all.
+
+        Raises:
+          UserError: there are too many.
+        """
+        new = list(failures)
+        if not new:
+            return
+        self.counts.update(kind for kind, _, _ in new)
+        for kind, key, detail in new[: max(WRITTEN - self._lines.count, 0)]:
+            self._lines.write({"step": step, "kind": kind, "key": key, "detail": detail})
+        total = self.counts.total()
+        if total > self._max_fraction * max(samples + total, AT_LEAST):
+            raise UserError(
+                f"{total} of {samples + total} samples are bad ({describe(self.counts)}), more "
+                f"than data.max_bad_fraction = {self._max_fraction} allows; see {self._path}"
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """`data/bad`, and `data/bad_KIND` of each kind there was."""
+        if not self.counts:
+            return {}
+        kinds = {f"data/bad_{kind}": float(n) for kind, n in sorted(self.counts.items())}
+        return {"data/bad": float(self.counts.total()), **kinds}
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()
+
+
+def describe(counts: Counter[str]) -> str:
+    """`3 broken_image, 1 empty_caption`: the commonest first."""
+    return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+
+
+def check_problems(problems: Counter[str], samples: int, max_fraction: float) -> None:
+    """Raises UserError where an index found more wrong than may be."""
+    total = problems.total()
+    if total > max_fraction * max(samples + total, AT_LEAST):
+        raise UserError(
+            f"data.name: {describe(problems)} beside {samples} samples, more than "
+            f"data.max_bad_fraction = {max_fraction} allows"
+        )

@@ -1,0 +1,123 @@
+"""One sample of the stream: read, decoded, its caption drawn; replaced where it is bad."""
+
+import html
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from numpy.random import Generator
+
+from disco_jax.data.source import BadSample, Caption, Joined, Sample
+from disco_jax.data.transforms import ImageLimits, open_image, to_pixels, to_random_pixels
+from disco_jax.errors import UserError
+
+TRIES = 100  # replacements of one sample, before there is no hope
+_REPLACEMENT = 1  # a stream of random numbers apart from the sample's own
+
+Failure = tuple[str, str, str]  # kind, key and detail of a bad sample
+
+
+class Loaded(NamedTuple):
+    """A sample ready for its batch."""
+
+    key: str
+    pixels: np.ndarray  # uint8 [size, size, 3]
+    caption: str | None
+    label: int | None
+    failures: tuple[Failure, ...]  # bad samples that stood in its place
+
+
+class Load:
+    """Loads samples of a source, all that is random about them drawn from seed and position.
+
+    So a sample is the same whatever the number of workers and processes, and after a restart; and a
+    bad one is replaced by another without moving any other.
+    """
+
+    def __init__(self, source: Joined, data: ConfigDict, size: int, seed: int = 0):
+        self._source, self._size, self._seed = source, size, seed
+        self._least_area = data.crop_scale
+        self._limits = ImageLimits(*(data[name] for name in ImageLimits._fields))
+
+    def train(self, position: int, index: int) -> Loaded:
+        """Sample `index` of the source, at this position of the stream; its replacement if bad.
+
+        Raises:
+          UserError: a hundred replacements are bad too.
+        """
+        failures: list[Failure] = []
+        for attempt in range(TRIES):
+            try:
+                return self.once(position, index, attempt)._replace(failures=tuple(failures))
+            except BadSample as bad:
+                failures.append((bad.kind, bad.key, bad.detail))
+            index = self._another(index, position, attempt)
+        kind, key, detail = failures[0]
+        raise UserError(
+            f"{TRIES} samples drawn one after the other are bad; the first is {key}: "
+            f"{kind} {detail}".rstrip()
+        )
+
+    def once(self, position: int, index: int, attempt: int = 0) -> Loaded:
+        """As `train`, but without a replacement: raises BadSample."""
+        rng = np.random.default_rng((self._seed, position, attempt))
+        sample = self._source[index]
+        caption = None if sample.captions is None else draw_caption(sample, rng)
+        return Loaded(sample.key, self._pixels(sample, rng), caption, sample.label, ())
+
+    def evaluate(self, index: int) -> Loaded:
+        """Sample `index` by the evaluation transform, with the first of its captions.
+
+        Raises:
+          BadSample: it is bad.
+        """
+        sample = self._source[index]
+        image = open_image(sample.image, self._limits, sample.key)
+        caption = None if sample.captions is None else draw_caption(sample, None)
+        pixels = to_pixels(image, self._size, sample.key)
+        return Loaded(sample.key, pixels, caption, sample.label, ())
+
+    def _pixels(self, sample: Sample, rng: Generator) -> np.ndarray:
+        image = open_image(sample.image, self._limits, sample.key)
+        if self._least_area < 1:
+            return to_random_pixels(image, self._size, self._least_area, rng, sample.key)
+        return to_pixels(image, self._size, sample.key)
+
+    def _another(self, index: int, position: int, attempt: int) -> int:
+        """Any sample of the same one of the joined sources, so that their weights stay."""
+        part = self._source.part(index)
+        rng = np.random.default_rng((self._seed, position, attempt, _REPLACEMENT))
+        return int(rng.integers(self._source.starts[part], self._source.starts[part + 1]))
+
+
+def draw_caption(sample: Sample, rng: Generator | None) -> str:
+    """One of the sample's captions, the first without `rng`.
+
+    Raises:
+      BadSample: it has none, or not a text.
+    """
+    captions = sample.captions
+    if isinstance(captions, Sequence) and not isinstance(captions, str | bytes):
+        if not captions:
+            raise BadSample("missing_caption", sample.key)
+        captions = captions[int(rng.integers(len(captions))) if rng is not None else 0]
+    text = _decode(captions, sample.key)
+    if not html.unescape(text).strip():
+        raise BadSample("empty_caption", sample.key)
+    return text
+
+
+def _decode(caption: Caption | None, key: str) -> str:
+    if isinstance(caption, bytes):
+        try:
+            return caption.decode()
+        except UnicodeDecodeError as error:
+            raise BadSample("broken_caption", key, str(error)) from error
+    if not isinstance(caption, str):
+        raise BadSample("broken_caption", key, f"{type(caption).__name__} instead of a text")
+    try:
+        caption.encode()  # lone surrogates, which JSON can hold, are no text
+    except UnicodeEncodeError as error:
+        raise BadSample("broken_caption", key, str(error)) from error
+    return caption

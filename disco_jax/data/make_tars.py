@@ -1,0 +1,71 @@
+"""Writes a source as tar shards: python -m disco_jax.data.make_tars shapes --split=train --out=DIR.
+
+In the source's order, `000000000.png`, `.txt` and, where there are labels, `.cls`: what img2dataset
+writes and webdataset reads.
+"""
+
+import argparse
+import io
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+from rich.progress import track
+
+from disco_jax import config
+from disco_jax.cli import guard
+from disco_jax.data.source import BadSample, Sample
+from disco_jax.data.sources import open_source
+from disco_jax.data.transforms import FORMATS
+from disco_jax.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command's arguments, defaults as in `config.data`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", help="a source as config.data.name: shapes, say")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards, a new one")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--samples", type=int, default=1_000, help="of a shard")
+    parser.add_argument("--dir", default="data", help="where TFDS data sets are kept")
+    parser.add_argument("--image_key", default="image")
+    parser.add_argument("--caption_key", default="caption")
+    return parser.parse_args()
+
+
+def write_shards(arguments: argparse.Namespace) -> None:
+    """Raises UserError where shards are there already: nothing is overwritten."""
+    data = config.default().data
+    data.update(dir=arguments.dir, image_key=arguments.image_key, caption_key=arguments.caption_key)
+    source = open_source(data, arguments.name, arguments.split)
+    if arguments.out.exists() and any(arguments.out.glob("*.tar")):
+        raise UserError(f"--out: there are shards in {arguments.out} already")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    bad = 0
+    starts = range(0, len(source), arguments.samples)
+    for number, start in enumerate(track(starts, "writing shards", transient=True)):
+        with tarfile.open(arguments.out / f"{number:05}.tar", "w") as tar:
+            for index in range(start, min(start + arguments.samples, len(source))):
+                try:
+                    _add(tar, index, source[index])
+                except BadSample:
+                    bad += 1
+    print(f"{len(source) - bad} samples in {len(starts)} shards in {arguments.out}; {bad} bad")
+
+
+def _add(tar: tarfile.TarFile, index: int, sample: Sample) -> None:
+    image = Image.open(io.BytesIO(sample.image), formats=FORMATS)
+    parts = {(image.format or "").lower().replace("jpeg", "jpg"): sample.image}
+    if isinstance(sample.captions, str | bytes):
+        text = sample.captions
+        parts["txt"] = text.encode() if isinstance(text, str) else text
+    if sample.label is not None:
+        parts["cls"] = str(sample.label).encode()
+    for extension, content in parts.items():
+        member = tarfile.TarInfo(f"{index:09}.{extension}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+
+if __name__ == "__main__":
+    guard(lambda: write_shards(parse_arguments()))

@@ -1,0 +1,43 @@
+"""Which source a name means."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from disco_jax.data import table_source
+from disco_jax.data.patterns import expand
+from disco_jax.data.source import Joined, Source
+from disco_jax.data.table_source import TableSource
+from disco_jax.data.tar_source import TarSource
+from disco_jax.errors import UserError
+
+
+def open_source(data: ConfigDict, name: str, split: str, *, captions: bool = True) -> Joined:
+    """The samples that `name` stands for, as `config.data.name` does, or several joined by `::`.
+
+    Args:
+      data: the config's `data` section.
+      name: `.tar` shards, a `.csv`, `.tsv` or `.parquet` table, or a TFDS data set.
+      split: of TFDS data sets; shards and tables have none.
+      captions: False leaves captions unread.
+
+    Raises:
+      UserError: it is not there, or is not what it should be.
+    """
+    key = data.caption_key if captions else ""
+    return Joined([_open(data, part, split, key) for part in name.split("::")])
+
+
+def _open(data: ConfigDict, name: str, split: str, caption_key: str) -> Source:
+    suffix = Path(name).suffix
+    if suffix == ".tar":
+        return TarSource(expand(name), caption_key)
+    if suffix in table_source.SUFFIXES:
+        paths = expand(name)
+        if len(paths) > 1:
+            raise UserError(f"data.name: {name} matches {len(paths)} tables; join them with ::")
+        return TableSource(paths[0], data.image_key, caption_key)
+    # Here: TFDS takes seconds to import, and whoever has shards does not need it.
+    from disco_jax.data.tfds_source import TfdsSource
+
+    return TfdsSource(name, split, data.dir, data.image_key, caption_key)

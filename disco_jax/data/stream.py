@@ -1,0 +1,111 @@
+"""The data of a training run: its batches, its place in them, and what was bad among them."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from disco_jax.data.bad_samples import BadSamples, check_problems, describe
+from disco_jax.data.load import Load
+from disco_jax.data.pipeline import Collate, train_batches
+from disco_jax.data.source import Joined
+from disco_jax.errors import UserError
+from disco_jax.jsonl import JsonLines
+from disco_jax.models import CLIPConfig
+
+
+class TrainStream:
+    """Iterates over this process's share of the batches, from where `position` says.
+
+    Args:
+      config: the run's.
+      model: gives the sizes of images and texts.
+      source: the samples of `config.data`.
+      workdir: the run's folder, for `bad_samples.jsonl` and `keys.jsonl`.
+      step: updates taken so far.
+      position: what `position()` was then; empty for a new run.
+
+    Raises:
+      UserError: the data are not those that the run began with, or too much of it is bad.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: CLIPConfig,
+        source: Joined,
+        workdir: Path,
+        step: int,
+        position: dict[str, Any],
+    ):
+        then = position.get("data", source.fingerprint)
+        if then != source.fingerprint:
+            raise UserError(
+                f"data.name is not what this run began with: {then} then, {source.fingerprint} "
+                "now; put it back as it was, or choose another workdir"
+            )
+        check_problems(source.problems, len(source), config.data.max_bad_fraction)
+        self._source, self._step, self._batch_size = source, step, config.batch_size
+        own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+        self._bad = BadSamples(
+            workdir / f"bad_samples{own}.jsonl",
+            config.data.max_bad_fraction,
+            step,
+            position.get("bad", {}),
+        )
+        keys = config.data.record_keys
+        self._keys = JsonLines(workdir / f"keys{own}.jsonl", step) if keys else None
+        self._batches = train_batches(
+            source,
+            Load(source, config.data, model.vision.image_size, config.seed),
+            Collate(model.text.context_length),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=position.get("samples_seen", 0),
+            num_workers=config.data.num_workers,
+            weights=config.data.weights,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next step's arrays. Raises UserError when too many samples are bad."""
+        batch = next(self._batches)
+        self._step += 1
+        if self._keys is not None:
+            self._keys.write({"step": self._step, "keys": batch.keys.tolist()})
+        self._bad.add(batch.failures, self._step, self._step * self._batch_size)
+        return batch.arrays
+
+    def position(self) -> dict[str, Any]:
+        """All that a checkpoint needs for the stream to go on after the last batch."""
+        return {
+            "samples_seen": self._step * self._batch_size,
+            "data": self._source.fingerprint,
+            "bad": dict(self._bad.counts),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Bad samples so far, in all and by kind; nothing where there were none."""
+        return self._bad.metrics()
+
+    def report(self) -> str:
+        """What was bad, in one line; empty where nothing was."""
+        told = [
+            f"{where}: {describe(Counter(counts))}"
+            for where, counts in (
+                ("bad samples, replaced", self._bad.counts),
+                ("left out of the index", self._source.problems),
+            )
+            if counts
+        ]
+        return "; ".join(told)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._bad.close()
+        if self._keys is not None:
+            self._keys.close()

@@ -1,0 +1,93 @@
+"""Image-text pairs in a folder, listed with their captions in a CSV, TSV or Parquet table."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from disco_jax.data.source import BadSample, Sample
+from disco_jax.errors import UserError
+
+SUFFIXES = (".csv", ".tsv", ".parquet")
+
+
+class TableSource:
+    """The rows of a table, one image each; a `Source`.
+
+    Args:
+      table: the file; CSV and TSV begin with a line of column names.
+      image_key: the column of paths, absolute or from the table's folder.
+      caption_key: the column of captions, texts or lists of texts; "", no captions.
+
+    Raises:
+      UserError: the table can't be read, has no such column, or no row.
+    """
+
+    def __init__(self, table: Path, image_key: str, caption_key: str):
+        self._table, self._image_key, self._caption_key = table, image_key, caption_key
+        self._columns = self._load()
+        self._length = len(self._columns[0])
+        if not self._length:
+            raise UserError(f"data.name: {table} has no row")
+        self.problems: Counter[str] = Counter()
+        digest = hashlib.sha256()
+        with table.open("rb") as opened:
+            while part := opened.read(1 << 20):
+                digest.update(part)
+        self.fingerprint = f"{table.name}, {self._length} rows, {digest.hexdigest()[:12]}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_columns": None}  # each process reads the table for itself
+
+    def _load(self) -> list[pa.Array]:
+        wanted = [key for key in (self._image_key, self._caption_key) if key]
+        try:
+            if self._table.suffix == ".parquet":
+                missing = set(wanted) - set(pa.parquet.read_schema(self._table).names)
+                if missing:
+                    raise KeyError(missing.pop())
+                columns = pa.parquet.read_table(self._table, columns=wanted, partitioning=None)
+            else:
+                columns = pa.csv.read_csv(
+                    self._table,
+                    parse_options=pa.csv.ParseOptions(
+                        delimiter="\t" if self._table.suffix == ".tsv" else ",",
+                        newlines_in_values=True,
+                    ),
+                    # Captions are texts, even where all of them look like numbers; bytes that are
+                    # no UTF-8 are a bad sample, not the table's end.
+                    convert_options=pa.csv.ConvertOptions(
+                        include_columns=wanted,
+                        column_types=dict.fromkeys(wanted, pa.large_binary()),
+                    ),
+                )
+        except KeyError as error:
+            key = error.args[0] if error.args else ""
+            named = next((name for name in wanted if name in str(key)), key)
+            field = "image_key" if named == self._image_key else "caption_key"
+            raise UserError(f"data.{field}: {self._table} has no column {named!r}") from error
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"data.name: {self._table} can't be read: {error}") from error
+        return [columns.column(key).combine_chunks() for key in wanted]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Sample:
+        if self._columns is None:
+            self._columns = self._load()
+        name, *captions = (column[index].as_py() for column in self._columns)
+        name = name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name or "")
+        path = self._table.parent / name
+        try:
+            image = path.read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BadSample("unreadable", str(path), reason) from error
+        if captions and captions[0] is None:
+            raise BadSample("missing_caption", str(path))
+        return Sample(str(path), image, captions[0] if captions else None)

@@ -1,0 +1,119 @@
+"""Image-text pairs in tar shards, as img2dataset and webdataset write them, in any order."""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from disco_jax.data.source import BadSample, Caption, Sample
+from disco_jax.data.tar_format import BLOCK, read_header
+from disco_jax.data.tar_index import CLASS, IMAGE, JSON, TEXT, open_index
+from disco_jax.errors import UserError
+
+OPEN_SHARDS = 256  # that a process keeps open
+
+
+class TarSource:
+    """The samples of `paths`, shard after shard; a `Source`.
+
+    Args:
+      paths: the shards.
+      caption_key: `txt`, the sample's text file; a key of its `.json`; or "", no captions.
+
+    Raises:
+      UserError: a shard can't be read, or there is not one sample.
+    """
+
+    def __init__(self, paths: Sequence[Path], caption_key: str):
+        self._caption_key = caption_key
+        self._index = open_index(paths)
+        shards = self._index.shards
+        self._stops = np.cumsum([shard.samples for shard in shards]).tolist()
+        self.problems = sum((Counter(shard.problems) for shard in shards), Counter())
+        if not len(self):
+            raise UserError(f"data.name: there is no image in {paths[0]} and what follows it")
+        told = "\n".join(f"{Path(s.path).name} {s.size} {s.samples}" for s in shards)
+        self.fingerprint = (
+            f"{len(shards)} shards, {len(self)} samples, "
+            f"{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        )
+        self._rows: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rows": None}  # each process maps the index for itself
+
+    def __len__(self) -> int:
+        return self._stops[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        if self._rows is None:
+            self._rows = self._index.rows()
+        number = bisect_right(self._stops, index)
+        shard = self._index.shards[number]
+        row = self._rows[shard.start + index - (self._stops[number] - shard.samples)].tolist()
+        key, image = _read(shard.path, row[IMAGE], shard.path)
+        captions: Caption | Sequence[Caption] | None = None
+        if self._caption_key:
+            captions = self._captions(shard.path, row, key)
+        label = None
+        if row[CLASS][0]:
+            text = _read(shard.path, row[CLASS], key)[1]
+            if not text.strip().isdigit():
+                raise BadSample("broken_caption", key, "its .cls holds no number")
+            label = int(text)
+        return Sample(key, image, captions, label)
+
+    def _captions(self, path: str, row: list[list[int]], key: str) -> Any:
+        column = TEXT if self._caption_key == "txt" else JSON
+        if not row[column][0]:
+            raise BadSample("missing_caption", key)
+        text = _read(path, row[column], key)[1]
+        if column == TEXT:
+            return text
+        try:
+            told = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadSample("broken_caption", key, "its .json can't be read") from error
+        caption = told.get(self._caption_key) if isinstance(told, dict) else None
+        if caption is None:
+            raise BadSample("missing_caption", key, f"no {self._caption_key!r} in its .json")
+        return caption
+
+
+class _OpenShard:
+    """A file descriptor that closes when nothing uses it any more."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@lru_cache(OPEN_SHARDS)
+def _open(path: str) -> _OpenShard:
+    return _OpenShard(path)
+
+
+def _read(path: str, place: list[int], key: str) -> tuple[str, bytes]:
+    """Key and bytes of the member at (block, size); its header must still tell that size."""
+    block, size = place
+    try:
+        stored = os.pread(_open(path).descriptor, BLOCK + size, (block - 1) * BLOCK)
+        name, told, _ = read_header(stored[:BLOCK])
+    except OSError as error:
+        raise BadSample("unreadable", key, error.strerror or str(error)) from error
+    except (ValueError, IndexError) as error:
+        raise BadSample("unreadable", key, "the shard has changed") from error
+    if told != size or len(stored) < BLOCK + size:
+        raise BadSample("unreadable", key, "the shard has changed")
+    folder, _, file = name.rpartition("/")
+    return f"{path}/{folder}{'/' if folder else ''}{file.split('.', 1)[0]}", stored[BLOCK:]

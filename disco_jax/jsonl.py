@@ -1,0 +1,46 @@
+"""Files of one JSON object a line and a step, which a run that goes on takes up where it was."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """Appends objects with a `step` to a file; what it holds past step `resume_from` is dropped.
+
+    Steps that are taken again write their lines again: without this they would stand twice.
+    """
+
+    def __init__(self, path: Path, resume_from: int):
+        kept = [row for row in read_lines(path) if row["step"] <= resume_from]
+        self.count = len(kept)
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends `row`, and hands it to the operating system."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self.count += 1
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file, in order; none where there is no file.
+
+    A last line cut short by a crash is left out.
+    """
+    return list(_rows(path)) if path.exists() else []
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open() as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return

@@ -1,0 +1,36 @@
+"""Shards made by the standard library's tarfile, for tests."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def picture(number: int, form: str = "JPEG", side: int = 24) -> bytes:
+    """An image that tells which it is by its colour."""
+    encoded = io.BytesIO()
+    colour = np.random.default_rng(number).integers(0, 256, 3).tolist()
+    Image.new("RGB", (side, side + number % 5), tuple(colour)).save(encoded, form)
+    return encoded.getvalue()
+
+
+def write(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], **options) -> Path:
+    """A tar of these members."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members.items() if isinstance(members, dict) else members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def shard(path: Path, keys: range) -> Path:
+    """A whole shard: image, caption and metadata of each key."""
+    members = {}
+    for key in keys:
+        members[f"{key:09}.jpg"] = picture(key)
+        members[f"{key:09}.txt"] = f"picture number {key}".encode()
+        members[f"{key:09}.json"] = f'{{"title": "title {key}"}}'.encode()
+    return write(path, members)
