@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from disco_jax.config import default
+from disco_jax.config import default, zeroshot_set
 
 
 def get_config() -> ConfigDict:
@@ -20,6 +20,10 @@ def get_config() -> ConfigDict:
     config.data.num_workers = 1
     config.data.crop_scale = 1.0  # where a shape stands is part of its caption
     config.eval.every = 200
+    for name, split in (("zeroshot", "test"), ("zeroshot_heldout", "heldout")):
+        config.eval.sets[name] = zeroshot_set("shapes", split, classes="shapes", templates="shapes")
+    config.eval.baseline_name = "shapes"
+    config.eval.retrieval_split = "validation"
     config.log_every = 10
     config.checkpoint_every = 200
     return config

@@ -16,5 +16,5 @@ def get_config() -> ConfigDict:
     config = shapes.get_config()
     config.data.name = "data/shapes-tars/{00000..00039}.tar"
     config.data.caption_key = "txt"
-    config.eval.retrieval_split = ""
+    config.eval.retrieval_name = "shapes"
     return config

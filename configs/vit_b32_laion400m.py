@@ -5,7 +5,7 @@ Where the paper is silent, OpenCLIP's settings for its LAION-400M ViT-B/32 are t
 
 from ml_collections import ConfigDict
 
-from disco_jax.config import default
+from disco_jax.config import default, zeroshot_set
 
 SAMPLES = 400_000_000  # of LAION-400M, nominally
 
@@ -26,5 +26,9 @@ def get_config() -> ConfigDict:
     config.optimizer.b1 = 0.9  # OpenCLIP, for ViT
     config.optimizer.b2 = 0.98  # OpenCLIP, for ViT
     config.optimizer.eps = 1e-6  # OpenCLIP, for ViT
-    config.eval.templates = "openai_imagenet"
+    # As TFDS data sets; or folders and shards of your own, see docs/evaluation.md.
+    config.eval.sets.imagenet = zeroshot_set("imagenet2012", "validation")
+    config.eval.sets.imagenet_v2 = zeroshot_set("imagenet_v2")
+    config.eval.sets.imagenet_r = zeroshot_set("imagenet_r", subset="imagenet_r")
+    config.eval.sets.imagenet_sketch = zeroshot_set("imagenet_sketch")
     return config

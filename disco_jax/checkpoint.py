@@ -12,13 +12,18 @@ class Checkpoints:
     """The checkpoints in `workdir/checkpoints`, one a step, the newest `keep` of them."""
 
     def __init__(self, workdir: Path, keep: int | None = None):
-        self._folder = (workdir / "checkpoints").absolute()
+        self.folder = (workdir / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, None where there is none."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, as they are on the disk now, oldest first."""
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Starts writing; training may go on meanwhile. A step that is there already stays.
@@ -44,7 +49,7 @@ class Checkpoints:
         """
         step = self.latest_step() if step is None else step
         if step is None:
-            raise UserError(f"there is no checkpoint in {self._folder}: train first")
+            raise UserError(f"there is no checkpoint in {self.folder}: train first")
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )

@@ -82,7 +82,7 @@ def _flag_error(error: Exception, argv: list[str]) -> UserError:
     fields = [m[1] for a in argv if (m := re.match(r"--?(?:no)?config\.([^=]+)", a))]
     known = config_lib.flatten(config_lib.default())
     for field in fields:
-        if field not in known and not field.startswith("eval.splits."):
+        if field not in known and not field.startswith("eval.sets."):
             return config_lib.unknown_field(field)
     if fields and not any(re.match(r"--?config=", a) for a in argv):
         return UserError(f"--config.{fields[0]} needs a --config=FILE whose field it sets")

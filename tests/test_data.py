@@ -113,9 +113,16 @@ def test_processes_share_the_same_batches(processes):
 
 def test_eval_batches_hold_every_sample_once():
     source = Joined([Numbered(10)])
-    batches = list(eval_batches(source, Load(source, default().data, 4), Collate(8), batch_size=4))
-    assert [len(batch.arrays["images"]) for batch in batches] == [4, 4, 2]
-    np.testing.assert_array_equal(np.concatenate([b.labels for b in batches]), np.arange(10))
+    load = Load(source, default().data, 4)
+    for processes in (1, 2):
+        parts = [
+            list(eval_batches(10, load, batch_size=4, process_index=i, process_count=processes))
+            for i in range(processes)
+        ]
+        assert [len(part) for part in parts] == [3] * processes
+        labels = np.concatenate([b.labels() for step in zip(*parts, strict=True) for b in step])
+        np.testing.assert_array_equal(labels, [*range(10), -1, -1])
+        assert parts[0][0].images(4).shape == (4 // processes, 4, 4, 3)
 
 
 def test_weights_give_each_source_its_share_and_epochs_of_its_own():
@@ -284,7 +291,7 @@ def test_tables_of_paths_and_captions(suffix, tmp_path):
     load = Load(source, data, 24)
     for i in range(3):
         sample = load.evaluate(i)
-        assert sample.caption == captions[i]
+        assert sample.captions[0] == captions[i]
         np.testing.assert_array_equal(sample.pixels, pixels(picture(i), 24))
     with pytest.raises(BadSample, match="unreadable"):
         load.evaluate(3)

@@ -1,14 +1,15 @@
 """Evaluation on cases whose answer is known by hand."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from disco_jax.evaluation.baseline import bag_of_colours, fit_predict
+from disco_jax.evaluation.classes import load_templates
 from disco_jax.evaluation.encoder import Encoder
-from disco_jax.evaluation.evaluator import load_templates
-from disco_jax.evaluation.retrieval import recall_at
-from disco_jax.evaluation.zeroshot import class_embeddings, predict, top1
+from disco_jax.evaluation.retrieval import _jitted, rank, recall_at
+from disco_jax.evaluation.zeroshot import Confusion, Results, class_embeddings, nearest
 from disco_jax.models import PRESETS
 from disco_jax.tokenizer import CLIPTokenizer
 from disco_jax.training.optimizer import optax
@@ -16,28 +17,83 @@ from disco_jax.training.state import init_state
 from tests.conftest import mesh_of
 
 
-def test_top1_by_hand():
-    classes = np.eye(3, dtype=np.float32)
-    images = np.array([[1, 0, 0], [0, 0.8, 0.6], [0, 0.6, 0.8], [0.6, 0.8, 0]], np.float32)
-    predicted = predict(images, classes)
-    np.testing.assert_array_equal(predicted, [0, 1, 2, 1])
-    assert top1(predicted, np.array([0, 1, 1, 1])) == 0.75
+def test_nearest_classes_by_hand():
+    scores = jnp.array([[0.1, 0.9, 0.3, 0.9, 0.2, 0.0], [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]])
+    everything = jnp.ones(6, bool)
+    np.testing.assert_array_equal(nearest(scores, everything), [[1, 3, 2, 4, 0], [0, 1, 2, 3, 4]])
+    some = jnp.array([True, False, True, True, False, True])
+    np.testing.assert_array_equal(nearest(scores, some)[:, :4], [[3, 2, 0, 5], [0, 2, 3, 5]])
+    np.testing.assert_array_equal(nearest(scores[:, :2], everything[:2]), [[1, 0], [0, 1]])
 
 
-def test_recall_by_hand():
-    queries = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
-    candidates = np.array([[0.8, 0.6], [1, 0], [0, 1]], np.float32)
-    # Scores: [.8 1 0], [.6 0 1], [.96 .6 .8]; own ones are second, third and second.
-    assert recall_at(queries, candidates, (1, 2, 3)) == {
-        1: 0.0,
-        2: pytest.approx(2 / 3),
-        3: 1.0,
+def test_accuracies_by_hand():
+    near = np.array([[0, 1, 2], [1, 0, 2], [2, 1, 0], [2, 1, 0], [1, 2, 0]])
+    labels = np.array([0, 0, 0, 2, 2])
+    results = Results(np.arange(5), labels, near[:, :2])
+    assert results.metrics() == {
+        "top1": pytest.approx(2 / 5),
+        "top5": pytest.approx(4 / 5),
+        "mean_per_class": pytest.approx((1 / 3 + 1 / 2) / 2),
+    }
+    assert results.worst(["a", "b", "c"], 5) == [
+        Confusion("a", pytest.approx(1 / 3), "b", pytest.approx(1 / 3)),
+        Confusion("c", 0.5, "b", 0.5),
+    ]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_recall_by_hand(devices):
+    """Three images with one, two and three captions, of which the second has ties."""
+    images = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
+    texts = np.array([[0.8, 0.6], [1, 0], [0, 1], [0.6, 0.8], [-1, 0], [0, 1]], np.float32)
+    owner = np.array([0, 1, 1, 2, 2, 2])
+    # Scores of the images: [.8 1 0 .6 -1 0], [.6 0 1 .8 0 1], [.96 .6 .8 1 -.6 .8].
+    numbers = np.arange(3)
+    mesh = mesh_of(devices)
+    np.testing.assert_array_equal(rank(images, numbers, texts, owner, mesh), [1, 1, 0])
+    # Of the captions: [.8 .6 .96], [1 0 .6], [0 1 .8], [.6 .8 1], [-1 0 -.6], [0 1 .8].
+    np.testing.assert_array_equal(rank(texts, owner, images, numbers, mesh), [1, 2, 0, 0, 1, 1])
+    assert recall_at(images, texts, owner, (1, 2), mesh) == {
+        "image_to_text_recall@1": pytest.approx(1 / 3),
+        "image_to_text_recall@2": 1.0,
+        "text_to_image_recall@1": pytest.approx(2 / 6),
+        "text_to_image_recall@2": pytest.approx(5 / 6),
     }
 
 
 def test_ties_do_not_count_as_found():
     same = np.tile(np.array([[1, 0]], np.float32), (4, 1))
-    assert recall_at(same, same, (1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 1.0}
+    np.testing.assert_array_equal(rank(same, np.arange(4), same, np.arange(4), mesh_of(2)), [3] * 4)
+
+
+def test_ranks_in_tiles_equal_dense_ones_and_take_little_memory():
+    """5,000 images, 25,000 captions. Small integers: every product is exact, and many are equal."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(-2, 3, (5_000, 24)).astype(np.float32)
+    owner = np.sort(rng.integers(0, 5_000, 25_000))
+    texts = images[owner] + rng.integers(-2, 3, (25_000, 24)).astype(np.float32)
+    mesh, numbers = mesh_of(2), np.arange(5_000)
+    mine = np.arange(25_000), owner
+    scores = texts @ images.T
+    own = scores[mine]
+    expected = (scores >= own[:, None]).sum(axis=1) - 1
+    np.testing.assert_array_equal(rank(texts, owner, images, numbers, mesh), expected)
+    best = np.full(5_000, -np.inf, np.float32)
+    np.maximum.at(best, owner, own)
+    others = scores >= best[None]
+    others[mine] = False
+    np.testing.assert_array_equal(rank(images, numbers, texts, owner, mesh), others.sum(axis=0))
+    shapes = ((1024, 512), (7, 4096, 512))  # a call of rank's, with features of 512
+    rows = {
+        "queries": jax.ShapeDtypeStruct(shapes[0], np.float32),
+        "ids": jax.ShapeDtypeStruct(shapes[0][:1], np.int32),
+    }
+    tiles = [
+        jax.ShapeDtypeStruct(shapes[1], np.float32),
+        jax.ShapeDtypeStruct(shapes[1][:2], np.int32),
+    ]
+    compiled = _jitted(mesh_of(1)).lower(rows, *tiles).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 << 20
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -47,12 +103,13 @@ def test_uneven_batches_and_class_embeddings(devices):
     params = init_state(model, optax.sgd(0.1), mesh, 0).params
     images = np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3)).astype(np.uint8)
     small, large = (Encoder(model, mesh, n) for n in (2, 64))
-    features = large.image(params, images)
+    features = large.encode_all(large.image, params, images)
     assert features.shape == (5, model.embed_dim)
-    np.testing.assert_allclose(small.image(params, images), features, atol=1e-5)
+    np.testing.assert_allclose(small.encode_all(small.image, params, images), features, atol=1e-5)
     tokenizer = CLIPTokenizer(model.text.context_length)
     classes = class_embeddings(large, params, tokenizer, ["cat", "dog"], ["a {}", "no {}."])
-    dog = large.text(params, tokenizer(["a dog", "no dog."])).mean(axis=0)
+    dogs = tokenizer(["a dog", "no dog."])
+    dog = large.encode_all(large.text, params, dogs).mean(axis=0)
     np.testing.assert_allclose(classes[1], dog / np.linalg.norm(dog), atol=1e-5)
 
 

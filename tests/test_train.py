@@ -96,13 +96,15 @@ def test_eval_prints_a_table_and_json(finished, data_dir):
     assert result.returncode == 0, result.stderr
     metrics = json.loads(result.stdout.splitlines()[-1])
     assert metrics["step"] == 6
-    assert metrics["chance/top1"] == pytest.approx(1 / 64)
-    names = {"zeroshot/top1", "zeroshot_heldout/top1", "bag_of_colours/zeroshot_top1"}
+    assert metrics["zeroshot/chance"] == pytest.approx(1 / 64)
+    names = {f"zeroshot{held}/{m}" for held in ("", "_heldout") for m in ("top1", "top5")}
+    names |= {"zeroshot/bag_of_colours", "zeroshot/mean_per_class"}
     ways = ("image_to_text", "text_to_image")
-    names |= {f"retrieval/{way}_recall@{k}" for way in ways for k in (1, 5)}
+    names |= {f"retrieval/{way}_recall@{k}" for way in ways for k in (1, 5, 10)}
     assert names <= metrics.keys()
     # The same parameters, on 2 devices instead of 8, give what training logged at its end.
     assert metrics["zeroshot/top1"] == rows(finished)[-1]["zeroshot/top1"]
+    assert json.loads((finished / "eval" / "6.json").read_text()) == metrics
     assert (finished / "predictions.png").read_bytes()[:4] == b"\x89PNG"
 
 

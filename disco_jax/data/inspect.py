@@ -71,7 +71,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     if seen.shown:
         from disco_jax.report import plot_pairs  # here: Matplotlib takes a second to import
 
-        captions = [sample.caption or "" for sample in seen.shown]
+        captions = [" / ".join(sample.captions) for sample in seen.shown]
         plot_pairs([sample.pixels for sample in seen.shown], captions, arguments.sheet)
         print(f"drawn: {arguments.sheet}")
 
@@ -98,7 +98,7 @@ def look(source: Joined, data: ConfigDict, image_size: int, samples: int) -> See
             seen.bad[bad.kind] += 1
             seen.examples.setdefault(bad.kind, f"{bad.key}: {bad.detail}".rstrip(": "))
             continue
-        seen.captions.append(loaded.caption or "")
+        seen.captions.append(" / ".join(loaded.captions))
         if index in shown:
             seen.shown.append(loaded)
     return seen._replace(seconds=seconds)

@@ -2,13 +2,13 @@
 
 import html
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 from numpy.random import Generator
 
-from disco_jax.data.source import BadSample, Caption, Joined, Sample
+from disco_jax.data.source import BadSample, Joined, Sample
 from disco_jax.data.transforms import ImageLimits, open_image, to_pixels, to_random_pixels
 from disco_jax.errors import UserError
 
@@ -23,7 +23,7 @@ class Loaded(NamedTuple):
 
     key: str
     pixels: np.ndarray  # uint8 [size, size, 3]
-    caption: str | None
+    captions: tuple[str, ...]  # in training the one that was drawn
     label: int | None
     failures: tuple[Failure, ...]  # bad samples that stood in its place
 
@@ -63,20 +63,21 @@ class Load:
         """As `train`, but without a replacement: raises BadSample."""
         rng = np.random.default_rng((self._seed, position, attempt))
         sample = self._source[index]
-        caption = None if sample.captions is None else draw_caption(sample, rng)
-        return Loaded(sample.key, self._pixels(sample, rng), caption, sample.label, ())
+        captions = usable_captions(sample)
+        if len(captions) > 1:
+            captions = (captions[int(rng.integers(len(captions)))],)
+        return Loaded(sample.key, self._pixels(sample, rng), captions, sample.label, ())
 
     def evaluate(self, index: int) -> Loaded:
-        """Sample `index` by the evaluation transform, with the first of its captions.
+        """Sample `index` by the evaluation transform, with all of its captions.
 
         Raises:
           BadSample: it is bad.
         """
         sample = self._source[index]
         image = open_image(sample.image, self._limits, sample.key)
-        caption = None if sample.captions is None else draw_caption(sample, None)
         pixels = to_pixels(image, self._size, sample.key)
-        return Loaded(sample.key, pixels, caption, sample.label, ())
+        return Loaded(sample.key, pixels, usable_captions(sample), sample.label, ())
 
     def _pixels(self, sample: Sample, rng: Generator) -> np.ndarray:
         image = open_image(sample.image, self._limits, sample.key)
@@ -91,24 +92,25 @@ class Load:
         return int(rng.integers(self._source.starts[part], self._source.starts[part + 1]))
 
 
-def draw_caption(sample: Sample, rng: Generator | None) -> str:
-    """One of the sample's captions, the first without `rng`.
+def usable_captions(sample: Sample) -> tuple[str, ...]:
+    """The sample's captions; none where its source was asked for none.
 
     Raises:
-      BadSample: it has none, or not a text.
+      BadSample: one of them is not a text, or there should be some and are not.
     """
-    captions = sample.captions
-    if isinstance(captions, Sequence) and not isinstance(captions, str | bytes):
-        if not captions:
-            raise BadSample("missing_caption", sample.key)
-        captions = captions[int(rng.integers(len(captions))) if rng is not None else 0]
-    text = _decode(captions, sample.key)
-    if not html.unescape(text).strip():
+    if sample.captions is None:
+        return ()
+    several = isinstance(sample.captions, Sequence) and not isinstance(sample.captions, str | bytes)
+    captions: Sequence[Any] = sample.captions if several else [sample.captions]
+    if not captions:
+        raise BadSample("missing_caption", sample.key)
+    texts = tuple(_decode(caption, sample.key) for caption in captions)
+    if not all(html.unescape(text).strip() for text in texts):
         raise BadSample("empty_caption", sample.key)
-    return text
+    return texts
 
 
-def _decode(caption: Caption | None, key: str) -> str:
+def _decode(caption: Any, key: str) -> str:
     if isinstance(caption, bytes):
         try:
             return caption.decode()

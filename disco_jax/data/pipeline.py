@@ -5,6 +5,7 @@ the source, batches cut from the endless row. So the position in the data is one
 seen, whatever the number of workers, processes or devices.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -36,7 +37,7 @@ class Collate:
     def __call__(self, samples: Sequence[Loaded]) -> Batch:
         """Raises ValueError for no sample at all."""
         arrays = {"images": np.stack([sample.pixels for sample in samples])}
-        captions = [sample.caption for sample in samples if sample.caption is not None]
+        captions = [sample.captions[0] for sample in samples if sample.captions]
         if captions:
             arrays["tokens"] = CLIPTokenizer(self._context_length)(captions)
         labels = [sample.label for sample in samples if sample.label is not None]
@@ -76,8 +77,7 @@ def train_batches(
       process_index: this process.
       process_count: of so many.
     """
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads its own, also in programs that have none
+    _parse_flags()
     ends = source.starts if weights else [0, len(source)]
     streams = [grain.MapDataset.range(*part).shuffle(seed=seed).repeat() for part in pairwise(ends)]
     order = grain.MapDataset.mix(streams, weights) if weights else streams[0]
@@ -95,16 +95,61 @@ def train_batches(
     return iter(stream)
 
 
+class EvalBatch(NamedTuple):
+    """A process's rows of an evaluation batch; None where a sample is bad, or past the end."""
+
+    samples: list[Loaded | None]
+    failures: list[Failure]
+
+    def images(self, size: int) -> np.ndarray:
+        """uint8 `[b, size, size, 3]`, black where there is no sample."""
+        images = np.zeros((len(self.samples), size, size, 3), np.uint8)
+        for image, sample in zip(images, self.samples, strict=True):
+            if sample is not None:
+                image[:] = sample.pixels
+        return images
+
+    def labels(self) -> np.ndarray:
+        """int32 `[b]`, -1 where there is no sample or it has no label."""
+        labels = [-1 if s is None or s.label is None else s.label for s in self.samples]
+        return np.array(labels, np.int32)
+
+
 def eval_batches(
-    source: Joined, load: Load, collate: Collate, *, batch_size: int
-) -> Iterator[Batch]:
-    """The good samples of the source in order, once, and what was bad; the last may be short."""
-    for start in range(0, len(source), batch_size):
-        samples, failures = [], []
-        for index in range(start, min(start + batch_size, len(source))):
-            try:
-                samples.append(load.evaluate(index))
-            except BadSample as bad:
-                failures.append((bad.kind, bad.key, bad.detail))
-        if samples:
-            yield collate(samples)._replace(failures=failures)
+    length: int,
+    load: Load,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[EvalBatch]:
+    """This process's rows of all batches of `length` samples, in order: each sample once.
+
+    Every process gets as many batches, `[batch_size / process_count]` each. Samples are loaded in
+    threads, which take no time to start; decoding leaves Python to them.
+    """
+    own = batch_size // process_count
+    steps = -(-length // batch_size)
+
+    def place(k: int) -> int:
+        return k // own * batch_size + process_index * own + k % own
+
+    def evaluate(k: int) -> tuple[Loaded | None, list[Failure]]:
+        try:
+            return (load.evaluate(place(k)), []) if place(k) < length else (None, [])
+        except BadSample as bad:
+            return None, [(bad.kind, bad.key, bad.detail)]
+
+    def collate(rows: Sequence[tuple[Loaded | None, list[Failure]]]) -> EvalBatch:
+        return EvalBatch([sample for sample, _ in rows], [f for _, bad in rows for f in bad])
+
+    _parse_flags()
+    threads = min(os.cpu_count() or 1, 16)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16 * threads)
+    loaded = grain.MapDataset.range(steps * own).map(evaluate).to_iter_dataset(options)
+    return iter(loaded.batch(own, batch_fn=collate))
+
+
+def _parse_flags() -> None:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads its own, also in programs that have none

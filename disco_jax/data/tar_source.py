@@ -107,7 +107,8 @@ def _read(path: str, place: list[int], key: str) -> tuple[str, bytes]:
     """Key and bytes of the member at (block, size); its header must still tell that size."""
     block, size = place
     try:
-        stored = os.pread(_open(path).descriptor, BLOCK + size, (block - 1) * BLOCK)
+        shard = _open(path)  # held while it is read: another thread may put it out of the cache
+        stored = os.pread(shard.descriptor, BLOCK + size, (block - 1) * BLOCK)
         name, told, _ = read_header(stored[:BLOCK])
     except OSError as error:
         raise BadSample("unreadable", key, error.strerror or str(error)) from error

@@ -50,7 +50,7 @@ class TfdsSource:
       split: `train`, say, or `train[:1000]`.
       data_dir: where TFDS data sets are kept.
       image_key: the feature of images.
-      caption_key: the feature of captions; "", no captions.
+      caption_key: the feature of captions, `captions/text` for one inside another; "", none.
 
     Raises:
       UserError: no such data set, split or feature.
@@ -65,7 +65,7 @@ class TfdsSource:
                 f"data set {name} has no split {split!r}, only {', '.join(builder.info.splits)}"
             )
         for key in filter(None, (image_key, caption_key)):
-            if key not in features:
+            if key.split("/")[0] not in features:
                 raise UserError(
                     f"data set {name} has no feature {key!r}, it has {', '.join(features)}"
                 )
@@ -90,7 +90,11 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Sample:
         example = self._examples[index]
-        captions = example[self._caption_key] if self._caption_key else None
+        captions = None
+        if self._caption_key:
+            captions = example
+            for part in self._caption_key.split("/"):
+                captions = captions[part]
         if isinstance(captions, np.ndarray):
             captions = captions.tolist()
         label = int(example["label"]) if self._labelled else None

@@ -1,8 +1,38 @@
 """What colours alone can tell: the measure that a model must beat to have seen shapes."""
 
 import numpy as np
+from ml_collections import ConfigDict
+
+from disco_jax.data.load import Load
+from disco_jax.data.sources import open_source
+from disco_jax.evaluation.evaluator import ZeroShotSet
 
 BINS = 4  # a colour channel
+IMAGES = 10_000  # training images that it is fitted to
+
+
+def baselines(config: ConfigDict, sets: dict[str, ZeroShotSet], size: int) -> dict[str, float]:
+    """`NAME/chance` of every set, and `NAME/bag_of_colours` where `eval.baseline_name` is given."""
+    metrics = {f"{name}/chance": 1 / int(opened.subset.sum()) for name, opened in sets.items()}
+    if not config.eval.baseline_name:
+        return metrics
+    source = open_source(
+        config.data, config.eval.baseline_name, config.eval.baseline_split, captions=False
+    )
+    chosen = np.random.default_rng(0).permutation(len(source))[:IMAGES]
+    seen, labels = _load(Load(source, config.data, size), chosen)
+    for name, opened in sets.items():
+        load = Load(opened.source, config.data, size)
+        images, truth = _load(load, np.arange(len(opened.source)))
+        names = opened.classes.names
+        predicted = fit_predict(seen, [names[label] for label in labels], images, names)
+        metrics[f"{name}/bag_of_colours"] = float(np.mean(predicted == truth))
+    return metrics
+
+
+def _load(load: Load, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    samples = [load.evaluate(int(index)) for index in chosen]
+    return np.stack([s.pixels for s in samples]), np.array([s.label for s in samples])
 
 
 def bag_of_colours(images: np.ndarray) -> np.ndarray:

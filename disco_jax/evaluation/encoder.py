@@ -1,33 +1,39 @@
-"""The towers as jitted functions over the mesh, for any number of inputs."""
+"""The towers as jitted functions over the mesh, for any number of inputs, on every process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from disco_jax.mesh import batch_sharding, replicated
+from disco_jax.mesh import batch_sharding, place_batch, replicated
 from disco_jax.models import CLIPConfig
 from disco_jax.training.state import Params, abstract_model
 
-EncodeFn = Callable[[Params, np.ndarray], np.ndarray]
+EncodeFn = Callable[[Params, jax.Array], jax.Array]
 
 
 class Encoder:
-    """Images and texts to fp32 features `[n, embed_dim]` of unit length.
+    """Images and texts to fp32 features of unit length.
 
-    Inputs go through in batches of one size, the last filled up with zeros, so that each tower is
-    compiled once.
+    Inputs go through in batches of one size, the last filled up, so that each tower is compiled
+    once. Every process gives its own rows of a batch and gets the features of all.
+
+    Args:
+      model: the towers.
+      mesh: over which a batch is split.
+      batch_size: rows of all processes together; made up to a multiple of the devices.
     """
 
     def __init__(self, model: CLIPConfig, mesh: Mesh, batch_size: int):
         graph, _ = abstract_model(model)
         whole = replicated(mesh)
         # Parameters come as they lie, and are whole where they are used.
-        inputs, outputs = (None, batch_sharding(mesh)), whole
+        inputs = (None, batch_sharding(mesh))
         devices = mesh.devices.size
-        self._batch_size = -(-batch_size // devices) * devices
+        self.mesh = mesh
+        self.batch_size = -(-batch_size // devices) * devices
 
         def image(params: Params, images: jax.Array) -> jax.Array:
             params = jax.lax.with_sharding_constraint(params, whole)
@@ -37,22 +43,27 @@ class Encoder:
             params = jax.lax.with_sharding_constraint(params, whole)
             return nnx.merge(graph, params).encode_text(tokens)
 
-        self._image = jax.jit(image, in_shardings=inputs, out_shardings=outputs)
-        self._text = jax.jit(text, in_shardings=inputs, out_shardings=outputs)
+        self.image: EncodeFn = jax.jit(image, in_shardings=inputs, out_shardings=whole)
+        self.text: EncodeFn = jax.jit(text, in_shardings=inputs, out_shardings=whole)
 
-    def image(self, params: Params, images: np.ndarray) -> np.ndarray:
-        """Features of uint8 images `[n, h, w, 3]`."""
-        return self._batched(self._image, params, images)
+    def place(self, rows: np.ndarray) -> jax.Array:
+        """This process's rows of a batch, `[batch_size / processes, ...]`, as a global array."""
+        return place_batch({"rows": rows}, self.mesh)["rows"]
 
-    def text(self, params: Params, tokens: np.ndarray) -> np.ndarray:
-        """Features of int32 tokens `[n, context_length]`."""
-        return self._batched(self._text, params, tokens)
-
-    def _batched(self, encode: EncodeFn, params: Params, inputs: np.ndarray) -> np.ndarray:
-        features = []
-        for start in range(0, len(inputs), self._batch_size):
-            part = inputs[start : start + self._batch_size]
-            padded = np.zeros((self._batch_size, *part.shape[1:]), part.dtype)
-            padded[: len(part)] = part
-            features.append(np.asarray(encode(params, padded))[: len(part)])
+    def encode_all(self, encode: EncodeFn, params: Params, inputs: np.ndarray) -> np.ndarray:
+        """fp32 `[n, embed_dim]` of `[n, ...]` that every process holds, by `image` or `text`."""
+        features = [
+            np.asarray(encode(params, self.place(part)))[:count]
+            for part, count in self._parts(inputs)
+        ]
         return np.concatenate(features)
+
+    def _parts(self, inputs: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """This process's rows of each batch, and how many of the whole batch are real."""
+        own = self.batch_size // jax.process_count()
+        for start in range(0, len(inputs), self.batch_size):
+            first = start + jax.process_index() * own
+            part = inputs[first : first + own]
+            padded = np.zeros((own, *inputs.shape[1:]), inputs.dtype)
+            padded[: len(part)] = part
+            yield padded, min(self.batch_size, len(inputs) - start)

@@ -1,28 +1,44 @@
-"""All that a config's `eval` section asks for, of given parameters."""
+"""All that a config's `eval` section asks for, of given parameters, on every process."""
 
-import json
+import hashlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from disco_jax.data.load import Load
-from disco_jax.data.pipeline import Batch, Collate, eval_batches
-from disco_jax.data.shapes import vocabulary
+from disco_jax.data.bad_samples import describe
+from disco_jax.data.folder_source import FolderSource
+from disco_jax.data.load import Load, Loaded
+from disco_jax.data.pipeline import EvalBatch, eval_batches
 from disco_jax.data.source import Joined
 from disco_jax.data.sources import open_source
-from disco_jax.data.tfds_source import class_names
-from disco_jax.evaluation import baseline, zeroshot
+from disco_jax.errors import UserError
+from disco_jax.evaluation import zeroshot
+from disco_jax.evaluation.classes import Classes, load_classes, load_subset, load_templates
 from disco_jax.evaluation.encoder import Encoder
 from disco_jax.evaluation.retrieval import recall_at
+from disco_jax.evaluation.zeroshot import Results, class_embeddings
 from disco_jax.models import CLIPConfig
 from disco_jax.tokenizer import CLIPTokenizer
 from disco_jax.training.state import Params
 
-BASELINE_IMAGES = 10_000  # training images that the bag-of-colours baseline is fitted to
+RECALL_AT = (1, 5, 10)
+
+
+class ZeroShotSet(NamedTuple):
+    """A labelled set, opened."""
+
+    source: Joined
+    classes: Classes
+    templates: tuple[str, ...]
+    subset: np.ndarray  # bool [classes]
 
 
 class Evaluator:
@@ -30,103 +46,170 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, model: CLIPConfig, mesh: Mesh):
         self._data, self._eval = config.data, config.eval
+        self._size = model.vision.image_size
         self._encoder = Encoder(model, mesh, config.eval.batch_size)
+        self._classify = zeroshot.make_classify(self._encoder)
         self._tokenizer = CLIPTokenizer(model.text.context_length)
-        self._image_size = model.vision.image_size
-        self.names: list[str] = []
-        self._splits: dict[str, Joined] = {}
-        if config.eval.name:
-            self.names = class_names(config.eval.name, config.data.dir)
-            for metric, split in config.eval.splits.items():
-                self._splits[metric] = open_source(
-                    config.data, config.eval.name, split, captions=False
-                )
-        self.templates = load_templates(config.eval.templates)
+        self.sets = {name: self._open(spec) for name, spec in config.eval.sets.items()}
+        self._cached: tuple[Params, dict[tuple[tuple[str, ...], ...], np.ndarray]] = ({}, {})
         self._pairs = None
-        if config.eval.retrieval_split:
-            self._pairs = open_source(
-                config.data,
-                config.eval.retrieval_name or config.data.name,
-                config.eval.retrieval_split,
-            )
+        if config.eval.retrieval_name or config.eval.retrieval_split:
+            data = self._data.copy_and_resolve_references()
+            if config.eval.retrieval_name:
+                data.image_key = config.eval.retrieval_image_key
+                data.caption_key = config.eval.retrieval_caption_key
+            name = config.eval.retrieval_name or config.data.name
+            self._pairs = open_source(data, name, config.eval.retrieval_split)
 
-    @property
-    def split_names(self) -> list[str]:
-        """Names of the zero-shot splits, as in their metrics."""
-        return list(self._splits)
+    def _open(self, spec: ConfigDict) -> ZeroShotSet:
+        if spec.classes == "tfds":
+            from disco_jax.data.tfds_source import class_names  # here: TFDS takes seconds to import
+
+            classes = Classes(class_names(spec.source, self._data.dir), [])
+        else:
+            classes = load_classes(spec.classes)
+        root = Path(spec.source).expanduser()
+        if root.is_dir():
+            source = Joined([FolderSource(root, classes.label_of)])
+        else:
+            data = self._data.copy_and_resolve_references()
+            data.image_key = spec.image_key
+            source = open_source(data, spec.source, spec.split, captions=False)
+        templates = tuple(load_templates(spec.templates))
+        return ZeroShotSet(source, classes, templates, load_subset(spec.subset, classes))
 
     def run(self, params: Params) -> dict[str, float]:
-        """`zeroshot/top1` and the like of every split, and recall@1 and @5 both ways."""
-        metrics = {}
-        if self._splits:
-            classes = self.class_embeddings(params)
-            for name in self._splits:
-                _, labels, predicted = self.predictions(params, classes, name)
-                metrics[f"{name}/top1"] = zeroshot.top1(predicted, labels)
+        """Every set's metrics, `NAME/top1` and the like, and recall both ways."""
+        metrics: dict[str, float] = {}
+        for name in self.sets:
+            metrics |= self.metrics(name, self.classify(params, name))
         return metrics | self.retrieval(params)
 
-    def class_embeddings(self, params: Params) -> np.ndarray:
-        """fp32 `[classes, embed_dim]` from the config's prompts."""
-        return zeroshot.class_embeddings(
-            self._encoder, params, self._tokenizer, self.names, self.templates
-        )
-
-    def predictions(
-        self, params: Params, classes: np.ndarray, name: str
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images, true and predicted classes of one of the zero-shot splits."""
-        images, labels, predicted = [], [], []
-        for batch in self._batches(self._splits[name]):
-            features = self._encoder.image(params, batch.arrays["images"])
-            images.append(batch.arrays["images"])
-            labels.append(batch.labels)
-            predicted.append(zeroshot.predict(features, classes))
-        return np.concatenate(images), np.concatenate(labels), np.concatenate(predicted)
-
-    def retrieval(self, params: Params) -> dict[str, float]:
-        """Recall at 1 and 5, captions by image and images by caption; empty without a split."""
-        if self._pairs is None:
-            return {}
-        batches = [batch.arrays for batch in self._batches(self._pairs)]
-        image = np.concatenate([self._encoder.image(params, b["images"]) for b in batches])
-        text = np.concatenate([self._encoder.text(params, b["tokens"]) for b in batches])
-        ways = {"image_to_text": (image, text), "text_to_image": (text, image)}
-        return {
-            f"retrieval/{way}_recall@{k}": value
-            for way, (queries, candidates) in ways.items()
-            for k, value in recall_at(queries, candidates, (1, 5)).items()
-        }
-
-    def baselines(self) -> dict[str, float]:
-        """Chance, and what colours alone give, on every zero-shot split; empty without one."""
-        if not self._splits:
-            return {}
-        source = open_source(self._data, self._eval.name, self._eval.train_split, captions=False)
-        chosen = np.random.default_rng(0).permutation(len(source))[:BASELINE_IMAGES]
-        load = Load(source, self._data, self._image_size)
-        train = Collate(0)([load.evaluate(int(i)) for i in chosen])
-        names = [self.names[label] for label in train.labels]
-        metrics = {"chance/top1": 1 / len(self.names)}
-        for split, examples in self._splits.items():
-            batches = list(self._batches(examples))
-            images = np.concatenate([batch.arrays["images"] for batch in batches])
-            labels = np.concatenate([batch.labels for batch in batches])
-            predicted = baseline.fit_predict(train.arrays["images"], names, images, self.names)
-            metrics[f"bag_of_colours/{split}_top1"] = zeroshot.top1(predicted, labels)
+    def metrics(self, name: str, results: Sequence[Results]) -> dict[str, float]:
+        """The metrics of what `classify` gave: within the set's subset, and over all classes."""
+        metrics = {f"{name}/{metric}": value for metric, value in results[0].metrics().items()}
+        for over_all in results[1:]:
+            count = len(self.sets[name].classes.names)
+            for metric, value in over_all.metrics().items():
+                metrics[f"{name}/{metric}_of_all_{count}"] = value
         return metrics
 
-    def _batches(self, source: Joined) -> Iterator[Batch]:
-        load = Load(source, self._data, self._image_size)
-        collate = Collate(self._tokenizer.context_length)
-        for batch in eval_batches(source, load, collate, batch_size=self._eval.batch_size):
-            for kind, key, detail in batch.failures:
-                print(f"left out of the evaluation: {key}: {kind} {detail}", file=sys.stderr)
+    def classify(self, params: Params, name: str) -> list[Results]:
+        """The nearest classes of every image of a set: in its subset, then, if that is not all of
+        them, over all classes."""
+        opened = self.sets[name]
+        subsets = opened.subset[None]
+        if not opened.subset.all():
+            subsets = np.stack([opened.subset, np.ones_like(opened.subset)])
+        embeddings = self.embeddings(params, name)
+        labels, nearest = [], []
+        for batch in self._batches(opened.source, name):
+            told, found = self._classify(
+                params,
+                self._encoder.place(batch.images(self._size)),
+                self._encoder.place(batch.labels()),
+                embeddings,
+                subsets,
+            )
+            labels.append(np.asarray(told))
+            nearest.append(np.asarray(found))
+        label, index = np.concatenate(labels), np.flatnonzero(np.concatenate(labels) >= 0)
+        if not len(index):
+            raise UserError(f"eval.sets.{name}: no image of {opened.source.fingerprint} is usable")
+        if label.max() >= len(opened.classes.names):
+            raise UserError(
+                f"eval.sets.{name}: label {label.max()} is past the "
+                f"{len(opened.classes.names)} classes of {self._eval.sets[name].classes}"
+            )
+        by_subset = np.concatenate(nearest, axis=1)
+        return [Results(index, label[index], rows[index]) for rows in by_subset]
+
+    def embeddings(self, params: Params, name: str) -> np.ndarray:
+        """fp32 `[classes, embed_dim]` of a set, from its prompts."""
+        opened = self.sets[name]
+        key = (tuple(opened.classes.names), opened.templates)
+        # Sets of the same classes and prompts, as the paper's four are, share them; other
+        # parameters are another evaluation.
+        if self._cached[0] is not params:
+            self._cached = (params, {})
+        known = self._cached[1]
+        if key not in known:
+            known[key] = class_embeddings(
+                self._encoder, params, self._tokenizer, opened.classes.names, opened.templates
+            )
+        return known[key]
+
+    def retrieval(self, params: Params) -> dict[str, float]:
+        """Recall at 1, 5 and 10, captions by image and images by caption; empty without a set.
+
+        Rows of a table that name the same image are one image with several captions.
+        """
+        if self._pairs is None:
+            return {}
+        features, keys, tokens, owners = [], [], [], []
+        rows = 0
+        for batch in self._batches(self._pairs, "retrieval"):
+            images = self._encoder.place(batch.images(self._size))
+            features.append(np.asarray(self._encoder.image(params, images)))
+            keys.append(_gather(np.array([_digest(sample) for sample in batch.samples])))
+            ids, counts = self._caption_tokens(batch)
+            owners.append(rows + np.repeat(np.arange(len(counts)), counts))
+            tokens.append(ids)
+            rows += len(counts)
+        # An image stands where its key is first seen; what is no image has no caption either.
+        _, first, same = np.unique(
+            np.concatenate(keys), axis=0, return_index=True, return_inverse=True
+        )
+        owner = first[same.ravel()][np.concatenate(owners)]
+        own, owner = np.unique(owner, return_inverse=True)
+        texts = self._encoder.encode_all(self._encoder.text, params, np.concatenate(tokens))
+        recalls = recall_at(
+            np.concatenate(features)[own], texts, owner, RECALL_AT, self._encoder.mesh
+        )
+        return {f"retrieval/{name}": value for name, value in recalls.items()}
+
+    def _caption_tokens(self, batch: EvalBatch) -> tuple[np.ndarray, np.ndarray]:
+        """All processes' captions of a batch, `[captions, context_length]`, and how many each."""
+        captions = [sample.captions if sample else () for sample in batch.samples]
+        counts = _gather(np.array([len(texts) for texts in captions], np.int32))
+        most = int(counts.max())
+        padded = np.zeros((len(captions), most, self._tokenizer.context_length), np.int32)
+        for row, texts in zip(padded, captions, strict=True):
+            if texts:
+                row[: len(texts)] = self._tokenizer(texts)
+        real = np.arange(most) < counts[:, None]
+        return _gather(padded)[real], counts
+
+    def _batches(self, source: Joined, name: str) -> Iterator[EvalBatch]:
+        bad: Counter[str] = Counter()
+        load = Load(source, self._data, self._size)
+        for batch in eval_batches(
+            len(source),
+            load,
+            batch_size=self._encoder.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ):
+            bad.update(kind for kind, _, _ in batch.failures)
             yield batch
+        if bad:
+            print(f"left out of {name}: {describe(bad)}", file=sys.stderr)
+
+    def pictures(self, name: str, chosen: np.ndarray) -> list[np.ndarray]:
+        """uint8 `[size, size, 3]` each: the set's images of these numbers."""
+        load = Load(self.sets[name].source, self._data, self._size)
+        return [load.evaluate(int(index)).pixels for index in chosen]
 
 
-def load_templates(name: str) -> Sequence[str]:
-    """Prompts by name: those of `shapes`, or CLIP's 80 for ImageNet."""
-    if name == "shapes":
-        return vocabulary.TEMPLATES
-    path = resources.files("disco_jax").joinpath("assets", f"{name}_templates.json")
-    return json.loads(path.read_text())
+def _digest(sample: Loaded | None) -> list[int]:
+    """A sample's key as eight numbers that processes can exchange; all zero for none."""
+    if sample is None:
+        return [0] * 8
+    return list(
+        hashlib.blake2b(sample.key.encode(errors="surrogateescape"), digest_size=8).digest()
+    )
+
+
+def _gather(rows: np.ndarray) -> np.ndarray:
+    """`[b, ...]` of each process to `[B, ...]` of all, in their order, on every process."""
+    return np.asarray(process_allgather(rows, tiled=True)) if jax.process_count() > 1 else rows

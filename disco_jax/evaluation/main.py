@@ -1,19 +1,25 @@
-"""Evaluation of a run's newest checkpoint: what `eval.py` does."""
+"""Evaluation of a run's checkpoints: what `eval.py` does."""
 
 import json
 import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
 from disco_jax.checkpoint import Checkpoints
 from disco_jax.config import check_same, read_json
 from disco_jax.errors import UserError
+from disco_jax.evaluation.baseline import baselines
 from disco_jax.evaluation.evaluator import Evaluator
+from disco_jax.evaluation.zeroshot import Results
 from disco_jax.mesh import make_mesh
+from disco_jax.models import CLIPConfig
 from disco_jax.report import plot_predictions
 from disco_jax.training.build import model_config
 from disco_jax.training.optimizer import make_optimizer
@@ -21,10 +27,17 @@ from disco_jax.training.progress import console
 from disco_jax.training.state import Params, abstract_state
 
 SHOWN = 32  # predictions drawn
+WORST = 5  # classes told of each set
+POLL = 10  # seconds between looks for a new checkpoint
 
 
-def evaluate(config: ConfigDict, workdir: Path) -> None:
-    """Prints a table and a last line of JSON; draws predictions into `workdir`.
+def evaluate(
+    config: ConfigDict, workdir: Path, *, every: bool = False, watch: bool = False
+) -> None:
+    """Evaluates the newest checkpoint, `every` one there is, or (`watch`) each one that comes.
+
+    Prints a table and a line of JSON of each, and writes that to `workdir/eval/STEP.json`; draws
+    predictions into `workdir`.
 
     Raises:
       UserError: the folder holds no run, no checkpoint, or a run of another config.
@@ -35,33 +48,81 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     # A run of many devices may be evaluated on few.
     fsdp = math.gcd(config.fsdp, jax.device_count())
     mesh, model = make_mesh(fsdp=fsdp), model_config(config)
-    checkpoints = Checkpoints(workdir)
-    # The optimiser's state is restored with the rest, on the same mesh, and dropped.
-    state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh))
-    checkpoints.close()
     evaluator = Evaluator(config, model, mesh)
-    metrics = evaluator.run(state.params) | evaluator.baselines()
-    if evaluator.split_names:
-        _draw(evaluator, state.params, workdir / "predictions.png")
-    table = Table(title=f"{workdir}, step {int(state.step)}")
+    fixed = baselines(config, evaluator.sets, model.vision.image_size)
+    checkpoints = Checkpoints(workdir)
+    try:
+        for step in _steps(checkpoints, config.num_steps, every=every, watch=watch):
+            params = _restore(checkpoints, step, config, model, mesh)
+            _evaluate(evaluator, params, fixed, step, workdir)
+    finally:
+        checkpoints.close()
+
+
+def _steps(checkpoints: Checkpoints, last: int, *, every: bool, watch: bool) -> Iterator[int]:
+    steps = checkpoints.steps()
+    if not steps and not watch:
+        raise UserError(f"there is no checkpoint in {checkpoints.folder}: train first")
+    done = set(steps[:-1]) if not every else set()
+    while True:
+        for step in steps:
+            if step not in done:
+                done.add(step)
+                yield step
+        if not watch or last in done:
+            return
+        time.sleep(POLL)
+        steps = checkpoints.steps()
+
+
+def _restore(
+    checkpoints: Checkpoints, step: int, config: ConfigDict, model: CLIPConfig, mesh: Mesh
+) -> Params:
+    # The optimiser's state is restored with the rest, on the same mesh, and dropped.
+    state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh), step)
+    return state.params
+
+
+def _evaluate(
+    evaluator: Evaluator, params: Params, fixed: dict[str, float], step: int, workdir: Path
+) -> None:
+    results = {name: evaluator.classify(params, name) for name in evaluator.sets}
+    metrics: dict[str, float] = {}
+    for name, found in results.items():
+        metrics |= evaluator.metrics(name, found)
+    metrics |= evaluator.retrieval(params) | fixed
+    if jax.process_index():
+        return
+    told = {"step": step, **metrics}
+    (workdir / "eval").mkdir(exist_ok=True)
+    (workdir / "eval" / f"{step}.json").write_text(json.dumps(told, indent=2) + "\n")
+    if results:
+        _draw(evaluator, {name: found[0] for name, found in results.items()}, workdir)
+    table = Table(title=f"{workdir}, step {step}")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for name, value in metrics.items():
+    for name, value in sorted(metrics.items()):
         table.add_row(name, f"{value:.2%}")
     console.print(table)
-    print(json.dumps({"step": int(state.step), **metrics}))
+    for name, found in results.items():
+        for row in found[0].worst(evaluator.sets[name].classes.names, WORST):
+            console.print(
+                f"{name}: {row.name} {row.accuracy:.1%}, taken for {row.taken_for} {row.share:.1%}",
+                soft_wrap=True,
+            )
+    print(json.dumps(told), flush=True)
 
 
-def _draw(evaluator: Evaluator, params: Params, path: Path) -> None:
-    """Draws as many predictions of each zero-shot split, spread evenly over it."""
-    sheets = []
-    classes = evaluator.class_embeddings(params)
-    for name in evaluator.split_names:
-        images, labels, predicted = evaluator.predictions(params, classes, name)
-        count = max(SHOWN // len(evaluator.split_names), 1)
-        chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
-        sheets.append((images[chosen], labels[chosen], predicted[chosen]))
-    images, labels, predicted = (np.concatenate(part) for part in zip(*sheets, strict=True))
-    names = evaluator.names
-    plot_predictions(images, [names[i] for i in labels], [names[i] for i in predicted], path)
+def _draw(evaluator: Evaluator, results: dict[str, Results], workdir: Path) -> None:
+    """Draws as many predictions of each set, spread evenly over it."""
+    images, truth, guesses = [], [], []
+    for name, found in results.items():
+        names = evaluator.sets[name].classes.names
+        count = min(max(SHOWN // len(results), 1), len(found.places))
+        chosen = np.linspace(0, len(found.places) - 1, count).astype(int)
+        images += evaluator.pictures(name, found.places[chosen])
+        truth += [names[i] for i in found.labels[chosen]]
+        guesses += [names[i] for i in found.nearest[chosen, 0]]
+    path = workdir / "predictions.png"
+    plot_predictions(np.stack(images), truth, guesses, path)
     console.print(f"drawn: {path}")

@@ -1,21 +1,107 @@
-"""Retrieval of images by caption and captions by image."""
+"""Retrieval of images by caption and captions by image, in tiles: no matrix of all pairs."""
 
+from collections.abc import Callable
+from functools import cache
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from disco_jax.mesh import batch_sharding, place_batch, replicated
+
+QUERIES, CANDIDATES = 1024, 4096  # of a tile
 
 
-def recall_at(queries: np.ndarray, candidates: np.ndarray, ks: tuple[int, ...]) -> dict[int, float]:
-    """The share of queries whose own candidate, that of the same row, is among the first k.
+def recall_at(
+    images: np.ndarray, texts: np.ndarray, owner: np.ndarray, ks: tuple[int, ...], mesh: Mesh
+) -> dict[str, float]:
+    """`image_to_text_recall@k` and `text_to_image_recall@k`.
 
-    A candidate that scores the same as a query's own counts as ranked before it: features that do
-    not tell captions apart are not rewarded for it.
+    An image is found if any of its captions is among the first k; a caption, if its image is.
 
     Args:
-      queries: `[n, D]` unit rows.
-      candidates: `[n, D]` unit rows.
+      images: fp32 `[n, D]` unit rows, on every process.
+      texts: fp32 `[m, D]` unit rows.
+      owner: int `[m]`, the image that each caption is of.
       ks: the ks.
+      mesh: over which queries are split.
     """
-    scores = queries @ candidates.T
-    own = np.diagonal(scores)[:, None]
-    others = ~np.eye(len(scores), dtype=bool)
-    ranks = np.sum((scores >= own) & others, axis=1)
-    return {k: float(np.mean(ranks < k)) for k in ks}
+    numbers = np.arange(len(images))
+    ranks = {
+        "image_to_text": rank(images, numbers, texts, owner, mesh),
+        "text_to_image": rank(texts, owner, images, numbers, mesh),
+    }
+    return {
+        f"{way}_recall@{k}": float(np.mean(found < k)) for way, found in ranks.items() for k in ks
+    }
+
+
+def rank(
+    queries: np.ndarray,
+    query_ids: np.ndarray,
+    candidates: np.ndarray,
+    candidate_ids: np.ndarray,
+    mesh: Mesh,
+) -> np.ndarray:
+    """int `[q]`: how many candidates stand before the best of a query's own, those of its id.
+
+    One that scores the same counts as standing before: features that do not tell candidates apart
+    are not rewarded for it. Without any of its own a query comes after all.
+    """
+    compute = _jitted(mesh)
+    width = min(CANDIDATES, len(candidates))
+    count = -(-len(candidates) // width)
+    padded = _padded(candidates, count * width, 0).reshape(count, width, -1)
+    # Fillers have an id of their own, which no query has, and never count.
+    ids = _padded(candidate_ids.astype(np.int32), count * width, -1).reshape(count, width)
+    whole = replicated(mesh)
+    tiles = [jax.make_array_from_process_local_data(whole, x) for x in (padded, ids)]
+    size = -(-min(QUERIES, len(queries)) // mesh.devices.size) * mesh.devices.size
+    own = size // jax.process_count()
+    found = []
+    for start in range(0, len(queries), size):
+        first = start + jax.process_index() * own
+        rows = {
+            "queries": _padded(queries[first : first + own], own, 0),
+            "ids": _padded(query_ids[first : first + own].astype(np.int32), own, -2),
+        }
+        found.append(np.asarray(compute(place_batch(rows, mesh), *tiles)))
+    return np.concatenate(found)[: len(queries)]
+
+
+def _ranks(rows: dict[str, jax.Array], candidates: jax.Array, ids: jax.Array) -> jax.Array:
+    queries, query_ids = rows["queries"], rows["ids"]
+
+    def scores(tile: jax.Array) -> jax.Array:
+        # The same product in both passes: an own score and its rivals are rounded alike.
+        return jnp.matmul(queries, tile.T, precision="highest")
+
+    def best(own: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        mine = query_ids[:, None] == tile[1][None, :]
+        return jnp.maximum(own, jnp.where(mine, scores(tile[0]), -jnp.inf).max(axis=1)), None
+
+    def before(rank: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        theirs = (query_ids[:, None] != tile[1][None, :]) & (tile[1] >= 0)[None, :]
+        ahead = theirs & (scores(tile[0]) >= own[:, None])
+        return rank + ahead.sum(axis=1, dtype=jnp.int32), None
+
+    own, _ = lax.scan(best, jnp.full(len(queries), -jnp.inf), (candidates, ids))
+    ranks, _ = lax.scan(before, jnp.zeros(len(queries), jnp.int32), (candidates, ids))
+    return ranks
+
+
+@cache
+def _jitted(mesh: Mesh) -> Callable[..., jax.Array]:
+    return jax.jit(
+        _ranks,
+        in_shardings=(batch_sharding(mesh), replicated(mesh), replicated(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def _padded(rows: np.ndarray, length: int, filler: float) -> np.ndarray:
+    out = np.full((length, *rows.shape[1:]), filler, rows.dtype)
+    out[: len(rows)] = rows
+    return out

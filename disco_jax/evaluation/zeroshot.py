@@ -1,12 +1,18 @@
 """Zero-shot classification, as CLIP does it (Radford et al., 2021, section 3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from disco_jax.evaluation.encoder import Encoder
+from disco_jax.mesh import replicated
 from disco_jax.tokenizer import CLIPTokenizer
 from disco_jax.training.state import Params
+
+TOP = 5
 
 
 def class_embeddings(
@@ -18,16 +24,81 @@ def class_embeddings(
 ) -> np.ndarray:
     """fp32 `[classes, embed_dim]`: a class's mean over prompts of unit embeddings, unit again."""
     prompts = [template.format(name) for name in names for template in templates]
-    features = encoder.text(params, tokenizer(prompts))
+    features = encoder.encode_all(encoder.text, params, tokenizer(prompts))
     mean = features.reshape(len(names), len(templates), -1).mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 
-def predict(image_features: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The class `[n]` whose embedding is nearest to each image's; the first of equals."""
-    return np.argmax(image_features @ classes.T, axis=1)
+def make_classify(encoder: Encoder) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Jitted: (params, images, labels, classes `[C, D]`, subsets `[S, C]`) to (labels, nearest).
+
+    Images and labels are split over the mesh; what comes back every process has whole: the labels,
+    int32 `[B]`, and for each subset the classes of the five highest scores within it, int32
+    `[S, B, 5]` (or fewer, where there are fewer classes), the lowest class first among equals.
+    """
+
+    def classify(
+        params: Params,
+        images: jax.Array,
+        labels: jax.Array,
+        classes: jax.Array,
+        subsets: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        scores = encoder.image(params, images) @ classes.T
+        return labels, jax.vmap(nearest, (None, 0))(scores, subsets)
+
+    whole = replicated(encoder.mesh)
+    return jax.jit(classify, out_shardings=(whole, whole))
 
 
-def top1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The share of right predictions."""
-    return float(np.mean(predicted == labels))
+def nearest(scores: jax.Array, subset: jax.Array) -> jax.Array:
+    """int32 `[B, 5]` (or fewer): classes of the highest scores `[B, C]` in `subset` bool `[C]`."""
+    scores = jnp.where(subset, scores, -jnp.inf)
+    return jax.lax.top_k(scores, min(TOP, scores.shape[1]))[1].astype(jnp.int32)
+
+
+class Confusion(NamedTuple):
+    """A class, its accuracy, and what it is most often taken for instead."""
+
+    name: str
+    accuracy: float
+    taken_for: str
+    share: float  # of the class's images
+
+
+class Results(NamedTuple):
+    """What was found for every usable image of a set, in order."""
+
+    places: np.ndarray  # int [n], the image's number in its source
+    labels: np.ndarray  # int [n]
+    nearest: np.ndarray  # int [n, 5]
+
+    def metrics(self) -> dict[str, float]:
+        """`top1`, `top5`, and `mean_per_class`, the mean over classes of their top-1.
+
+        Raises:
+          ValueError: there is no image.
+        """
+        if not len(self.labels):
+            raise ValueError("no image was classified")
+        right = self.nearest == self.labels[:, None]
+        _, members = np.unique(self.labels, return_inverse=True)
+        per_class = np.bincount(members, right[:, 0]) / np.bincount(members)
+        return {
+            "top1": float(right[:, 0].mean()),
+            "top5": float(right.any(axis=1).mean()),
+            "mean_per_class": float(per_class.mean()),
+        }
+
+    def worst(self, names: Sequence[str], count: int) -> list[Confusion]:
+        """The classes of the lowest accuracy, with the mistake that is most common in each."""
+        found = []
+        for label in np.unique(self.labels):
+            taken = np.bincount(self.nearest[self.labels == label, 0], minlength=len(names))
+            right, total = taken[label], taken.sum()
+            taken[label] = 0
+            wrong = int(taken.argmax())
+            if taken[wrong]:
+                accuracy, share = float(right / total), float(taken[wrong] / total)
+                found.append(Confusion(names[label], accuracy, names[wrong], share))
+        return sorted(found, key=lambda row: row.accuracy)[:count]

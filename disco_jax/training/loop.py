@@ -86,7 +86,8 @@ def _run_steps(
             results = evaluator.run(state.params)
             row |= results
             console.print(
-                f"step {step}  " + "  ".join(f"{k} {v:.1%}" for k, v in results.items()),
+                f"step {step}  "
+                + "  ".join(f"{k} {v:.1%}" for k, v in results.items() if k.endswith("top1")),
                 soft_wrap=True,
             )
             progress.pause(step)

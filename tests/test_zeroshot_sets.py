@@ -1,0 +1,259 @@
+"""The paper's labelled sets in every layout they come in, drawn small, with a known accuracy."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from disco_jax.config import default, zeroshot_set
+from disco_jax.errors import UserError
+from disco_jax.evaluation.classes import load_classes, load_subset, load_templates
+from disco_jax.evaluation.evaluator import Evaluator
+from disco_jax.models import PRESETS
+from disco_jax.training.optimizer import optax
+from disco_jax.training.state import init_state
+from tests.conftest import mesh_of
+from tests.tars import write
+
+ROOT = Path(__file__).parent.parent
+# Of ImageNet-R's 200; as texts, their numbers have another order.
+CLASSES = (1, 4, 9, 22, 105, 113, 281, 988)
+IMAGENET = load_classes("imagenet")
+# From eval.py of github.com/hendrycks/imagenet-r, `imagenet_r_indices`.
+# fmt: off
+R_INDICES = [
+    1, 2, 4, 6, 8, 9, 11, 13, 22, 23, 26, 29, 31, 39, 47, 63, 71, 76, 79, 84, 90, 94, 96, 97,
+    99, 100, 105, 107, 113, 122, 125, 130, 132, 144, 145, 147, 148, 150, 151, 155, 160, 161,
+    162, 163, 171, 172, 178, 187, 195, 199, 203, 207, 208, 219, 231, 232, 234, 235, 242, 245,
+    247, 250, 251, 254, 259, 260, 263, 265, 267, 269, 276, 277, 281, 288, 289, 291, 292, 293,
+    296, 299, 301, 308, 309, 310, 311, 314, 315, 319, 323, 327, 330, 334, 335, 337, 338, 340,
+    341, 344, 347, 353, 355, 361, 362, 365, 366, 367, 368, 372, 388, 390, 393, 397, 401, 407,
+    413, 414, 425, 428, 430, 435, 437, 441, 447, 448, 457, 462, 463, 469, 470, 471, 472, 476,
+    483, 487, 515, 546, 555, 558, 570, 579, 583, 587, 593, 594, 596, 609, 613, 617, 621, 629,
+    637, 657, 658, 701, 717, 724, 763, 768, 774, 776, 779, 780, 787, 805, 812, 815, 820, 824,
+    833, 847, 852, 866, 875, 883, 889, 895, 907, 928, 931, 932, 933, 934, 936, 937, 943, 945,
+    947, 948, 949, 951, 953, 954, 957, 963, 965, 967, 980, 981, 983, 988,
+]
+# fmt: on
+
+
+def colour(label: int) -> np.ndarray:
+    return np.random.default_rng(label).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+
+
+def png(label: int) -> bytes:
+    encoded = io.BytesIO()
+    picture = Image.fromarray(colour(label)).resize((60, 48), Image.Resampling.NEAREST)
+    picture.save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+# 27 images of eight classes: (label, bytes). Six of them show another class than they say.
+IMAGES = [(CLASSES[i % 8], png(CLASSES[(i + (i % 9 in (2, 5))) % 8])) for i in range(27)]
+
+
+class MiniImagenet(tfds.core.GeneratorBasedBuilder):
+    """As TFDS's ImageNet builders: labels are WordNet ids in their usual order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        label = tfds.features.ClassLabel(names=IMAGENET.ids)
+        features = {"image": tfds.features.Image(), "label": label}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"validation": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, (label, image) in enumerate(IMAGES):
+            yield i, {"image": image, "label": IMAGENET.ids[label]}
+
+
+def make_folder(root: Path, names: dict[int, str]) -> str:
+    for i, (label, image) in enumerate(IMAGES):
+        folder = root / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.JPEG").write_bytes(image)  # as ImageNet's; what is inside is looked at
+    (root / "LICENSE.txt").write_text("beside the classes")
+    return str(root)
+
+
+def make_source(layout: str, folder: Path) -> str:
+    if layout == "wnid folders":
+        return make_folder(folder / "val", {label: IMAGENET.ids[label] for label in CLASSES})
+    if layout == "index folders":
+        return make_folder(folder / "v2", {label: str(label) for label in CLASSES})
+    if layout == "name folders":
+        names = {label: IMAGENET.names[label].replace(" ", "_").lower() for label in CLASSES}
+        return make_folder(folder / "names", names)
+    if layout == "shards":
+        members = {}
+        for i, (label, image) in enumerate(IMAGES):
+            members |= {f"{i:06}.png": image, f"{i:06}.cls": str(label).encode()}
+        whole = list(members.items())
+        write(folder / "0.tar", whole[:20])
+        write(folder / "1.tar", whole[20:])
+        return f"{folder}/{{0..1}}.tar"
+    return "mini_imagenet"
+
+
+def config_of(source: str, folder: Path, batch_size: int = 16):
+    config = default()
+    config.data.dir = str(folder)
+    config.eval.batch_size = batch_size
+    (folder / "prompts.txt").write_text("a {}\n")
+    config.eval.sets.mini = zeroshot_set(
+        source, "validation", subset="imagenet_r", templates=str(folder / "prompts.txt")
+    )
+    return config
+
+
+def evaluate(config, devices: int) -> dict[str, float]:
+    mesh, model = mesh_of(devices), PRESETS["tiny"]
+    params = init_state(model, optax.sgd(0.1), mesh, 0).params
+    evaluator = Evaluator(config, model, mesh)
+    encoder = evaluator._encoder
+    # Every class looks as its own picture; tench, which is none of the 200, as the class after it.
+    shown = {label: np.asarray(Image.open(io.BytesIO(png(label)))) for label in CLASSES}
+    pictures = np.stack([shown[label][:, 6:54] for label in CLASSES])
+    features = encoder.encode_all(encoder.image, params, pictures)
+    embeddings = np.zeros((1000, model.embed_dim), np.float32)
+    embeddings[list(CLASSES)] = features
+    embeddings[0] = embeddings[1]
+    evaluator.embeddings = lambda *_: embeddings
+    return evaluator.run(params)
+
+
+# By hand: 27 images, 21 right. Class 1 has images 0, 8, 16 and 24, of which 0, 16 and 24 are right;
+# over all classes tench comes first there.
+WRONG = [i for i in range(27) if i % 9 in (2, 5)]
+EXPECTED = {"mini/top1": 21 / 27, "mini/top1_of_all_1000": 17 / 27}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets")
+@pytest.mark.parametrize(
+    "layout", ["wnid folders", "index folders", "name folders", "shards", "tfds"]
+)
+def test_every_layout_gives_the_same_accuracy(layout, tmp_path):
+    config = config_of(make_source(layout, tmp_path), tmp_path)
+    metrics = evaluate(config, 8)
+    assert {name: metrics[name] for name in EXPECTED} == {
+        name: pytest.approx(value) for name, value in EXPECTED.items()
+    }
+    right = {
+        label: [i not in WRONG for i in range(27) if CLASSES[i % 8] == label] for label in CLASSES
+    }
+    assert metrics["mini/mean_per_class"] == pytest.approx(
+        np.mean([np.mean(r) for r in right.values()])
+    )
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 27), (1, 4), (2, 32), (4, 5)])
+def test_any_division_counts_each_image_once(devices, batch_size, tmp_path):
+    config = config_of(make_source("shards", tmp_path), tmp_path, batch_size)
+    metrics = evaluate(config, devices)
+    for name, value in EXPECTED.items():
+        assert metrics[name] == pytest.approx(value)
+
+
+def test_bad_images_are_left_out_and_told(tmp_path, capsys):
+    source = make_source("wnid folders", tmp_path)
+    (Path(source) / IMAGENET.ids[1] / "0.JPEG").write_bytes(b"gone")
+    metrics = evaluate(config_of(source, tmp_path), 2)
+    assert metrics["mini/top1"] == pytest.approx(20 / 26)
+    assert "left out of mini: 1 not_an_image" in capsys.readouterr().err
+
+
+WORKER = """
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+from pathlib import Path
+from tests.test_zeroshot_sets import config_of, evaluate
+folder = Path(sys.argv[3])
+config = config_of(str(folder / "val"), folder)
+config.data.update(image_key="image", caption_key="caption")
+config.eval.retrieval_name = str(folder / "pairs.csv")
+print(json.dumps(evaluate(config, 4)))
+"""
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Zero-shot, and retrieval of 20 rows that name 11 images, one of which is bad."""
+    source = make_source("wnid folders", tmp_path)
+    rows = ["image,caption"]
+    for i in range(20):
+        (tmp_path / f"{i % 11}.png").write_bytes(png(i % 11))
+        rows.append(f"{i % 11}.png,picture number {i}")
+    (tmp_path / "7.png").write_bytes(b"gone")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, port, str(i), str(tmp_path)],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    told = [json.loads(p.communicate(timeout=240)[0].splitlines()[-1]) for p in processes]
+    config = config_of(source, tmp_path)
+    config.eval.retrieval_name = str(tmp_path / "pairs.csv")
+    expected = evaluate(config, 4)
+    assert told[0] == told[1] == expected
+    assert expected["mini/top1"] == pytest.approx(21 / 27)
+    # 18 captions are of images that can be read: each recall is a number of eighteenths, or tenths.
+    assert expected["retrieval/text_to_image_recall@10"] == 1
+    assert expected["retrieval/text_to_image_recall@5"] * 18 % 1 == pytest.approx(0, abs=1e-9)
+
+
+def test_the_200_classes_of_imagenet_r():
+    chosen = load_subset("imagenet_r", IMAGENET)
+    np.testing.assert_array_equal(np.flatnonzero(chosen), R_INDICES)
+    names = [IMAGENET.names[i] for i in R_INDICES]
+    assert names[:3] == ["goldfish", "great white shark", "hammerhead shark"]
+    assert {"volcano", "scuba diver", "pizza", "giant panda", "lighthouse"} <= set(names)
+    assert names[-1] == "acorn"
+    assert len(IMAGENET.names) == len(IMAGENET.ids) == 1000
+    assert IMAGENET.ids == sorted(IMAGENET.ids)
+
+
+def test_folders_are_classes_by_id_index_or_name():
+    assert IMAGENET.label_of("n01443537") == IMAGENET.label_of("1") == 1
+    assert IMAGENET.label_of("Great_White_Shark") == 2
+    with pytest.raises(UserError, match="'n99' is none of the 1000 classes"):
+        IMAGENET.label_of("n99")
+
+
+def test_own_classes_and_prompts(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text('["cat", "dog"]')
+    classes = load_classes(str(path))
+    assert classes.names == ["cat", "dog"]
+    (tmp_path / "some.txt").write_text("Dog\n")
+    np.testing.assert_array_equal(load_subset(str(tmp_path / "some.txt"), classes), [False, True])
+    with pytest.raises(UserError, match=r"templates: 'cat' of .* has not one"):
+        load_templates(str(path))
+    for wrong in ('{"a": 1}', '["cat", 3]', "[]"):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match=r"classes: .*list\.json is not a list of texts"):
+            load_classes(str(path))
+    with pytest.raises(UserError, match="classes: cifar is not a known name, nor can it be read"):
+        load_classes("cifar")
