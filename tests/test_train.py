@@ -108,6 +108,15 @@ def test_eval_prints_a_table_and_json(finished, data_dir):
     assert (finished / "predictions.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_all_checkpoints_are_evaluated_and_watching_ends_with_the_last(finished, data_dir):
+    fewer = ("--config.eval.baseline_name=", "--config.eval.retrieval_split=")
+    result = run(*command("eval.py", finished, data_dir, "--all", "--watch", *fewer))
+    assert result.returncode == 0, result.stderr
+    told = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [metrics["step"] for metrics in told] == [2, 4, 6]
+    assert told[2]["zeroshot/top1"] == rows(finished)[-1]["zeroshot/top1"]
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, data_dir) -> str:
     """The same samples as tar shards, one of them a duplicate that the index leaves out."""

@@ -61,7 +61,7 @@ def train_batches(
     weights: Sequence[float] = (),
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> grain.DatasetIterator[Batch]:
     """This process's share of the batches, from global sample `start` on.
 
     Args:

@@ -105,7 +105,8 @@ class TrainStream:
         return "; ".join(told)
 
     def close(self) -> None:
-        """Closes the files."""
+        """Ends the workers and closes the files."""
+        self._batches.close()
         self._bad.close()
         if self._keys is not None:
             self._keys.close()
