@@ -85,16 +85,16 @@ def parameters(workdir: Path, step: int) -> dict[str, bytes]:
     """The bytes of every array in a checkpoint, by path."""
     import jax
 
+    sys.path.insert(0, str(ROOT))
+    from configs.tars import get_config
     from disco_jax.checkpoint import Checkpoints
-    from disco_jax.config import default
     from disco_jax.mesh import make_mesh, use_fake_devices
     from disco_jax.training.build import model_config
     from disco_jax.training.optimizer import make_optimizer
     from disco_jax.training.state import abstract_state
 
     use_fake_devices(1)
-    config = default()  # of what shapes the state, configs/tars.py changes this
-    config.model.name = "tiny"
+    config = get_config()
     checkpoints = Checkpoints(workdir)
     state, _ = checkpoints.restore(
         abstract_state(model_config(config), make_optimizer(config), make_mesh()), step
