@@ -285,6 +285,23 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
 
 
+def stored_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a folder.
+
+    Raises:
+      UserError: there is none, or it is of another version.
+    """
+    config = default()
+    for field, value in flatten(ConfigDict(read_json(workdir / "config.json"))).items():
+        *path, name = field.split(".")
+        section = config
+        for part in path:
+            section = section[part] if part in section else section.setdefault(part, ConfigDict())
+        section[name] = tuple(value) if isinstance(value, list) else value
+    validate(config)
+    return config
+
+
 def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
     """Raises UserError naming the fields in which a stored run's config differs from this one."""
     old = flatten(ConfigDict(stored))

@@ -58,16 +58,24 @@ def clean(text: str) -> str:
 
 
 @cache
-def _byte_pair_encoder() -> Tokenizer:
+def merges() -> list[tuple[str, str]]:
+    """OpenAI's merges, in their order."""
     packed = resources.files("disco_jax").joinpath("assets/bpe_simple_vocab_16e6.txt.gz")
     lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
-    merges = [(pair[0], pair[1]) for pair in (line.split() for line in lines[1 : _MERGES + 1])]
+    return [(pair[0], pair[1]) for pair in (line.split() for line in lines[1 : _MERGES + 1])]
+
+
+def vocabulary(start: str = START, end: str = END) -> dict[str, int]:
+    """The id of every token, the two special ones by the names given."""
     alphabet = _byte_alphabet()
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    tokens += ["".join(pair) for pair in merges]
-    tokens += [START, END]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+    tokens += ["".join(pair) for pair in merges()]
+    return {token: i for i, token in enumerate([*tokens, start, end])}
+
+
+@cache
+def _byte_pair_encoder() -> Tokenizer:
+    bpe = Tokenizer(models.BPE(vocabulary(), merges(), end_of_word_suffix="</w>"))
     bpe.add_special_tokens([START, END])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

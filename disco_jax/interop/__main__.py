@@ -1,0 +1,51 @@
+"""Weights in and out.
+
+python -m disco_jax.interop import --from openclip|openai|hf PATH_OR_REPO --out DIR
+python -m disco_jax.interop export --to openclip|hf MODEL_OR_RUN --out DIR
+"""
+
+import argparse
+from pathlib import Path
+
+from disco_jax.cli import guard
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command and its arguments."""
+    parser = argparse.ArgumentParser(prog="python -m disco_jax.interop")
+    commands = parser.add_subparsers(dest="command", required=True)
+    taken = commands.add_parser("import", help="weights of another library into a model folder")
+    taken.add_argument("source", help="a file, a folder, or a repository of Hugging Face's hub")
+    taken.add_argument(
+        "--from", dest="library", choices=("openclip", "openai", "hf"), required=True
+    )
+    taken.add_argument("--model", help="a preset, where the weights come without a configuration")
+    taken.add_argument("--image_size", type=int, help="another resolution: positions are resized")
+    given = commands.add_parser("export", help="a model folder or a run to another library")
+    given.add_argument("source", type=Path, help="what import wrote, or a run's workdir")
+    given.add_argument("--to", dest="library", choices=("openclip", "hf"), required=True)
+    for command in (taken, given):
+        command.add_argument("--out", type=Path, required=True, help="a new folder")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Raises UserError for what can't be read, converted or written."""
+    arguments = parse_arguments()
+    from disco_jax.interop import export_model, import_model  # after --help, which needs no JAX
+
+    if arguments.command == "import":
+        import_model(
+            arguments.source,
+            arguments.library,
+            arguments.out,
+            preset_name=arguments.model,
+            image_size=arguments.image_size,
+        )
+    else:
+        export_model(arguments.source, arguments.library, arguments.out)
+    print(f"written: {arguments.out}")
+
+
+if __name__ == "__main__":
+    guard(main)

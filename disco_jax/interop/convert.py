@@ -1,0 +1,107 @@
+"""Their tensors to our parameters and back, by a table of names."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from disco_jax.errors import UserError
+from disco_jax.interop.names import CONSTANTS, Weight
+
+Tensors = Mapping[str, np.ndarray]
+POSITIONS = "visual/positional_embedding"
+
+
+def to_ours(
+    tensors: Tensors, weights: Sequence[Weight], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Our parameters, fp32, by path, from theirs.
+
+    The image tower's positions are resized where its grid is another one.
+
+    Args:
+      tensors: theirs, by name.
+      weights: the table of names.
+      shapes: of our parameters, by path.
+
+    Raises:
+      UserError: one is missing, of another shape, or unknown; it is named.
+    """
+    known = {name for weight in weights for name in _names(weight)}
+    unknown = sorted(tensors.keys() - known - CONSTANTS)
+    if unknown:
+        raise UserError(f"unknown parameter {unknown[0]} ({len(unknown)} such in all)")
+    params = {}
+    for weight in weights:
+        layers = [
+            _layer(tensors, [name.format(i=i) for name in weight.theirs], weight)
+            for i in range(max(weight.layers, 1))
+        ]
+        try:
+            value = np.stack(layers) if weight.layers else layers[0]
+        except ValueError as error:
+            raise UserError(f"layers of {weight.theirs[0]} differ in shape") from error
+        if weight.ours == POSITIONS and value.ndim == 2:
+            value = resize_positions(value, shapes[POSITIONS][0])
+        if value.shape != shapes[weight.ours]:
+            raise UserError(
+                f"{weight.theirs[0].format(i=0)} gives {weight.ours} the shape {value.shape}, and "
+                f"the model has {shapes[weight.ours]}"
+            )
+        params[weight.ours] = value
+    missing = sorted(shapes.keys() - params.keys())
+    if missing:
+        raise UserError(f"there is no source for our parameter {missing[0]}")
+    return params
+
+
+def to_theirs(params: Tensors, weights: Sequence[Weight], patch_size: int) -> dict[str, np.ndarray]:
+    """The inverse of `to_ours`, without resizing."""
+    tensors = {}
+    for weight in weights:
+        value = np.asarray(params[weight.ours])
+        for i, layer in enumerate(value if weight.layers else [value]):
+            if weight.layout == "transposed":
+                layer = layer.T
+            elif weight.layout == "patches":
+                layer = layer.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1)
+            parts = np.split(layer, len(weight.theirs)) if len(weight.theirs) > 1 else [layer]
+            for name, part in zip(weight.theirs, parts, strict=True):
+                tensors[name.format(i=i)] = np.array(part, order="C")
+    return tensors
+
+
+def _names(weight: Weight) -> list[str]:
+    return [name.format(i=i) for i in range(max(weight.layers, 1)) for name in weight.theirs]
+
+
+def _layer(tensors: Tensors, names: Sequence[str], weight: Weight) -> np.ndarray:
+    for name in names:
+        if name not in tensors:
+            raise UserError(f"parameter {name} is missing")
+    parts = [np.asarray(tensors[name], np.float32) for name in names]
+    try:
+        value = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        if weight.layout == "transposed":
+            value = np.ascontiguousarray(value.T)
+        elif weight.layout == "patches":
+            value = value.transpose(2, 3, 1, 0).reshape(-1, len(value))
+    except ValueError as error:
+        raise UserError(f"{names[0]} has the shape {parts[0].shape}: {error}") from error
+    # OpenAI's files keep scalars as such, some others as an array of one.
+    return value.reshape(()) if weight.ours.startswith("logit_") and value.size == 1 else value
+
+
+def resize_positions(positions: np.ndarray, wanted: int) -> np.ndarray:
+    """fp32 `[1 + side², width]` to `[wanted, width]`: the class token's kept, the grid resized.
+
+    Bicubic with antialiasing, as OpenCLIP's `resize_pos_embed`. Grids that are not square, and
+    sizes that are right already, are returned as they are.
+    """
+    old, new = (round((n - 1) ** 0.5) for n in (len(positions), wanted))
+    if len(positions) == wanted or old * old + 1 != len(positions) or new * new + 1 != wanted:
+        return positions
+    grid = positions[1:].reshape(old, old, -1)
+    resized = jax.image.resize(jnp.asarray(grid), (new, new, grid.shape[-1]), "cubic")
+    return np.concatenate([positions[:1], np.asarray(resized).reshape(new * new, -1)])

@@ -1,0 +1,171 @@
+"""Sizes of a model in OpenCLIP's and Hugging Face's terms, both ways."""
+
+import dataclasses
+from typing import Any
+
+from disco_jax.errors import UserError
+from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
+
+Spec = dict[str, Any]
+
+# Fields of OpenCLIP's configs that only repeat what the models here are anyway.
+_VISION = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+_IGNORED = {
+    "patch_dropout",
+    "ls_init_value",
+    "norm_kwargs",
+    "hf_tokenizer_name",
+    "tokenizer_kwargs",
+}
+
+
+def from_openclip(spec: Spec) -> CLIPConfig:
+    """A model of OpenCLIP's `model_configs`, or of an `open_clip_config.json`.
+
+    Raises:
+      UserError: it is not a plain ViT CLIP; the field is named.
+    """
+    spec = spec.get("model_cfg", spec)
+    try:
+        vision, text = dict(spec["vision_cfg"]), dict(spec["text_cfg"])
+        _only(vision, _VISION, "vision_cfg")
+        _only(text, _TEXT, "text_cfg")
+        head = vision.pop("head_width", 64)
+        return CLIPConfig(
+            embed_dim=spec["embed_dim"],
+            vision=VisionConfig(heads=vision["width"] // head, **_kept(vision, _VISION)),
+            text=TextConfig(**_kept(text, _TEXT)),
+            quick_gelu=bool(spec.get("quick_gelu", False)),
+            logit_bias=spec.get("init_logit_bias"),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"this is no configuration of an OpenCLIP ViT: {error}") from error
+
+
+def _only(given: Spec, known: set[str], where: str) -> None:
+    for field, value in given.items():
+        if field not in known and not (field in _IGNORED and not value):
+            raise UserError(
+                f"{where}.{field} = {value!r} is not supported: only plain ViT CLIPs are"
+            )
+
+
+def _kept(given: Spec, known: set[str]) -> Spec:
+    return {field: value for field, value in given.items() if field in known}
+
+
+def to_openclip(config: CLIPConfig) -> Spec:
+    """The inverse of `from_openclip`: `model_cfg` of an `open_clip_config.json`."""
+    vision, text = config.vision, config.text
+    spec: Spec = {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": config.quick_gelu,
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "layers": vision.layers,
+            "width": vision.width,
+            "head_width": vision.width // vision.heads,
+            "patch_size": vision.patch_size,
+            "mlp_ratio": vision.mlp_ratio,
+        },
+        "text_cfg": {field: getattr(text, field) for field in sorted(_TEXT)},
+    }
+    if config.logit_bias is not None:
+        spec["init_logit_bias"] = config.logit_bias
+    return spec
+
+
+def from_huggingface(spec: Spec) -> CLIPConfig:
+    """A `config.json` of transformers' `CLIPModel`.
+
+    Raises:
+      UserError: it is of another model, or of an activation other than gelu and quick_gelu.
+    """
+    if spec.get("model_type") != "clip":
+        raise UserError(f"model_type is {spec.get('model_type')!r}, and must be 'clip'")
+    try:
+        vision, text = spec["vision_config"], spec["text_config"]
+        activations = {vision.get("hidden_act", "quick_gelu"), text.get("hidden_act", "quick_gelu")}
+        if activations not in ({"gelu"}, {"quick_gelu"}):
+            raise UserError(
+                f"hidden_act is {', '.join(sorted(activations))}: gelu or quick_gelu is"
+            )
+        # What is left out of the file has the defaults of transformers, which are ViT-B/32's.
+        base = CLIPConfig()
+        width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
+        return CLIPConfig(
+            embed_dim=spec.get("projection_dim", base.embed_dim),
+            vision=VisionConfig(
+                image_size=vision.get("image_size", 224),
+                patch_size=vision.get("patch_size", 32),
+                width=width,
+                layers=vision.get("num_hidden_layers", 12),
+                heads=vision.get("num_attention_heads", 12),
+                mlp_ratio=vision.get("intermediate_size", 3072) / width,
+            ),
+            text=TextConfig(
+                context_length=text.get("max_position_embeddings", 77),
+                vocab_size=text.get("vocab_size", 49408),
+                width=text_width,
+                layers=text.get("num_hidden_layers", 12),
+                heads=text.get("num_attention_heads", 8),
+                mlp_ratio=text.get("intermediate_size", 2048) / text_width,
+            ),
+            quick_gelu=activations == {"quick_gelu"},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"this is no configuration of a CLIPModel: {error}") from error
+
+
+def to_huggingface(config: CLIPConfig) -> Spec:
+    """The inverse of `from_huggingface`."""
+    common = {
+        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": config.embed_dim,
+    }
+    vision, text = config.vision, config.text
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": 2.6592,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_size": vision.width,
+            "intermediate_size": int(vision.width * vision.mlp_ratio),
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            **common,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "hidden_size": text.width,
+            "intermediate_size": int(text.width * text.mlp_ratio),
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "bos_token_id": 49406,
+            "eos_token_id": 49407,
+            "pad_token_id": 0,
+            **common,
+        },
+    }
+
+
+def as_dict(config: CLIPConfig) -> Spec:
+    """All fields, for `model.json`."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(spec: Spec) -> CLIPConfig:
+    """The inverse of `as_dict`. Raises UserError for a field that is unknown."""
+    try:
+        towers = {"vision": VisionConfig(**spec["vision"]), "text": TextConfig(**spec["text"])}
+        return CLIPConfig(**{**spec, **towers})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"this is no model.json: {error}") from error

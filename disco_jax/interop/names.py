@@ -1,0 +1,122 @@
+"""What each library calls a parameter, and how it lies in memory: one table each."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from disco_jax.models import CLIPConfig
+
+# How their array becomes ours: `same`; `transposed`, PyTorch's [out, in] to Flax's [in, out];
+# `patches`, a convolution [width, 3, p, p] to a matrix [p * p * 3, width].
+Layout = Literal["same", "transposed", "patches"]
+
+
+class Weight(NamedTuple):
+    """One of our parameters.
+
+    `theirs` may be several, joined along their first axis: Hugging Face keeps queries, keys and
+    values apart. Where `layers` is not 0, ours holds so many of theirs, `{i}` being the layer.
+    """
+
+    ours: str  # path, joined by /
+    theirs: tuple[str, ...]
+    layout: Layout = "same"
+    layers: int = 0
+
+
+def openclip(config: CLIPConfig) -> list[Weight]:
+    """OpenCLIP's names, which are OpenAI's."""
+    block = {
+        "ln_1": ("ln_1",),
+        "ln_2": ("ln_2",),
+        "in_proj": ("attn.in_proj_",),
+        "out_proj": ("attn.out_proj",),
+        "mlp_in": ("mlp.c_fc",),
+        "mlp_out": ("mlp.c_proj",),
+    }
+    return [
+        Weight("visual/patch_embed/kernel", ("visual.conv1.weight",), "patches"),
+        Weight("visual/class_embedding", ("visual.class_embedding",)),
+        Weight("visual/positional_embedding", ("visual.positional_embedding",)),
+        *_norm("visual/ln_pre", "visual.ln_pre"),
+        *_norm("visual/ln_post", "visual.ln_post"),
+        Weight("visual/proj", ("visual.proj",)),
+        *_blocks("visual", "visual.transformer.resblocks.{i}.", block, config.vision.layers),
+        Weight("text/token_embedding/embedding", ("token_embedding.weight",)),
+        Weight("text/positional_embedding", ("positional_embedding",)),
+        *_norm("text/ln_final", "ln_final"),
+        Weight("text/proj", ("text_projection",)),
+        *_blocks("text", "transformer.resblocks.{i}.", block, config.text.layers),
+        *_scalars(config),
+    ]
+
+
+def huggingface(config: CLIPConfig) -> list[Weight]:
+    """The names of transformers' `CLIPModel`."""
+    block = {
+        "ln_1": ("layer_norm1",),
+        "ln_2": ("layer_norm2",),
+        "in_proj": tuple(f"self_attn.{name}_proj" for name in "qkv"),
+        "out_proj": ("self_attn.out_proj",),
+        "mlp_in": ("mlp.fc1",),
+        "mlp_out": ("mlp.fc2",),
+    }
+    vision, text = "vision_model.embeddings.", "text_model.embeddings."
+    return [
+        Weight("visual/patch_embed/kernel", (vision + "patch_embedding.weight",), "patches"),
+        Weight("visual/class_embedding", (vision + "class_embedding",)),
+        Weight("visual/positional_embedding", (vision + "position_embedding.weight",)),
+        *_norm("visual/ln_pre", "vision_model.pre_layrnorm"),  # as it is spelt there
+        *_norm("visual/ln_post", "vision_model.post_layernorm"),
+        Weight("visual/proj", ("visual_projection.weight",), "transposed"),
+        *_blocks("visual", "vision_model.encoder.layers.{i}.", block, config.vision.layers),
+        Weight("text/token_embedding/embedding", (text + "token_embedding.weight",)),
+        Weight("text/positional_embedding", (text + "position_embedding.weight",)),
+        *_norm("text/ln_final", "text_model.final_layer_norm"),
+        Weight("text/proj", ("text_projection.weight",), "transposed"),
+        *_blocks("text", "text_model.encoder.layers.{i}.", block, config.text.layers),
+        *_scalars(config),
+    ]
+
+
+# Constants that some files hold besides parameters; nothing is lost by leaving them out.
+CONSTANTS = {
+    "attn_mask",
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "vision_model.embeddings.position_ids",
+    "text_model.embeddings.position_ids",
+}
+
+
+def _norm(ours: str, theirs: str, layers: int = 0) -> list[Weight]:
+    return [
+        Weight(f"{ours}/scale", (f"{theirs}.weight",), layers=layers),
+        Weight(f"{ours}/bias", (f"{theirs}.bias",), layers=layers),
+    ]
+
+
+def _blocks(
+    tower: str, prefix: str, block: Mapping[str, tuple[str, ...]], layers: int
+) -> list[Weight]:
+    weights = []
+    for part, theirs in block.items():
+        ours = f"{tower}/transformer/blocks/{part}"
+        if part.startswith("ln_"):
+            weights += _norm(ours, prefix + theirs[0], layers)
+            continue
+        # A name that ends in an underscore has no dot before what follows.
+        names = [prefix + name + ("" if name.endswith("_") else ".") for name in theirs]
+        kernel = tuple(name + "weight" for name in names)
+        weights.append(Weight(f"{ours}/kernel", kernel, "transposed", layers))
+        weights.append(
+            Weight(f"{ours}/bias", tuple(name + "bias" for name in names), "same", layers)
+        )
+    return weights
+
+
+def _scalars(config: CLIPConfig) -> list[Weight]:
+    scalars = [Weight("logit_scale", ("logit_scale",))]
+    if config.logit_bias is not None:
+        scalars.append(Weight("logit_bias", ("logit_bias",)))
+    return scalars

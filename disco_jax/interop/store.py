@@ -1,0 +1,75 @@
+"""A model by itself, without a run: `model.json` and `model.safetensors` in a folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from disco_jax.errors import UserError
+from disco_jax.interop.files import read_object, read_tensors
+from disco_jax.interop.model_config import as_dict, from_dict
+from disco_jax.models import CLIPConfig
+from disco_jax.training.state import Params, abstract_model
+
+CONFIG, WEIGHTS = "model.json", "model.safetensors"
+
+
+def save_model(folder: Path, config: CLIPConfig, params: Mapping[str, np.ndarray]) -> None:
+    """Writes both files. Raises UserError where there is a model already."""
+    if (folder / CONFIG).exists():
+        raise UserError(f"{folder} holds a model already; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(params), folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(as_dict(config), indent=2) + "\n")
+
+
+def load_model(folder: Path) -> tuple[CLIPConfig, Params]:
+    """The model in a folder that `save_model` wrote.
+
+    Raises:
+      UserError: there is none, or its parameters are not what its `model.json` says.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no {CONFIG}: import a model into it first")
+    config = from_dict(read_object(folder / CONFIG))
+    tensors, expected = read_tensors(folder / WEIGHTS), shapes_of(config)
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        raise UserError(
+            f"{folder / WEIGHTS}: {name} is {'missing' if name in expected else 'unknown'}"
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{folder / WEIGHTS}: {name} is of shape {tensors[name].shape}, not {shape}"
+            )
+    return config, nest(tensors)
+
+
+def shapes_of(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a model, by its path joined with /."""
+    _, params = abstract_model(config)
+    return {name: leaf.shape for name, leaf in flatten(params).items()}
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """Parameters by their path joined with /."""
+    pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
+    leaves = jax.tree_util.tree_leaves_with_path(pure)
+    return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *path, last = name.split("/")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree

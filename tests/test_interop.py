@@ -1,0 +1,168 @@
+"""Weights in and out, against OpenCLIP's own outputs and a table of Hugging Face's names."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from disco_jax.errors import UserError
+from disco_jax.interop import export_model, import_model, load_model
+from disco_jax.interop.convert import resize_positions
+from disco_jax.interop.store import flatten
+from disco_jax.models import CLIP
+from disco_jax.tokenizer import merges, vocabulary
+
+NAMES = ["openclip_tiny_gelu", "openclip_tiny_quickgelu"]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(params=NAMES)
+def openclip(request, golden, tmp_path) -> Path:
+    """A folder as OpenCLIP's hub repositories are, and its outputs beside it."""
+    folder = tmp_path / "openclip"
+    folder.mkdir()
+    weights, spec = (golden / f"{request.param}{end}" for end in (".weights.safetensors", ".json"))
+    shutil.copy(weights, folder / "open_clip_model.safetensors")
+    spec = {"model_cfg": json.loads(spec.read_text()), "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(spec))
+    shutil.copy(golden / f"{request.param}.io.safetensors", tmp_path / "io.safetensors")
+    return folder
+
+
+def features(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    config, params = load_model(folder)
+    io = load_file(folder.parent / "io.safetensors")
+    graph, _ = nnx.split(nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0))), nnx.Param)
+    clip = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
+    images = io["images_nchw"].transpose(0, 2, 3, 1)
+    return jax.jit(clip.visual)(images), jax.jit(clip.text)(io["tokens"])
+
+
+def test_imported_features_equal_openclips(openclip, tmp_path):
+    import_model(str(openclip), "openclip", tmp_path / "ours")
+    io = load_file(tmp_path / "io.safetensors")
+    image, text = features(tmp_path / "ours")
+    np.testing.assert_allclose(image, io["image_features"], atol=1e-4)
+    np.testing.assert_allclose(text, io["text_features"], atol=1e-4)
+
+
+@pytest.mark.parametrize("library", ["openclip", "hf"])
+def test_out_and_in_again_is_bitwise_the_same(library, openclip, tmp_path):
+    import_model(str(openclip), "openclip", tmp_path / "ours")
+    export_model(tmp_path / "ours", library, tmp_path / "theirs")
+    import_model(str(tmp_path / "theirs"), library, tmp_path / "again")
+    one, other = (load_model(tmp_path / name) for name in ("ours", "again"))
+    assert one[0] == other[0]
+    for name, value in flatten(one[1]).items():
+        assert value.tobytes() == flatten(other[1])[name].tobytes(), name
+    if library == "openclip":
+        given = load_file(openclip / "open_clip_model.safetensors")
+        back = load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
+        assert given.keys() == back.keys()
+        for name, value in given.items():
+            assert (value.shape, value.tobytes()) == (back[name].shape, back[name].tobytes()), name
+
+
+def test_the_command_and_a_model_without_a_configuration(openclip, tmp_path):
+    command = [sys.executable, "-m", "disco_jax.interop", "import", "--from=openclip"]
+    weights = shutil.copy(openclip / "open_clip_model.safetensors", tmp_path / "w.safetensors")
+    result = subprocess.run(
+        [*command, weights, f"--out={tmp_path / 'x'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: there is no open_clip_config.json beside the weights: name the model by --model\n"
+    )
+
+
+def change(path: Path, **changes) -> None:
+    tensors = load_file(path)
+    for name, value in changes.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("openclip", NAMES[:1], indirect=True)
+def test_what_is_wrong_with_a_file_is_named(openclip, tmp_path):
+    path, out = openclip / "open_clip_model.safetensors", tmp_path / "ours"
+    whole = path.read_bytes()
+    cases = [
+        ({"ln_final.bias": None}, "parameter ln_final.bias is missing"),
+        ({"visual.adapter": np.zeros(3)}, r"unknown parameter visual.adapter \(1 such in all\)"),
+        ({"text_projection": np.zeros((3, 5))}, r"text_projection gives text/proj the shape"),
+        ({"visual.conv1.weight": np.zeros((3, 5))}, r"visual.conv1.weight has the shape \(3, 5\)"),
+        ({"transformer.resblocks.0.ln_1.bias": np.zeros(7)}, "layers of .*ln_1.bias differ"),
+    ]
+    for changes, message in cases:
+        change(path, **changes)
+        with pytest.raises(UserError, match=message):
+            import_model(str(openclip), "openclip", out)
+        path.write_bytes(whole)
+    for content in (whole[:-9], whole[:100], b"", b"{}", pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is not a whole safetensors file"):
+            import_model(str(openclip), "openclip", out)
+    assert not out.exists()
+    with pytest.raises(UserError, match="there is no file or folder"):
+        import_model(str(tmp_path / "nothing"), "openclip", out)
+    path.write_bytes(whole)
+    (openclip / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 3}}')
+    with pytest.raises(UserError, match="no configuration of an OpenCLIP ViT: 'vision_cfg'"):
+        import_model(str(openclip), "openclip", out)
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("unpickled"),))
+
+
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
+    """Without torch a `.pt` is refused; with it, it is read with weights_only."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+    with pytest.raises(UserError, match=r"install torch|without unpickling"):
+        import_model(str(path), "openclip", tmp_path / "ours", preset_name="ViT-B-32")
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_nothing_is_overwritten(openclip, tmp_path):
+    import_model(str(openclip), "openclip", tmp_path / "ours")
+    with pytest.raises(UserError, match="holds a model already"):
+        import_model(str(openclip), "openclip", tmp_path / "ours")
+    with pytest.raises(UserError, match="is not empty"):
+        export_model(tmp_path / "ours", "hf", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("side", [4, 9, 16])
+def test_positions_are_resized_as_pillow_resizes_a_picture(side):
+    """Pillow's bicubic has the same kernel, a = -1/2, and the same antialiasing."""
+    positions = np.random.default_rng(0).normal(size=(1 + 7 * 7, 3)).astype(np.float32)
+    got = resize_positions(positions, 1 + side * side)
+    np.testing.assert_array_equal(got[0], positions[0])
+    for channel in range(3):
+        grid = Image.fromarray(positions[1:, channel].reshape(7, 7), "F")
+        expected = np.asarray(grid.resize((side, side), Image.Resampling.BICUBIC))
+        np.testing.assert_allclose(got[1:, channel].reshape(side, side), expected, atol=1e-5)
+    assert resize_positions(positions, 50) is positions
+
+
+def test_the_vocabulary_is_transformers():
+    """Ids that transformers' vocab.json of openai/clip-vit-base-patch32 has."""
+    vocab = vocabulary("<|startoftext|>", "<|endoftext|>")
+    assert (vocab["!"], vocab["a</w>"], vocab["<|startoftext|>"]) == (0, 320, 49406)
+    assert vocab["<|endoftext|>"] == 49407
+    assert len(vocab) == len(merges()) + 514 == 49408
