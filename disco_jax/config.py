@@ -24,6 +24,7 @@ def default() -> ConfigDict:
     # Where a batch's images wait: `scan`, on the devices, in one program; `host`, in the host's
     # memory, which then bounds the batch.
     c.microbatch_mode = "scan"
+    c.init_from = ""  # a model folder (python -m disco_jax.interop) or a run, to begin from
     c.num_steps = 10_000  # optimiser updates in all
     c.fsdp = 1  # devices over which one copy of parameters and optimiser state is split
     c.fake_devices = 0  # run on so many CPU devices; 0: on what the machine has

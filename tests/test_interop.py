@@ -1,5 +1,6 @@
 """Weights in and out, against OpenCLIP's own outputs and a table of Hugging Face's names."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -10,17 +11,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import disco_jax
 from disco_jax.errors import UserError
 from disco_jax.interop import export_model, import_model, load_model
 from disco_jax.interop.convert import resize_positions
 from disco_jax.interop.store import flatten
-from disco_jax.models import CLIP
+from disco_jax.models import CLIP, PRESETS
 from disco_jax.tokenizer import merges, vocabulary
+from disco_jax.training.loop import begin_from
+from disco_jax.training.state import init_state
+from tests.conftest import mesh_of
 
 NAMES = ["openclip_tiny_gelu", "openclip_tiny_quickgelu"]
 ROOT = Path(__file__).parent.parent
@@ -166,3 +172,54 @@ def test_the_vocabulary_is_transformers():
     assert (vocab["!"], vocab["a</w>"], vocab["<|startoftext|>"]) == (0, 320, 49406)
     assert vocab["<|endoftext|>"] == 49407
     assert len(vocab) == len(merges()) + 514 == 49408
+
+
+@pytest.mark.parametrize("openclip", NAMES[1:], indirect=True)
+def test_a_loaded_model_encodes_and_classifies(openclip, tmp_path):
+    """Texts and pixels, as OpenCLIP's preprocessing gives them, against its own features."""
+    import_model(str(openclip), "openclip", tmp_path / "ours")
+    model = disco_jax.load(tmp_path / "ours", batch_size=3)
+    config, params = load_model(tmp_path / "ours")
+    size = config.vision.image_size
+    pictures = [Image.fromarray(x) for x in pixels(5, size)]
+    graph, _ = nnx.split(nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0))), nnx.Param)
+    clip = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
+    expected = clip.encode_image(jnp.asarray(pixels(5, size)))
+    np.testing.assert_allclose(model.encode_image(pictures), expected, atol=1e-5)
+    words = ["red square", "dog"]
+    texts = model.encode_text([f"a photo of a {word}." for word in words])
+    logits = np.exp(params["logit_scale"]) * np.asarray(expected) @ texts.T
+    odds = np.asarray(jax.nn.softmax(logits, axis=1))
+    np.testing.assert_allclose(model.classify(pictures, words), odds, atol=1e-4)
+    for i, picture in enumerate(pictures[:4]):
+        picture.save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"gone")
+    command = [sys.executable, "-m", "disco_jax.embed", tmp_path / "ours", "--batch_size=2"]
+    command += [f"--images={tmp_path}/*.png", f"--out={tmp_path / 'e.npz'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "2.png: not_an_image" in result.stderr
+    written = np.load(tmp_path / "e.npz", allow_pickle=False)
+    assert [Path(path).name for path in written["paths"]] == ["0.png", "1.png", "3.png"]
+    np.testing.assert_allclose(written["features"], np.asarray(expected)[[0, 1, 3]], atol=1e-5)
+
+
+def pixels(count: int, size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("openclip", NAMES[:1], indirect=True)
+def test_training_begins_from_a_model(openclip, tmp_path):
+    import_model(str(openclip), "openclip", tmp_path / "ours")
+    config, params = load_model(tmp_path / "ours")
+    state = init_state(config, optax.adam(1e-3), mesh_of(8, fsdp=4), seed=0)
+    begun = begin_from(tmp_path / "ours", config, state)
+    for name, leaf in flatten(begun.params).items():
+        np.testing.assert_array_equal(np.asarray(leaf), flatten(params)[name])
+        assert leaf.sharding == flatten(state.params)[name].sharding
+    tiny = PRESETS["tiny"]
+    other = init_state(tiny, optax.sgd(0.1), mesh_of(1), seed=0)
+    with pytest.raises(UserError, match=r"init_from: .* is it of another model\.name"):
+        begin_from(tmp_path / "ours", tiny, other)
+    with pytest.raises(UserError, match=r"has model\.quick_gelu = False"):
+        begin_from(tmp_path / "ours", dataclasses.replace(tiny, quick_gelu=True), other)

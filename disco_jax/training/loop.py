@@ -15,6 +15,8 @@ from disco_jax.data.sources import open_source
 from disco_jax.data.stream import TrainStream
 from disco_jax.errors import UserError
 from disco_jax.evaluation.evaluator import Evaluator
+from disco_jax.interop.store import flatten, nest
+from disco_jax.interop.transfer import read_model
 from disco_jax.mesh import make_mesh, place_batch
 from disco_jax.models import CLIPConfig
 from disco_jax.report import plot_curves
@@ -104,7 +106,31 @@ def _restore_or_init(
     optimizer = make_optimizer(config)
     if checkpoints.latest_step() is not None:
         return checkpoints.restore(abstract_state(model, optimizer, mesh))
-    return init_state(model, optimizer, mesh, config.seed), {}
+    state = init_state(model, optimizer, mesh, config.seed)
+    return (begin_from(Path(config.init_from), model, state) if config.init_from else state), {}
+
+
+def begin_from(source: Path, model: CLIPConfig, state: TrainState) -> TrainState:
+    """`state` with the parameters of a model folder or a run, laid out as they are.
+
+    Raises:
+      UserError: they are not of the same model; the parameter is named.
+    """
+    origin, params = read_model(source)
+    if origin.quick_gelu != model.quick_gelu:
+        raise UserError(f"init_from: {source} has model.quick_gelu = {origin.quick_gelu}")
+    given, wanted = flatten(params), flatten(state.params)
+    for name in sorted(given.keys() ^ wanted.keys()):
+        where = "not there" if name in wanted else "not in this model"
+        raise UserError(f"init_from: {name} of {source} is {where}: is it of another model.name?")
+    for name, leaf in wanted.items():
+        if given[name].shape != leaf.shape:
+            raise UserError(
+                f"init_from: {name} of {source} is of shape {given[name].shape}, and this model's "
+                f"of {leaf.shape}: is it of another model.name?"
+            )
+    placed = {name: jax.device_put(given[name], leaf.sharding) for name, leaf in wanted.items()}
+    return state._replace(params=nest(placed))
 
 
 def _announce(

@@ -1,0 +1,59 @@
+"""Features of many images: python -m disco_jax.embed MODEL --images='*.jpg' --out=embeddings.npz.
+
+The file holds `features`, fp32 `[n, embed_dim]` of unit length, and `paths`, in the same order.
+Images that can't be read are told and left out.
+"""
+
+import argparse
+import glob
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from disco_jax.cli import guard
+from disco_jax.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="a model folder or a run's workdir")
+    parser.add_argument("--images", required=True, help="a glob; ** goes down into folders")
+    parser.add_argument("--out", type=Path, required=True, help="a new .npz file")
+    parser.add_argument("--batch_size", type=int, default=64)
+    return parser.parse_args()
+
+
+def embed(arguments: argparse.Namespace) -> None:
+    """Raises UserError where there is no model, no image, or a file that would be overwritten."""
+    paths = sorted(glob.glob(str(Path(arguments.images).expanduser()), recursive=True))  # noqa: PTH207
+    if not paths:
+        raise UserError(f"--images: no file matches {arguments.images}")
+    if arguments.out.suffix != ".npz" or arguments.out.exists():
+        raise UserError(f"--out: {arguments.out} must be a new .npz file")
+    from disco_jax.inference import load  # after --help, which needs no JAX
+
+    model = load(arguments.model, arguments.batch_size)
+    features: list[np.ndarray] = []
+    kept: list[str] = []
+    starts = range(0, len(paths), model.batch_size)
+    for start in track(starts, "embedding", transient=True, disable=not sys.stderr.isatty()):
+        batch = []
+        for path in paths[start : start + model.batch_size]:
+            try:
+                batch.append(model.read(path))
+                kept.append(path)
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
+        if batch:
+            features.append(model.encode_pixels(np.stack(batch)))
+    if not kept:
+        raise UserError(f"--images: none of {len(paths)} files can be read")
+    np.savez(arguments.out, features=np.concatenate(features), paths=np.array(kept))
+    print(f"written: {len(kept)} features in {arguments.out}")
+
+
+if __name__ == "__main__":
+    guard(lambda: embed(parse_arguments()))

@@ -1,0 +1,97 @@
+"""A trained model to use: features of images and texts, and classes by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from disco_jax.data.source import BadSample
+from disco_jax.data.transforms import ImageLimits, open_image, to_pixels
+from disco_jax.errors import UserError
+from disco_jax.evaluation.encoder import Encoder
+from disco_jax.evaluation.zeroshot import class_embeddings
+from disco_jax.interop.transfer import read_model
+from disco_jax.mesh import make_mesh, replicated
+from disco_jax.models import CLIPConfig
+from disco_jax.tokenizer import CLIPTokenizer
+from disco_jax.training.state import Params
+
+Picture = Image.Image | str | Path
+TEMPLATES = ("a photo of a {}.",)  # CLIP's, section 3.1.4
+LIMITS = ImageLimits(max_image_pixels=100_000_000, min_image_side=1, max_aspect_ratio=100.0)
+
+
+class Model:
+    """Features of unit length, on all devices of the machine; every tower is compiled once.
+
+    Args:
+      config: the towers.
+      params: their parameters, by name.
+      batch_size: images or texts at once.
+    """
+
+    def __init__(self, config: CLIPConfig, params: Params, batch_size: int):
+        mesh = make_mesh()
+        self.config = config
+        self._params = jax.device_put(params, replicated(mesh))
+        self._encoder = Encoder(config, mesh, batch_size)
+        self._tokenizer = CLIPTokenizer(config.text.context_length)
+
+    @property
+    def batch_size(self) -> int:
+        """Images or texts at once: a multiple of the devices."""
+        return self._encoder.batch_size
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied by, learned in training."""
+        return float(np.exp(self._params["logit_scale"]))
+
+    def encode_image(self, images: Sequence[Picture]) -> np.ndarray:
+        """fp32 `[n, embed_dim]` of Pillow's images or files, resized and cut as in evaluation.
+
+        Raises:
+          UserError: one can't be read; it is named.
+        """
+        return self.encode_pixels(np.stack([self.read(image) for image in images]))
+
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """fp32 `[n, embed_dim]` of uint8 `[n, size, size, 3]`, as `read` gives them."""
+        return self._encoder.encode_all(self._encoder.image, self._params, pixels)
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """fp32 `[n, embed_dim]` of texts."""
+        tokens = self._tokenizer(texts)
+        return self._encoder.encode_all(self._encoder.text, self._params, tokens)
+
+    def classify(
+        self, images: Sequence[Picture], names: Sequence[str], templates: Sequence[str] = TEMPLATES
+    ) -> np.ndarray:
+        """Probabilities fp32 `[n, names]`: softmax of the scaled cosines with the classes."""
+        classes = class_embeddings(self._encoder, self._params, self._tokenizer, names, templates)
+        logits = self.logit_scale * self.encode_image(images) @ classes.T
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return odds / odds.sum(axis=1, keepdims=True)
+
+    def read(self, image: Picture) -> np.ndarray:
+        """uint8 `[size, size, 3]` of Pillow's image or a file; UserError where it can't be read."""
+        size = self.config.vision.image_size
+        try:
+            if isinstance(image, Image.Image):
+                return to_pixels(image, size, "an image")
+            return to_pixels(open_image(Path(image).read_bytes(), LIMITS, str(image)), size, "")
+        except BadSample as bad:
+            raise UserError(f"{image}: {bad.kind} {bad.detail}".rstrip()) from bad
+        except OSError as error:
+            raise UserError(f"{image} can't be read: {error.strerror}") from error
+
+
+def load(path: str | Path, batch_size: int = 64) -> Model:
+    """The model in a folder that `interop import` wrote, or a run's newest checkpoint.
+
+    Raises:
+      UserError: it is neither, or damaged.
+    """
+    return Model(*read_model(Path(path).expanduser()), batch_size)
