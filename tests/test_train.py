@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import grain
@@ -140,7 +141,13 @@ def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, 
     args += [f"--config.data.name={shards}", "--config.data.record_keys"]
     args += ["--config.data.num_workers=4"]
     with subprocess.Popen(
-        args, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        args,
+        cwd=ROOT,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -148,6 +155,7 @@ def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, 
                 process.send_signal(signal.SIGKILL)
                 break
     assert not (tmp_path / "curves.png").exists()
+    wait_for_the_end_of_all(process.pid)
     done = sorted(p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert int(done[-1].name) < 6
     result = run(*args, "--config.data.num_workers=0")
@@ -161,6 +169,18 @@ def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, 
     assert result.returncode == 0, result.stderr
     assert f"going on from step {int(done[-1].name)}" in result.stdout
     assert rows(tmp_path) == rows(finished)
+
+
+def wait_for_the_end_of_all(group: int) -> None:
+    """Fails if data workers outlive the run that was killed."""
+    for _ in range(300):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    pytest.fail("processes of a killed run are still there after 30 s")
 
 
 @pytest.mark.parametrize(

@@ -106,14 +106,15 @@ def make_source(layout: str, folder: Path) -> str:
     return "mini_imagenet"
 
 
-def config_of(source: str, folder: Path, batch_size: int = 16):
+def config_of(folder: Path, batch_size: int = 16, **sources: str):
     config = default()
     config.data.dir = str(folder)
     config.eval.batch_size = batch_size
     (folder / "prompts.txt").write_text("a {}\n")
-    config.eval.sets.mini = zeroshot_set(
-        source, "validation", subset="imagenet_r", templates=str(folder / "prompts.txt")
-    )
+    for name, source in sources.items():
+        config.eval.sets[name] = zeroshot_set(
+            source, "validation", subset="imagenet_r", templates=str(folder / "prompts.txt")
+        )
     return config
 
 
@@ -140,26 +141,22 @@ EXPECTED = {"mini/top1": 21 / 27, "mini/top1_of_all_1000": 17 / 27}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets")
-@pytest.mark.parametrize(
-    "layout", ["wnid folders", "index folders", "name folders", "shards", "tfds"]
-)
-def test_every_layout_gives_the_same_accuracy(layout, tmp_path):
-    config = config_of(make_source(layout, tmp_path), tmp_path)
-    metrics = evaluate(config, 8)
-    assert {name: metrics[name] for name in EXPECTED} == {
-        name: pytest.approx(value) for name, value in EXPECTED.items()
-    }
-    right = {
-        label: [i not in WRONG for i in range(27) if CLASSES[i % 8] == label] for label in CLASSES
-    }
-    assert metrics["mini/mean_per_class"] == pytest.approx(
-        np.mean([np.mean(r) for r in right.values()])
-    )
+def test_every_layout_gives_the_same_accuracy(tmp_path):
+    layouts = ("wnid folders", "index folders", "name folders", "shards", "tfds")
+    sources = {layout: make_source(layout, tmp_path) for layout in layouts}
+    metrics = evaluate(config_of(tmp_path, **sources), 8)
+    right = [
+        np.mean([i not in WRONG for i in range(27) if CLASSES[i % 8] == label]) for label in CLASSES
+    ]
+    for layout in layouts:
+        for name, value in EXPECTED.items():
+            assert metrics[name.replace("mini", layout)] == pytest.approx(value), layout
+        assert metrics[f"{layout}/mean_per_class"] == pytest.approx(np.mean(right)), layout
 
 
-@pytest.mark.parametrize(("devices", "batch_size"), [(1, 27), (1, 4), (2, 32), (4, 5)])
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 27), (4, 5)])
 def test_any_division_counts_each_image_once(devices, batch_size, tmp_path):
-    config = config_of(make_source("shards", tmp_path), tmp_path, batch_size)
+    config = config_of(tmp_path, batch_size, mini=make_source("shards", tmp_path))
     metrics = evaluate(config, devices)
     for name, value in EXPECTED.items():
         assert metrics[name] == pytest.approx(value)
@@ -168,7 +165,7 @@ def test_any_division_counts_each_image_once(devices, batch_size, tmp_path):
 def test_bad_images_are_left_out_and_told(tmp_path, capsys):
     source = make_source("wnid folders", tmp_path)
     (Path(source) / IMAGENET.ids[1] / "0.JPEG").write_bytes(b"gone")
-    metrics = evaluate(config_of(source, tmp_path), 2)
+    metrics = evaluate(config_of(tmp_path, mini=source), 2)
     assert metrics["mini/top1"] == pytest.approx(20 / 26)
     assert "left out of mini: 1 not_an_image" in capsys.readouterr().err
 
@@ -183,7 +180,7 @@ jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from pathlib import Path
 from tests.test_zeroshot_sets import config_of, evaluate
 folder = Path(sys.argv[3])
-config = config_of(str(folder / "val"), folder)
+config = config_of(folder, mini=str(folder / "val"))
 config.data.update(image_key="image", caption_key="caption")
 config.eval.retrieval_name = str(folder / "pairs.csv")
 print(json.dumps(evaluate(config, 4)))
@@ -214,7 +211,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
         for i in range(2)
     ]
     told = [json.loads(p.communicate(timeout=240)[0].splitlines()[-1]) for p in processes]
-    config = config_of(source, tmp_path)
+    config = config_of(tmp_path, mini=source)
     config.eval.retrieval_name = str(tmp_path / "pairs.csv")
     expected = evaluate(config, 4)
     assert told[0] == told[1] == expected

@@ -5,8 +5,11 @@ the source, batches cut from the endless row. So the position in the data is one
 seen, whatever the number of workers, processes or devices.
 """
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -84,7 +87,13 @@ def train_batches(
     # The place in the stream goes along: what is random about a sample is drawn from it.
     placed = order.map_with_index(lambda position, index: (position, int(index)))
     own = placed.slice(slice(start + process_index, None, process_count))
-    loaded = own.map(lambda place: load.train(*place))
+
+    def train(place: tuple[int, int]) -> Loaded:
+        if num_workers:
+            _end_with_parent()
+        return load.train(*place)
+
+    loaded = own.map(train)
     batches = loaded.batch(batch_size // process_count, batch_fn=collate)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     stream = batches.to_iter_dataset(options)
@@ -148,6 +157,20 @@ def eval_batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16 * threads)
     loaded = grain.MapDataset.range(steps * own).map(evaluate).to_iter_dataset(options)
     return iter(loaded.batch(own, batch_fn=collate))
+
+
+@cache
+def _end_with_parent() -> None:
+    """Makes a worker end when its run is killed; it would wait for ever to be asked for more."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _parse_flags() -> None:
