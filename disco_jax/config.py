@@ -145,6 +145,7 @@ REMAT = ("none", "dots", "full", "offload")
 FREE_FIELDS = (
     "data.dir",
     "data.max_bad_fraction",
+    "data.name",  # data may have moved: a checkpoint knows what they were (data/stream.py)
     "data.num_workers",
     "data.record_keys",
     "checkpoint_every",
