@@ -175,6 +175,7 @@ def validate(config: ConfigDict) -> None:
         "log_every",
         "checkpoint_every",
         "checkpoint_keep",
+        "eval.batch_size",
         "data.max_image_pixels",
         "data.min_image_side",
         "data.max_aspect_ratio",

@@ -15,7 +15,9 @@ class JsonLines:
     def __init__(self, path: Path, resume_from: int):
         kept = [row for row in read_lines(path) if row["step"] <= resume_from]
         self.count = len(kept)
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        new = path.with_name(path.name + ".new")  # a kill in between must leave the old one
+        new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        new.replace(path)
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:

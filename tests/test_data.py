@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import pickle
 import re
 from collections import Counter
@@ -300,6 +301,11 @@ def test_tables_of_paths_and_captions(suffix, tmp_path):
     data.caption_key = "caption"
     with pytest.raises(UserError, match=r"data\.caption_key: .* has no column 'caption'"):
         open_source(data, str(table), "")
+    if suffix == "csv":  # nothing that is no file is waited for
+        os.mkfifo(tmp_path / "fifo")
+        table.write_text("filepath,caption\nfifo,text\n")
+        with pytest.raises(BadSample, match="not a plain file"):
+            open_source(data, str(table), "")[0]
     table.write_bytes(b"")
     with pytest.raises(UserError, match="can't be read"):
         open_source(data, str(table), "")

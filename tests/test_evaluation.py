@@ -66,6 +66,12 @@ def test_ties_do_not_count_as_found():
     np.testing.assert_array_equal(rank(same, np.arange(4), same, np.arange(4), mesh_of(2)), [3] * 4)
 
 
+def test_a_broken_model_finds_nothing():
+    nothing = np.full((4, 2), np.nan, np.float32)
+    ranks = rank(nothing, np.arange(4), nothing, np.arange(4), mesh_of(2))
+    np.testing.assert_array_equal(ranks, [3] * 4)
+
+
 def test_ranks_in_tiles_equal_dense_ones_and_take_little_memory():
     """5,000 images, 25,000 captions. Small integers: every product is exact, and many are equal."""
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Tar shards: their format against `tarfile`, their index, and patterns of names."""
 
 import io
+import os
 import pickle
 import tarfile
 
@@ -90,6 +91,18 @@ def test_an_index_is_kept_and_only_what_changed_is_read_again(tmp_path, monkeypa
     index.write_bytes(index.read_bytes()[:-20])  # a broken index is made anew
     assert len(TarSource(paths, "txt")) == 11
     assert scanned == ["1.tar", "0.tar", "1.tar", "2.tar"]
+
+
+def test_rows_of_another_index_are_never_taken(tmp_path):
+    """A run keeps what it has mapped; a process that maps later is told, and misled by nothing."""
+    paths = [shard(tmp_path / f"{i}.tar", range(3 * i, 3 * i + 3)) for i in range(3)]
+    run = TarSource(paths, "txt")
+    late = pickle.loads(pickle.dumps(run))
+    os.utime(paths[2], (0, 0))
+    assert TarSource(paths, "txt")[8].image == picture(8)  # writes the index anew
+    assert [run[i].image for i in range(9)] == [picture(i) for i in range(9)]
+    with pytest.raises(UserError, match="was made anew by another process"):
+        late[0]
 
 
 def test_beside_read_only_shards_the_index_goes_to_the_cache(tmp_path, monkeypatch):

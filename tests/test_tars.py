@@ -105,6 +105,7 @@ BAD = {
     "missing_caption": {"x.jpg": picture(1)},
     "empty_caption": {"x.jpg": picture(1), "x.txt": b" &nbsp;\n"},
     "broken_caption": {"x.jpg": picture(1), "x.txt": b"caf\xe9"},
+    "too_large": {"x.jpg": picture(1), "x.txt": b"t" * (1 << 20) + b"t"},
 }
 JSON = {
     "missing_caption": b'{"other": 1}',
@@ -150,6 +151,20 @@ def test_a_bad_sample_is_named_and_replaced_and_moves_no_other(kind, tmp_path):
         assert ([f[0] for f in one.failures][:1] == [kind]) == (index == 0)
         if index:
             np.testing.assert_array_equal(one.pixels, other.pixels)
+
+
+def test_names_that_tar_cannot_hold_are_told_apart(tmp_path):
+    names = ["北京", "東京", "l" * 120 + "a", "l" * 120 + "b"]
+    members = {f"{n}.{e}": c for n in names for e, c in {"jpg": picture(1), "txt": b"t"}.items()}
+    source = TarSource([write(tmp_path / "0.tar", members, format=tarfile.PAX_FORMAT)], "txt")
+    assert len({source[i].key for i in range(4)}) == 4
+
+
+@pytest.mark.parametrize("text", [b"12345678901", b"9" * 5000, b"-1", b"cat"])
+def test_a_class_index_that_is_none_is_a_bad_sample(text, tmp_path):
+    members = {"x.jpg": picture(1), "x.txt": b"t", "x.cls": text}
+    with pytest.raises(BadSample, match="holds no class index"):
+        load_of([write(tmp_path / "0.tar", members)]).once(0, 0)
 
 
 def test_threads_may_share_what_is_open(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from disco_jax.config import default, zeroshot_set
 from disco_jax.errors import UserError
-from disco_jax.evaluation.classes import load_classes, load_subset, load_templates
+from disco_jax.evaluation.classes import Classes, load_classes, load_subset, load_templates
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.models import PRESETS
 from disco_jax.training.optimizer import optax
@@ -235,6 +235,10 @@ def test_the_200_classes_of_imagenet_r():
 def test_folders_are_classes_by_id_index_or_name():
     assert IMAGENET.label_of("n01443537") == IMAGENET.label_of("1") == 1
     assert IMAGENET.label_of("Great_White_Shark") == 2
+    with pytest.raises(UserError, match=r"'missile' may be any of the classes 657, 744"):
+        IMAGENET.label_of("missile")
+    with pytest.raises(UserError, match=r"'0' may be any of the classes 0, 2"):
+        Classes(["7", "3", "0"], []).label_of("0")
     with pytest.raises(UserError, match="'n99' is none of the 1000 classes"):
         IMAGENET.label_of("n99")
 
@@ -248,7 +252,7 @@ def test_own_classes_and_prompts(tmp_path):
     np.testing.assert_array_equal(load_subset(str(tmp_path / "some.txt"), classes), [False, True])
     with pytest.raises(UserError, match=r"templates: 'cat' of .* has not one"):
         load_templates(str(path))
-    for wrong in ('{"a": 1}', '["cat", 3]', "[]"):
+    for wrong in ('{"a": 1}', '["cat", 3]', "[]", "5"):
         path.write_text(wrong)
         with pytest.raises(UserError, match=r"classes: .*list\.json is not a list of texts"):
             load_classes(str(path))

@@ -28,7 +28,7 @@ class BadSamples:
         self._lines = JsonLines(self._path, step)
 
     def add(self, failures: Iterable[Failure], step: int, samples: int) -> None:
-        """Counts the bad samples of a step; `samples` good ones have been seen in all.
+        """Counts the bad samples of a step; this process has seen `samples` good ones.
 
         Raises:
           UserError: there are too many.

@@ -25,6 +25,7 @@ class Loaded(NamedTuple):
     pixels: np.ndarray  # uint8 [size, size, 3]
     captions: tuple[str, ...]  # in training the one that was drawn
     label: int | None
+    image_name: str | None  # equal for samples of one and the same image; None: of its own
     failures: tuple[Failure, ...]  # bad samples that stood in its place
 
 
@@ -66,7 +67,7 @@ class Load:
         captions = usable_captions(sample)
         if len(captions) > 1:
             captions = (captions[int(rng.integers(len(captions)))],)
-        return Loaded(sample.key, self._pixels(sample, rng), captions, sample.label, ())
+        return Loaded(sample.key, self._pixels(sample, rng), captions, sample.label, None, ())
 
     def evaluate(self, index: int) -> Loaded:
         """Sample `index` by the evaluation transform, with all of its captions.
@@ -77,7 +78,8 @@ class Load:
         sample = self._source[index]
         image = open_image(sample.image, self._limits, sample.key)
         pixels = to_pixels(image, self._size, sample.key)
-        return Loaded(sample.key, pixels, usable_captions(sample), sample.label, ())
+        captions = usable_captions(sample)
+        return Loaded(sample.key, pixels, captions, sample.label, sample.image_name, ())
 
     def _pixels(self, sample: Sample, rng: Generator) -> np.ndarray:
         image = open_image(sample.image, self._limits, sample.key)

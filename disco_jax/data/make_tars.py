@@ -1,11 +1,12 @@
 """Writes a source as tar shards: python -m disco_jax.data.make_tars shapes --split=train --out=DIR.
 
 In the source's order, `000000000.png`, `.txt` and, where there are labels, `.cls`: what img2dataset
-writes and webdataset reads.
+writes and webdataset reads. Several captions of a sample go to its `.json`, under `captions`.
 """
 
 import argparse
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -54,11 +55,17 @@ def write_shards(arguments: argparse.Namespace) -> None:
 
 
 def _add(tar: tarfile.TarFile, index: int, sample: Sample) -> None:
-    image = Image.open(io.BytesIO(sample.image), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(sample.image), formats=FORMATS)
+    except Exception as error:  # Pillow's parsers raise whatever a broken header makes them raise
+        raise BadSample("not_an_image", sample.key) from error
     parts = {(image.format or "").lower().replace("jpeg", "jpg"): sample.image}
     if isinstance(sample.captions, str | bytes):
         text = sample.captions
         parts["txt"] = text.encode() if isinstance(text, str) else text
+    elif sample.captions is not None:
+        texts = [t.decode(errors="replace") if isinstance(t, bytes) else t for t in sample.captions]
+        parts["json"] = json.dumps({"captions": texts}).encode()
     if sample.label is not None:
         parts["cls"] = str(sample.label).encode()
     for extension, content in parts.items():

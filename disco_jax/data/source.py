@@ -14,6 +14,12 @@ class Sample(NamedTuple):
     image: bytes  # encoded
     captions: Caption | Sequence[Caption] | None = None  # one, or several to draw from
     label: int | None = None
+    image_name: str | None = None  # equal for samples of one and the same image; None: of its own
+
+
+# What is larger is not read.
+MAX_IMAGE_BYTES = 256 << 20
+MAX_TEXT_BYTES = 1 << 20
 
 
 class BadSample(Exception):
@@ -31,7 +37,7 @@ KINDS = {
     "duplicate_key": "a second member of the same key and kind; the first one counts",
     "missing_image": "a caption without an image",
     "not_a_file": "a link, device or the like, which is never followed",
-    "too_large": "a member of 4 GiB or more",
+    "too_large": "an image of more than 256 MiB, a text of more than 1 MiB",
     "unreadable": "a shard or file that is gone, changed or can't be read",
     "empty_image": "an image of no bytes",
     "not_an_image": "bytes that are no JPEG, PNG or WebP",

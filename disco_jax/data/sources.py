@@ -37,6 +37,8 @@ def _open(data: ConfigDict, name: str, split: str, caption_key: str) -> Source:
         if len(paths) > 1:
             raise UserError(f"data.name: {name} matches {len(paths)} tables; join them with ::")
         return TableSource(paths[0], data.image_key, caption_key)
+    if Path(name).expanduser().is_dir():
+        raise UserError(f"data.name: {name} is a folder; name its shards, {name}/*.tar, or a table")
     # Here: TFDS takes seconds to import, and whoever has shards does not need it.
     from disco_jax.data.tfds_source import TfdsSource
 

@@ -77,7 +77,7 @@ class TrainStream:
         self._step += 1
         if self._keys is not None:
             self._keys.write({"step": self._step, "keys": batch.keys.tolist()})
-        self._bad.add(batch.failures, self._step, self._step * self._batch_size)
+        self._bad.add(batch.failures, self._step, self._step * len(batch.keys))
         return batch.arrays
 
     def position(self) -> dict[str, Any]:

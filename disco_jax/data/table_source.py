@@ -1,6 +1,7 @@
 """Image-text pairs in a folder, listed with their captions in a CSV, TSV or Parquet table."""
 
 import hashlib
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from disco_jax.data.source import BadSample, Sample
+from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample, Sample
 from disco_jax.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -65,6 +66,7 @@ class TableSource:
                         column_types=dict.fromkeys(wanted, pa.large_binary()),
                     ),
                 )
+            return [_large(columns.column(key)).combine_chunks() for key in wanted]
         except KeyError as error:
             key = error.args[0] if error.args else ""
             named = next((name for name in wanted if name in str(key)), key)
@@ -72,7 +74,6 @@ class TableSource:
             raise UserError(f"data.{field}: {self._table} has no column {named!r}") from error
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"data.name: {self._table} can't be read: {error}") from error
-        return [columns.column(key).combine_chunks() for key in wanted]
 
     def __len__(self) -> int:
         return self._length
@@ -84,10 +85,24 @@ class TableSource:
         name = name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name or "")
         path = self._table.parent / name
         try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise BadSample("unreadable", str(path), "not a plain file")
+            if status.st_size > MAX_IMAGE_BYTES:
+                raise BadSample("too_large", str(path), f"{status.st_size:,} bytes")
             image = path.read_bytes()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise BadSample("unreadable", str(path), reason) from error
         if captions and captions[0] is None:
             raise BadSample("missing_caption", str(path))
-        return Sample(str(path), image, captions[0] if captions else None)
+        return Sample(str(path), image, captions[0] if captions else None, image_name=str(path))
+
+
+def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts with 64-bit offsets: those of Parquet end at 2 GiB a column."""
+    large = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+    kind = column.type
+    if pa.types.is_list(kind):
+        return column.cast(pa.large_list(large.get(kind.value_type, kind.value_type)))
+    return column.cast(large.get(kind, kind))

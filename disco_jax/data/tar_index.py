@@ -2,7 +2,8 @@
 
 The file holds a row of 32 bytes a sample, and is mapped into memory, not read: processes on one
 machine share it. After the rows comes a catalogue in JSON, and its length. A shard whose size or
-time has changed is read again, and only that one.
+time has changed is read again, and only that one. Each file written has a name of its own, inside:
+who has read one catalogue never takes the rows of another for its own.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import mmap
 import os
 import re
+import secrets
 import struct
 import tempfile
 from collections import Counter
@@ -33,7 +35,8 @@ _EXTENSIONS = {
     "json": JSON,
     "cls": CLASS,
 }
-_MAGIC = b"DISCOTAR1"
+_MAGIC = b"DISCOTAR"
+_HEADER = len(_MAGIC) + 24  # and a name of its own, in hexadecimal digits
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key and extension, as webdataset cuts
 
 
@@ -52,14 +55,25 @@ class TarIndex(NamedTuple):
     """The index of some shards, as it lies on the disk."""
 
     file: Path
+    identity: str
     shards: list[Shard]
 
     def rows(self) -> np.ndarray:
-        """uint32 `[samples, 4, 2]`, mapped from the file."""
-        last = max(shard.start + shard.samples for shard in self.shards)
-        if not last:
-            return np.zeros((0, 4, 2), np.uint32)
-        return np.memmap(self.file, "<u4", "r", offset=len(_MAGIC), shape=(last, 4, 2))
+        """uint32 `[samples, 4, 2]`, mapped from the file.
+
+        Raises:
+          UserError: the file has been written anew since it was opened.
+        """
+        with self.file.open("rb") as opened:
+            if opened.read(_HEADER)[len(_MAGIC) :] != self.identity.encode():
+                raise UserError(
+                    f"the index {self.file} was made anew by another process, since shards have "
+                    "changed: start again"
+                )
+            last = max(shard.start + shard.samples for shard in self.shards)
+            if not last:
+                return np.zeros((0, 4, 2), np.uint32)
+            return np.memmap(opened, "<u4", "r", offset=_HEADER, shape=(last, 4, 2))
 
 
 def open_index(paths: Sequence[Path]) -> TarIndex:
@@ -114,9 +128,11 @@ def _read(file: Path) -> TarIndex | None:
             end = opened.seek(-8, os.SEEK_END)
             (length,) = struct.unpack("<Q", opened.read(8))
             opened.seek(end - length)
-            shards = [Shard(*entry) for entry in json.loads(opened.read(length))]
+            identity, entries = json.loads(opened.read(length))
+            shards = [Shard(*entry) for entry in entries]
         rows = sum(shard.samples for shard in shards)
-        return TarIndex(file, shards) if end - length == len(_MAGIC) + 32 * rows else None
+        whole = end - length == _HEADER + 32 * rows
+        return TarIndex(file, identity, shards) if whole else None
     except (OSError, ValueError, TypeError, struct.error):
         return None
 
@@ -134,7 +150,8 @@ def _write(
     start = 0
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, delete=False) as new:
         try:
-            new.write(_MAGIC)
+            identity = secrets.token_hex(12)
+            new.write(_MAGIC + identity.encode())
             for path, (size, time, rows, problems) in scanned:
                 new.write(rows)
                 count = len(rows) // 32
@@ -146,14 +163,16 @@ def _write(
                     new.write(kept[shard.start : shard.start + shard.samples].tobytes())
                     shards[path] = shard._replace(start=start)
                     start += shard.samples
-            catalogue = json.dumps([shards[path] for path in _names(paths)]).encode()
+            entries = [shards[path] for path in _names(paths)]
+            catalogue = json.dumps([identity, entries]).encode()
             new.write(catalogue + struct.pack("<Q", len(catalogue)))
             new.close()
+            Path(new.name).chmod(0o644)  # others read it; they must be able to map it
             Path(new.name).replace(file)
         except BaseException:
             Path(new.name).unlink(missing_ok=True)
             raise
-    return TarIndex(file, [shards[path] for path in _names(paths)])
+    return TarIndex(file, identity, entries)
 
 
 def _scan_all(paths: Sequence[Path]) -> Iterable[tuple[str, tuple[Any, ...]]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from disco_jax.data.source import BadSample, Caption, Sample
+from disco_jax.data.source import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    BadSample,
+    Caption,
+    Sample,
+)
 from disco_jax.data.tar_format import BLOCK, read_header
 from disco_jax.data.tar_index import CLASS, IMAGE, JSON, TEXT, open_index
 from disco_jax.errors import UserError
@@ -44,7 +51,7 @@ class TarSource:
             f"{len(shards)} shards, {len(self)} samples, "
             f"{hashlib.sha256(told.encode()).hexdigest()[:12]}"
         )
-        self._rows: np.ndarray | None = None
+        self._rows: np.ndarray | None = self._index.rows()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_rows": None}  # each process maps the index for itself
@@ -58,15 +65,15 @@ class TarSource:
         number = bisect_right(self._stops, index)
         shard = self._index.shards[number]
         row = self._rows[shard.start + index - (self._stops[number] - shard.samples)].tolist()
-        key, image = _read(shard.path, row[IMAGE], shard.path)
+        key, image = _read(shard.path, row[IMAGE], shard.path, MAX_IMAGE_BYTES)
         captions: Caption | Sequence[Caption] | None = None
         if self._caption_key:
             captions = self._captions(shard.path, row, key)
         label = None
         if row[CLASS][0]:
             text = _read(shard.path, row[CLASS], key)[1]
-            if not text.strip().isdigit():
-                raise BadSample("broken_caption", key, "its .cls holds no number")
+            if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
+                raise BadSample("broken_caption", key, "its .cls holds no class index")
             label = int(text)
         return Sample(key, image, captions, label)
 
@@ -103,9 +110,11 @@ def _open(path: str) -> _OpenShard:
     return _OpenShard(path)
 
 
-def _read(path: str, place: list[int], key: str) -> tuple[str, bytes]:
+def _read(path: str, place: list[int], key: str, limit: int = MAX_TEXT_BYTES) -> tuple[str, bytes]:
     """Key and bytes of the member at (block, size); its header must still tell that size."""
     block, size = place
+    if size > limit:
+        raise BadSample("too_large", key, f"{size:,} bytes")
     try:
         shard = _open(path)  # held while it is read: another thread may put it out of the cache
         stored = os.pread(shard.descriptor, BLOCK + size, (block - 1) * BLOCK)
@@ -117,4 +126,8 @@ def _read(path: str, place: list[int], key: str) -> tuple[str, bytes]:
     if told != size or len(stored) < BLOCK + size:
         raise BadSample("unreadable", key, "the shard has changed")
     folder, _, file = name.rpartition("/")
-    return f"{path}/{folder}{'/' if folder else ''}{file.split('.', 1)[0]}", stored[BLOCK:]
+    stem = f"{folder}{'/' if folder else ''}{file.split('.', 1)[0]}"
+    if len(name) >= 100 or "?" in name:
+        # The whole name is in a header before this one, and this one may be another's too.
+        stem += f"@{(block - 1) * BLOCK}"
+    return f"{path}/{stem}", stored[BLOCK:]

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -23,7 +24,7 @@ def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """
     try:
         builder = tfds.builder(name, data_dir=str(Path(data_dir).expanduser()))
-    except tfds.core.DatasetNotFoundError as error:
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UserError(
             f"unknown data set {name!r}: TFDS has none of that "
             "name; shards end in .tar, tables in .csv, .tsv or .parquet"
@@ -60,12 +61,12 @@ class TfdsSource:
         self._image_key, self._caption_key = image_key, caption_key
         builder = load_builder(name, data_dir)
         features = builder.info.features
-        if split.split("[")[0] not in builder.info.splits:
+        if any(p.split("[")[0].strip() not in builder.info.splits for p in split.split("+")):
             raise UserError(
                 f"data set {name} has no split {split!r}, only {', '.join(builder.info.splits)}"
             )
         for key in filter(None, (image_key, caption_key)):
-            if key.split("/")[0] not in features:
+            if not _has(features, key.split("/")):
                 raise UserError(
                     f"data set {name} has no feature {key!r}, it has {', '.join(features)}"
                 )
@@ -99,6 +100,15 @@ class TfdsSource:
             captions = captions.tolist()
         label = int(example["label"]) if self._labelled else None
         return Sample(f"{self._split}/{index}", example[self._image_key], captions, label)
+
+
+def _has(features: Any, path: list[str]) -> bool:
+    for part in path:
+        inner = getattr(features, "feature", features)  # of a sequence
+        if part not in getattr(inner, "keys", tuple)():
+            return False
+        features = inner[part]
+    return True
 
 
 def class_names(name: str, data_dir: str) -> list[str]:

@@ -1,9 +1,12 @@
 """What colours alone can tell: the measure that a model must beat to have seen shapes."""
 
+import contextlib
+
 import numpy as np
 from ml_collections import ConfigDict
 
 from disco_jax.data.load import Load
+from disco_jax.data.source import BadSample
 from disco_jax.data.sources import open_source
 from disco_jax.evaluation.evaluator import ZeroShotSet
 
@@ -31,7 +34,10 @@ def baselines(config: ConfigDict, sets: dict[str, ZeroShotSet], size: int) -> di
 
 
 def _load(load: Load, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    samples = [load.evaluate(int(index)) for index in chosen]
+    samples = []
+    for index in chosen:
+        with contextlib.suppress(BadSample):  # the evaluation itself tells of them
+            samples.append(load.evaluate(int(index)))
     return np.stack([s.pixels for s in samples]), np.array([s.label for s in samples])
 
 

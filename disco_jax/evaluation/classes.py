@@ -23,23 +23,29 @@ class Classes(NamedTuple):
         """The label of a class folder: its id, its index or its name.
 
         Raises:
-          UserError: it is none of them.
+          UserError: it is none of them, or may be several: two classes of one name, or the index
+            of one and the name of another.
         """
-        known = _known(tuple(self.names), tuple(self.ids))
-        label = known.get(folder, known.get(_plain(folder)))
-        if label is None:
+        labels = _known(tuple(self.names), tuple(self.ids))
+        found = labels.get(folder, set()) | labels.get(_plain(folder), set())
+        if not found:
             raise UserError(
                 f"class folder {folder!r} is none of the {len(self.names)} classes, by id, index "
                 f"or name: {self.names[0]!r}, say"
             )
-        return label
+        if len(found) > 1:
+            told = ", ".join(map(str, sorted(found)))
+            raise UserError(f"class folder {folder!r} may be any of the classes {told}: use ids")
+        return found.pop()
 
 
 @cache
-def _known(names: tuple[str, ...], ids: tuple[str, ...]) -> dict[str, int]:
-    by_name = {_plain(name): i for i, name in enumerate(names)}
-    by_index = {str(i): i for i in range(len(names))}
-    return by_name | by_index | {identity: i for i, identity in enumerate(ids)}
+def _known(names: tuple[str, ...], ids: tuple[str, ...]) -> dict[str, set[int]]:
+    labels: dict[str, set[int]] = {}
+    for words in (map(_plain, names), map(str, range(len(names))), ids):
+        for label, word in enumerate(words):
+            labels.setdefault(word, set()).add(label)
+    return labels
 
 
 def _plain(name: str) -> str:
@@ -98,12 +104,14 @@ def _strings(file: str, field: str) -> list[str]:
     path = Path(file).expanduser()
     try:
         text = path.read_text()
-        found = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        found = json.loads(text) if path.suffix == ".json" else text.split("\n")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{field}: {file} is not a known name, nor can it be read: {error}"
         ) from error
-    lines = [line for line in found if isinstance(line, str) and line.strip()]
-    if not lines or not isinstance(found, list) or len(lines) < len(found) - text.count("\n\n"):
+    if not isinstance(found, list) or not all(isinstance(line, str) for line in found):
+        raise UserError(f"{field}: {file} is not a list of texts")
+    lines = [line.strip() for line in found if line.strip()]
+    if not lines:
         raise UserError(f"{field}: {file} is not a list of texts")
     return lines

@@ -146,21 +146,24 @@ class Evaluator:
         """
         if self._pairs is None:
             return {}
-        features, keys, tokens, owners = [], [], [], []
+        features, names, tokens, owners = [], [], [], []
         rows = 0
         for batch in self._batches(self._pairs, "retrieval"):
             images = self._encoder.place(batch.images(self._size))
             features.append(np.asarray(self._encoder.image(params, images)))
-            keys.append(_gather(np.array([_digest(sample) for sample in batch.samples])))
+            names.append(_gather(np.array([_digest(sample) for sample in batch.samples])))
             ids, counts = self._caption_tokens(batch)
             owners.append(rows + np.repeat(np.arange(len(counts)), counts))
             tokens.append(ids)
             rows += len(counts)
-        # An image stands where its key is first seen; what is no image has no caption either.
-        _, first, same = np.unique(
-            np.concatenate(keys), axis=0, return_index=True, return_inverse=True
-        )
-        owner = first[same.ravel()][np.concatenate(owners)]
+        if not len(np.concatenate(tokens)):
+            raise UserError(f"retrieval: no sample of {self._pairs.fingerprint} is usable")
+        # An image stands where it is first seen; what is no image has no caption either.
+        name = np.concatenate(names)
+        _, first, same = np.unique(name, axis=0, return_index=True, return_inverse=True)
+        shared = name.any(axis=1)
+        image = np.where(shared, first[same.ravel()], np.arange(rows))
+        owner = image[np.concatenate(owners)]
         own, owner = np.unique(owner, return_inverse=True)
         texts = self._encoder.encode_all(self._encoder.text, params, np.concatenate(tokens))
         recalls = recall_at(
@@ -202,12 +205,11 @@ class Evaluator:
 
 
 def _digest(sample: Loaded | None) -> list[int]:
-    """A sample's key as eight numbers that processes can exchange; all zero for none."""
-    if sample is None:
-        return [0] * 8
-    return list(
-        hashlib.blake2b(sample.key.encode(errors="surrogateescape"), digest_size=8).digest()
-    )
+    """The name of a sample's image as numbers that processes can exchange; zeros for none."""
+    if sample is None or sample.image_name is None:
+        return [0] * 16
+    name = sample.image_name.encode(errors="surrogateescape")
+    return list(hashlib.blake2b(name, digest_size=16).digest())
 
 
 def _gather(rows: np.ndarray) -> np.ndarray:

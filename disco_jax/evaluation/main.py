@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -53,14 +54,18 @@ def evaluate(
     checkpoints = Checkpoints(workdir)
     try:
         for step in _steps(checkpoints, config.num_steps, every=every, watch=watch):
-            params = _restore(checkpoints, step, config, model, mesh)
+            try:
+                params = _restore(checkpoints, step, config, model, mesh)
+            except FileNotFoundError:  # training keeps the newest ones
+                console.print(f"checkpoint {step} is gone: left out")
+                continue
             _evaluate(evaluator, params, fixed, step, workdir)
     finally:
         checkpoints.close()
 
 
 def _steps(checkpoints: Checkpoints, last: int, *, every: bool, watch: bool) -> Iterator[int]:
-    steps = checkpoints.steps()
+    steps = _agreed(checkpoints.steps())
     if not steps and not watch:
         raise UserError(f"there is no checkpoint in {checkpoints.folder}: train first")
     done = set(steps[:-1]) if not every else set()
@@ -72,7 +77,16 @@ def _steps(checkpoints: Checkpoints, last: int, *, every: bool, watch: bool) -> 
         if not watch or last in done:
             return
         time.sleep(POLL)
-        steps = checkpoints.steps()
+        steps = _agreed(checkpoints.steps())
+
+
+def _agreed(steps: list[int]) -> list[int]:
+    """The steps that the first process sees: all must evaluate the same ones."""
+    if jax.process_count() == 1:
+        return steps
+    padded = np.full(1024, -1, np.int32)
+    padded[: len(steps)] = steps[-1024:]
+    return [int(step) for step in broadcast_one_to_all(padded) if step >= 0]
 
 
 def _restore(

@@ -84,7 +84,8 @@ def _ranks(rows: dict[str, jax.Array], candidates: jax.Array, ids: jax.Array) ->
 
     def before(rank: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         theirs = (query_ids[:, None] != tile[1][None, :]) & (tile[1] >= 0)[None, :]
-        ahead = theirs & (scores(tile[0]) >= own[:, None])
+        # What is no number counts as before, too: a broken model finds nothing.
+        ahead = theirs & ~(scores(tile[0]) < own[:, None])
         return rank + ahead.sum(axis=1, dtype=jnp.int32), None
 
     own, _ = lax.scan(best, jnp.full(len(queries), -jnp.inf), (candidates, ids))

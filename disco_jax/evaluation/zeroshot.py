@@ -23,7 +23,7 @@ def class_embeddings(
     templates: Sequence[str],
 ) -> np.ndarray:
     """fp32 `[classes, embed_dim]`: a class's mean over prompts of unit embeddings, unit again."""
-    prompts = [template.format(name) for name in names for template in templates]
+    prompts = [template.replace("{}", name) for name in names for template in templates]
     features = encoder.encode_all(encoder.text, params, tokenizer(prompts))
     mean = features.reshape(len(names), len(templates), -1).mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
