@@ -58,6 +58,21 @@ def test_sizes_past_octal_are_read():
     assert error.value.kind == "truncated_shard"  # nine GiB are not there
 
 
+def test_what_follows_an_early_end_is_not_lost_silently(tmp_path):
+    """A header of zeros ends a tar: more after it, or no end at all, means that some is lost."""
+    data = bytearray(shard(tmp_path / "0.tar", range(2)).read_bytes())
+    whole = list(members(bytes(data)))
+    for end, kind in ((whole[4].offset + 512, "truncated_shard"), (len(data), "damaged_shard")):
+        cut = bytearray(data[:end])
+        if kind == "damaged_shard":
+            cut[whole[3].offset - 512 : whole[3].offset] = bytes(512)
+        found = []
+        with pytest.raises(DamagedTar) as error:
+            found.extend(members(bytes(cut)))
+        assert error.value.kind == kind
+        assert [member.name for member in whole][: len(found)] == [m.name for m in found]
+
+
 def test_samples_are_found_in_any_shard_and_in_other_processes(tmp_path):
     paths = [shard(tmp_path / f"{i:05}.tar", range(4 * i, 4 * i + 4)) for i in range(6)]
     source = TarSource(paths, "txt")

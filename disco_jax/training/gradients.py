@@ -46,6 +46,7 @@ def make_parts(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> Parts:
     everywhere = replicated(mesh)
     root = jax.random.key(config.seed)
     random = bool(config.model.dropout or config.model.patch_dropout)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def prepare(params: Params) -> Params:
         cast = jax.tree_util.tree_map_with_path(
@@ -61,8 +62,8 @@ def make_parts(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> Parts:
         scalars = {name: x for name, x in abstract.items() if name in SCALARS}  # unused here
         clip = nnx.merge(graph, params | scalars)
         image = clip.encode_image(samples["images"], None if model.lock_image else keys)
-        # One tower after the other: side by side on a CPU they fight for its caches.
-        image, params = lax.optimization_barrier((image, params))
+        if on_cpu:  # one tower after the other: side by side they fight for the cores and caches
+            image, params = lax.optimization_barrier((image, params))
         return image, nnx.merge(graph, params | scalars).encode_text(samples["tokens"], keys)
 
     def loss(scalars: Params, features: Features) -> Array:
