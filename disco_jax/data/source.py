@@ -30,7 +30,8 @@ class BadSample(Exception):
         self.kind, self.key, self.detail = kind, key, detail
 
 
-# What can be wrong, and what it means. The first six are found when tar shards are indexed.
+# What can be wrong, and what it means. The first five are found when tar shards are indexed, the
+# sixth there or when a sample is read.
 KINDS = {
     "truncated_shard": "a shard that ends in the middle of a member; what is before it counts",
     "damaged_shard": "a shard with a broken header; what is before it counts",
