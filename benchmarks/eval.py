@@ -24,7 +24,7 @@ from disco_jax.evaluation.classes import load_classes, load_templates
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.evaluation.zeroshot import class_embeddings
 from disco_jax.mesh import make_mesh, use_fake_devices
-from disco_jax.tokenizer import CLIPTokenizer
+from disco_jax.tokenizer import make_tokenizer
 from disco_jax.training.build import model_config
 from disco_jax.training.state import init_state
 
@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         encoder = evaluator._encoder
         names = load_classes("imagenet").names[: arguments.classes]
         templates = load_templates("openai_imagenet")
-        tokenizer = CLIPTokenizer(model.text.context_length)
+        tokenizer = make_tokenizer(model.text)
         tokens = tokenizer([t.format(name) for name in names for t in templates])
         encoder.encode_all(encoder.text, params, tokens[: encoder.batch_size])  # compiles
         start = time.perf_counter()

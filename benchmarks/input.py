@@ -28,6 +28,7 @@ from disco_jax.config import default
 from disco_jax.data.load import Load
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.sources import open_source
+from disco_jax.tokenizer import CLIPTokenizer
 
 SHARD = 250  # samples
 CAPTION = "a photo of a harbour with boats, number {} of the set, taken in the evening light"
@@ -80,7 +81,7 @@ def ours(pattern: str, batch: int, workers: int) -> Iterator[Any]:
     data = default().data
     data.caption_key = "txt"
     source = open_source(data, pattern, "")
-    load, collate = Load(source, data, 224), Collate(77)
+    load, collate = Load(source, data, 224), Collate(CLIPTokenizer())
     return train_batches(
         source, load, collate, batch_size=batch, seed=0, start=0, num_workers=workers
     )

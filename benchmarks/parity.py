@@ -24,6 +24,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from disco_jax.interop import export_model, import_model, load_model
 from disco_jax.interop.model_config import to_huggingface, to_openclip
@@ -40,30 +41,40 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def config_of(name: str, quick_gelu: bool) -> CLIPConfig:
-    config = dataclasses.replace(PRESETS[name], quick_gelu=quick_gelu)
-    if config.vision.layers <= 24:
-        return config
+def config_of(name: str, library: str) -> CLIPConfig:
+    """The preset, with transformers' activation there, and cut where it is deep."""
+    config = PRESETS[name]
+    changes: dict[str, Any] = {}
+    if library == "hf":
+        act = "gelu_tanh" if config.vision.pool == "map" else "quick_gelu"
+        changes["activation"] = act
+    # timm's towers have their layers by name: they are taken whole.
+    if config.vision.layers > 24 and not (library == "openclip" and config.vision.pool == "map"):
+        changes["layers"] = 2
     return dataclasses.replace(
         config,
-        vision=dataclasses.replace(config.vision, layers=2),
-        text=dataclasses.replace(config.text, layers=2),
+        vision=dataclasses.replace(config.vision, **changes),
+        text=dataclasses.replace(config.text, **changes),
     )
 
 
 def peer(library: str, config: CLIPConfig) -> Any:
     """The other library's model, with random weights of every parameter."""
     torch.manual_seed(0)
+    siglip = config.vision.pool == "map"
     if library == "openclip":
         from open_clip.model import CLIP as OpenCLIP
+        from open_clip.model import CustomTextCLIP
 
         spec = to_openclip(config)
-        model = OpenCLIP(**spec)
+        spec.pop("custom_text", None)
+        model = (CustomTextCLIP if siglip else OpenCLIP)(**spec)
     else:
-        from transformers import CLIPConfig as HFConfig
-        from transformers import CLIPModel
+        import transformers
 
-        model = CLIPModel(HFConfig.from_dict(to_huggingface(config)))
+        name = "Siglip" if siglip else "CLIP"
+        spec = getattr(transformers, f"{name}Config").from_dict(to_huggingface(config))
+        model = getattr(transformers, f"{name}Model")(spec)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim and parameter.abs().max() == 0:  # biases, which begin at 0
@@ -72,12 +83,20 @@ def peer(library: str, config: CLIPConfig) -> Any:
 
 
 def save(library: str, model: Any, config: CLIPConfig, folder: Path) -> None:
+    if config.vision.pool == "map":
+        write_tokenizer(folder.parent / "tokenizer.json")
     if library == "hf":
         model.save_pretrained(folder)
         return
     folder.mkdir()
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": to_openclip(config)}))
+
+
+def write_tokenizer(path: Path) -> None:
+    """A stand-in: SigLIP's own is on the hub, and the towers only see ids."""
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    Tokenizer(models.WordLevel(words, "<unk>")).save(str(path))
 
 
 def theirs(library: str, model: Any, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
@@ -94,29 +113,51 @@ def theirs(library: str, model: Any, images: np.ndarray, tokens: np.ndarray) -> 
 def loads(library: str, model: Any, folder: Path) -> bool:
     """Whether our export is loaded there without a missing or unexpected key."""
     if library == "openclip":
-        model.load_state_dict(load_file(folder / "open_clip_model.safetensors"), strict=True)
-        return True
-    from transformers import CLIPModel, CLIPProcessor
+        import open_clip
 
-    _, told = CLIPModel.from_pretrained(folder, output_loading_info=True)
-    CLIPProcessor.from_pretrained(folder)
+        model.load_state_dict(load_file(folder / "open_clip_model.safetensors"), strict=True)
+        spec = json.loads((folder / "open_clip_config.json").read_text())
+        # As its users load a folder: by name and file, the name being of this very configuration.
+        open_clip.add_model_config(_named(spec["model_cfg"], folder))
+        weights = str(folder / "open_clip_model.safetensors")
+        open_clip.create_model("export", pretrained=weights)
+        return True
+    import transformers
+
+    siglip = (folder / "tokenizer.json").exists()
+    known = transformers.SiglipModel if siglip else transformers.CLIPModel
+    _, told = known.from_pretrained(folder, output_loading_info=True)
+    if siglip:
+        transformers.SiglipImageProcessor.from_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(folder)
+    else:
+        transformers.CLIPProcessor.from_pretrained(folder)
     return not (told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"])
 
 
-def compare(name: str, library: str, quick_gelu: bool) -> dict[str, Any]:
-    config = config_of(name, quick_gelu)
+def _named(spec: dict[str, Any], folder: Path) -> Path:
+    path = folder / "export.json"
+    path.write_text(json.dumps(spec))
+    return path
+
+
+def compare(name: str, library: str) -> dict[str, Any]:
+    config = config_of(name, library)
     rng = np.random.default_rng(0)
     size = config.vision.image_size
     images = rng.normal(size=(2, size, size, 3)).astype(np.float32)
-    tokens = np.zeros((2, 77), np.int32)
-    for row, length in zip(tokens, (77, 9), strict=True):
-        row[:length] = [49406, *rng.integers(1, 49000, length - 2), 49407]
+    context = config.text.context_length
+    tokens = np.zeros((2, context), np.int32)
+    start, end = (49406, 49407) if config.text.pool == "argmax" else (5, 1)
+    for row, length in zip(tokens, (context, 9), strict=True):
+        row[:length] = [start, *rng.integers(1, 30_000, length - 2), end]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model = peer(library, config)
         save(library, model, config, folder / "theirs")
         expected = theirs(library, model, images, tokens)
-        import_model(str(folder / "theirs"), library, folder / "ours")
+        tokenizer = folder / "tokenizer.json"
+        import_model(str(folder / "theirs"), library, folder / "ours", tokenizer=tokenizer)
         ours, params = load_model(folder / "ours")
         graph, _ = nnx.split(nnx.eval_shape(lambda: CLIP(ours, rngs=nnx.Rngs(0))), nnx.Param)
         clip = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
@@ -127,7 +168,7 @@ def compare(name: str, library: str, quick_gelu: bool) -> dict[str, Any]:
     return {
         "model": name,
         "library": library,
-        "quick_gelu": quick_gelu,
+        "activation": f"{config.vision.activation}, {config.text.activation}",
         "layers": config.vision.layers,
         "image": off[0],
         "text": off[1],
@@ -139,18 +180,26 @@ def compare(name: str, library: str, quick_gelu: bool) -> dict[str, Any]:
 def main() -> None:
     arguments = parse_arguments()
     table = Table(title="largest difference of features, of the largest feature")
-    for column in ("model", "layers", "beside", "gelu", "images", "texts", "export loads there"):
+    for column in (
+        "model",
+        "layers",
+        "beside",
+        "activations",
+        "images",
+        "texts",
+        "export loads there",
+    ):
         table.add_column(column)
     rows = []
     for name in arguments.models.split(","):
         for library in arguments.libraries.split(","):
-            row = compare(name, library, quick_gelu=library == "hf")
+            row = compare(name, library)
             rows.append(row)
             table.add_row(
                 name,
                 str(row["layers"]),
                 library,
-                "quick" if row["quick_gelu"] else "exact",
+                row["activation"],
                 f"{row['image']:.1e}",
                 f"{row['text']:.1e}",
                 "yes" if row["export_loads"] else "NO",

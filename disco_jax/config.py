@@ -30,8 +30,9 @@ def default() -> ConfigDict:
     c.fake_devices = 0  # run on so many CPU devices; 0: on what the machine has
 
     c.model = ConfigDict()
-    c.model.name = "ViT-B-32"  # a preset of disco_jax/models/presets.py
-    c.model.quick_gelu = False  # OpenAI's gelu, instead of the exact one
+    c.model.name = "ViT-B-32"  # a preset of disco_jax/models/presets.py, or a model folder
+    c.model.activation = ""  # of both towers: gelu, quick_gelu, gelu_tanh; "": the model's own
+    c.model.tokenizer = ""  # a tokenizer.json, for SigLIP's models; "": the model's, or CLIP's
     c.model.dtype = "bfloat16"  # the towers' compute: bfloat16 or float32
     # What each tower computes again in the backward pass to save memory, from least to most: none,
     # dots, full or offload (a block's input waits in the host's memory).
@@ -43,7 +44,10 @@ def default() -> ConfigDict:
     c.model.attention = "auto"
     c.model.patch_dropout = 0.0  # share of an image's patches left out in training (FLIP)
     c.model.dropout = 0.0  # of what each residual branch adds, in training
-    c.model.lock_image = False  # LiT: the image tower stays as it is, and needs no gradients
+    # What is trained of each tower: its last so many blocks with what follows them; 0: nothing, and
+    # it needs no gradients (LiT, for the image tower); -1: everything.
+    c.model.image_trained_blocks = -1
+    c.model.text_trained_blocks = -1
 
     c.loss = ConfigDict()
     c.loss.kind = (
@@ -207,6 +211,7 @@ def validate(config: ConfigDict) -> None:
         "model.image_remat": REMAT,
         "model.text_remat": REMAT,
         "microbatch_mode": ("scan", "host"),
+        "model.activation": ("", "gelu", "quick_gelu", "gelu_tanh"),
         "optimizer.name": ("adamw", "lion", "adafactor", "muon"),
         "loss.kind": ("softmax", "sigmoid"),
         "loss.method": METHODS,

@@ -15,7 +15,7 @@ from disco_jax.evaluation.zeroshot import class_embeddings
 from disco_jax.interop.transfer import read_model
 from disco_jax.mesh import make_mesh, replicated
 from disco_jax.models import CLIPConfig
-from disco_jax.tokenizer import CLIPTokenizer
+from disco_jax.tokenizer import make_tokenizer
 from disco_jax.training.state import Params
 
 Picture = Image.Image | str | Path
@@ -37,7 +37,7 @@ class Model:
         self.config = config
         self._params = jax.device_put(params, replicated(mesh))
         self._encoder = Encoder(config, mesh, batch_size)
-        self._tokenizer = CLIPTokenizer(config.text.context_length)
+        self._tokenizer = make_tokenizer(config.text)
 
     @property
     def batch_size(self) -> int:
@@ -77,11 +77,12 @@ class Model:
 
     def read(self, image: Picture) -> np.ndarray:
         """uint8 `[size, size, 3]` of Pillow's image or a file; UserError where it can't be read."""
-        size = self.config.vision.image_size
+        size, squash = self.config.vision.image_size, self.config.vision.squash
         try:
             if isinstance(image, Image.Image):
-                return to_pixels(image, size, "an image")
-            return to_pixels(open_image(Path(image).read_bytes(), LIMITS, str(image)), size, "")
+                return to_pixels(image, size, "", squash)
+            opened = open_image(Path(image).read_bytes(), LIMITS, str(image))
+            return to_pixels(opened, size, "", squash)
         except BadSample as bad:
             raise UserError(f"{image}: {bad.kind} {bad.detail}".rstrip()) from bad
         except OSError as error:

@@ -1,19 +1,28 @@
-"""CLIP's byte-pair tokenizer: the `tokenizers` library over OpenAI's merges.
+"""Texts to token ids, by the `tokenizers` library: CLIP's byte pairs, or a tokenizer.json.
 
 Cleaning follows OpenAI's and OpenCLIP's: text mended by ftfy, HTML unescaped twice, white space
-collapsed, lower case.
+collapsed, lower case; for SigLIP without punctuation too.
 """
 
 import gzip
 import html
+import string
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ftfy
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from disco_jax.errors import UserError
+
+if TYPE_CHECKING:  # data workers import this file, and have no use for JAX
+    from disco_jax.models.config import TextConfig
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 START, END = "<start_of_text>", "<end_of_text>"  # as OpenCLIP spells them
 _MERGES = 49152 - 256 - 2  # CLIP uses the first so many of the file
 _WORDS = (
@@ -23,7 +32,7 @@ _WORDS = (
 
 
 class CLIPTokenizer:
-    """Texts to token ids, padded with 0 to `context_length` and cut to it."""
+    """CLIP's: OpenAI's merges; texts to ids, padded with 0 to `context_length` and cut to it."""
 
     def __init__(self, context_length: int = 77):
         self.context_length = context_length
@@ -49,6 +58,83 @@ class CLIPTokenizer:
                 ids = [*ids[: self.context_length - 1], self._end]
             row[: len(ids)] = ids
         return tokens
+
+
+class FileTokenizer:
+    """A `tokenizer.json` as SigLIP's models have: texts to ids, each ended and padded as there.
+
+    SigLIP's (T5's sentence pieces) ends in `</s>` and is padded with it; SigLIP 2's (Gemma's) ends
+    in `<eos>` and is padded with `<pad>`.
+
+    Raises:
+      UserError: the file is no tokenizer, or has no such token.
+    """
+
+    def __init__(self, path: str | Path, context_length: int):
+        self.context_length = context_length
+        self._pieces = _read_tokenizer(str(path))
+        ending, eos, pad = (self._pieces.token_to_id(t) for t in ("</s>", "<eos>", "<pad>"))
+        if ending is not None:
+            self._end, self._pad = ending, ending
+        elif eos is not None and pad is not None:
+            self._end, self._pad = eos, pad
+        else:
+            raise UserError(f"{path} has neither the token </s> nor <eos> and <pad>")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._pieces.get_vocab_size()
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text with the end token, neither cut nor padded."""
+        cleaned = [clean(text).replace("_", " ").translate(_NO_PUNCTUATION) for text in texts]
+        encodings = self._pieces.encode_batch(
+            [" ".join(text.split()) for text in cleaned], add_special_tokens=False
+        )
+        return [[*encoding.ids, self._end] for encoding in encodings]
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """int32 `[len(texts), context_length]`; a text that is cut still ends in the end token."""
+        tokens = np.full((len(texts), self.context_length), self._pad, np.int32)
+        for row, ids in zip(tokens, self.ids(texts), strict=True):
+            if len(ids) > self.context_length:
+                ids = [*ids[: self.context_length - 1], self._end]
+            row[: len(ids)] = ids
+        return tokens
+
+
+TextTokenizer = CLIPTokenizer | FileTokenizer
+
+
+def make_tokenizer(text: "TextConfig") -> TextTokenizer:
+    """The tokenizer of a text tower.
+
+    Raises:
+      UserError: it has more ids than the tower, or its file can't be read.
+    """
+    if text.tokenizer:
+        tokenizer: TextTokenizer = FileTokenizer(text.tokenizer, text.context_length)
+    else:
+        tokenizer = CLIPTokenizer(text.context_length)
+    if text.pool == "last" and tokenizer.vocab_size > text.vocab_size:
+        raise UserError(
+            f"the tokenizer {text.tokenizer or 'of CLIP'} has {tokenizer.vocab_size:,} tokens, and "
+            f"the model {text.vocab_size:,}: set model.tokenizer to the model's tokenizer.json"
+        )
+    if text.tokenizer and text.pool == "argmax":
+        raise UserError("model.tokenizer: this model pools at the end of text of CLIP's tokenizer")
+    return tokenizer
+
+
+def _read_tokenizer(path: str) -> Tokenizer:
+    try:
+        pieces = Tokenizer.from_file(path)
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(f"{path} is not a readable tokenizer.json: {error}") from error
+    pieces.no_truncation()
+    pieces.no_padding()
+    return pieces
 
 
 def clean(text: str) -> str:

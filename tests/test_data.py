@@ -79,7 +79,9 @@ class Numbered:
 def order(steps: int, *lengths: int, **kwargs) -> np.ndarray:
     options = {"batch_size": 4, "seed": 0, "start": 0, "num_workers": 0} | kwargs
     source = Joined([Numbered(length) for length in lengths or (10,)])
-    batches = train_batches(source, Load(source, default().data, 4), Collate(8), **options)
+    batches = train_batches(
+        source, Load(source, default().data, 4), Collate(CLIPTokenizer(8)), **options
+    )
     seen = [next(batches) for _ in range(steps)]
     labels = np.concatenate([batch.labels for batch in seen])
     np.testing.assert_array_equal(labels, np.concatenate([b.keys for b in seen]).astype(int))
@@ -253,7 +255,13 @@ def test_any_tfds_set_of_images_and_captions_is_read_by_name(tmp_path):
     data.update(dir=str(tmp_path), image_key="picture", caption_key="text")
     source = open_source(data, "toy_captions", "train")
     batches = train_batches(
-        source, Load(source, data, 16), Collate(8), batch_size=6, seed=0, start=0, num_workers=0
+        source,
+        Load(source, data, 16),
+        Collate(CLIPTokenizer(8)),
+        batch_size=6,
+        seed=0,
+        start=0,
+        num_workers=0,
     )
     batch = next(batches).arrays
     assert batch["images"].shape == (6, 16, 16, 3)

@@ -221,5 +221,6 @@ def test_training_begins_from_a_model(openclip, tmp_path):
     other = init_state(tiny, optax.sgd(0.1), mesh_of(1), seed=0)
     with pytest.raises(UserError, match=r"init_from: .* is it of another model\.name"):
         begin_from(tmp_path / "ours", tiny, other)
-    with pytest.raises(UserError, match=r"has model\.quick_gelu = False"):
-        begin_from(tmp_path / "ours", dataclasses.replace(tiny, quick_gelu=True), other)
+    quick = dataclasses.replace(config.vision, activation="quick_gelu")
+    with pytest.raises(UserError, match="has activation gelu, and this model quick_gelu"):
+        begin_from(tmp_path / "ours", dataclasses.replace(config, vision=quick), state)

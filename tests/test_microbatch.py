@@ -13,7 +13,7 @@ from disco_jax.errors import UserError
 from disco_jax.losses import METHODS
 from disco_jax.mesh import place_batch
 from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
-from disco_jax.models.clip import drop_patches
+from disco_jax.models.vision import drop_patches
 from disco_jax.plan.flops import matmul_flops
 from disco_jax.training import gradients
 from disco_jax.training.gradients import by_microbatches, make_parts, split, whole_batch
@@ -164,13 +164,13 @@ def test_dropout_changes_with_the_step():
 def test_patch_dropout_keeps_the_class_token_and_as_many_patches():
     x = jnp.arange(3 * 17, dtype=jnp.float32).reshape(3, 17, 1)
     keys = jax.random.split(jax.random.key(0), 3)
-    kept = drop_patches(x, keys, 0.75)
+    kept = drop_patches(x, keys, 0.75, kept_first=1)
     assert kept.shape == (3, 5, 1)
     np.testing.assert_array_equal(kept[:, 0], x[:, 0])
     for row, whole in zip(np.asarray(kept[:, 1:, 0]), np.asarray(x[:, 1:, 0]), strict=True):
         assert len(set(row)) == 4
         assert set(row) <= set(whole)
-    alone = drop_patches(x[1:2], keys[1:2], 0.75)  # a sample's choice is its own
+    alone = drop_patches(x[1:2], keys[1:2], 0.75, kept_first=1)  # a sample's choice is its own
     np.testing.assert_array_equal(alone, kept[1:2])
 
 

@@ -11,12 +11,13 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from disco_jax.models import CLIP, PRESETS, CLIPConfig, TextConfig, VisionConfig, preset
-from disco_jax.models.clip import normalize_pixels
 from disco_jax.models.transformer import gelu
+from disco_jax.models.vision import normalize_pixels
 
 
 def openclip_config(spec: dict, **changes) -> CLIPConfig:
     vision, text = spec["vision_cfg"], spec["text_cfg"]
+    activation = "quick_gelu" if spec["quick_gelu"] else "gelu"
     return CLIPConfig(
         embed_dim=spec["embed_dim"],
         vision=VisionConfig(
@@ -26,6 +27,7 @@ def openclip_config(spec: dict, **changes) -> CLIPConfig:
             layers=vision["layers"],
             heads=vision["width"] // vision["head_width"],
             mlp_ratio=vision.get("mlp_ratio", 4.0),
+            activation=activation,
         ),
         text=TextConfig(
             context_length=text["context_length"],
@@ -34,8 +36,8 @@ def openclip_config(spec: dict, **changes) -> CLIPConfig:
             layers=text["layers"],
             heads=text["heads"],
             mlp_ratio=text.get("mlp_ratio", 4.0),
+            activation=activation,
         ),
-        quick_gelu=spec["quick_gelu"],
         **changes,
     )
 
@@ -226,7 +228,9 @@ def test_presets_have_openclips_sizes(name, millions):
 
 def test_pixels_are_normalised_as_clips():
     black, white = (np.full((1, 1, 1, 3), v, np.uint8) for v in (0, 255))
-    low, high = (np.asarray(normalize_pixels(x, jnp.float32)).ravel() for x in (black, white))
+    low, high = (
+        np.asarray(normalize_pixels(x, VisionConfig(), jnp.float32)).ravel() for x in (black, white)
+    )
     np.testing.assert_allclose(low, [-1.79226, -1.75209, -1.48021], atol=1e-4)
     np.testing.assert_allclose(high, [1.93033, 2.07488, 2.14590], atol=1e-4)
 

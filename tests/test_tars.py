@@ -21,6 +21,7 @@ from disco_jax.data.source import KINDS, BadSample, Joined
 from disco_jax.data.sources import open_source
 from disco_jax.data.tar_source import TarSource
 from disco_jax.errors import UserError
+from disco_jax.tokenizer import CLIPTokenizer
 from tests.tars import picture, shard, write
 
 
@@ -279,7 +280,7 @@ def test_workers_restarts_and_processes_see_the_same_samples(tmp_path):
         stream = train_batches(
             source,
             Load(source, data, 16, 3),
-            Collate(8),
+            Collate(CLIPTokenizer(8)),
             batch_size=8,
             seed=3,
             start=start,

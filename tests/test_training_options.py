@@ -1,5 +1,7 @@
 """Sharded state, a locked image tower, optimisers by name."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 
 from disco_jax.config import default
 from disco_jax.mesh import place_batch
+from disco_jax.plan.flops import matmul_flops
+from disco_jax.training.gradients import by_microbatches, make_parts, whole_batch
 from disco_jax.training.optimizer import make_optimizer
-from disco_jax.training.state import init_state
+from disco_jax.training.state import init_state, trained
 from disco_jax.training.step import make_train_step
 from tests.conftest import mesh_of
 from tests.test_microbatch import random_batch, small
@@ -54,7 +58,8 @@ def test_sharded_state_gives_the_same_curve():
 
 @pytest.mark.parametrize("microbatch", [0, 4])
 def test_a_locked_image_tower_stays_as_it_is(microbatch):
-    config, model = small(microbatch=microbatch, lock_image=True)
+    config, model = small(microbatch=microbatch)
+    model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, trained_blocks=0))
     mesh = mesh_of(2)
     step = make_train_step(config, model, mesh)
     state = init_state(model, make_optimizer(config), mesh, seed=0)
@@ -69,6 +74,55 @@ def test_a_locked_image_tower_stays_as_it_is(microbatch):
     assert np.abs(state.params["text"]["proj"] - before["text"]["proj"]).max() > 1e-3
     trained_bytes = sum(x.nbytes for x in jax.tree.leaves((before["text"], before["logit_scale"])))
     assert bytes_of_moments <= 2 * trained_bytes + 16
+
+
+def last_blocks(model, count):
+    return dataclasses.replace(
+        model,
+        vision=dataclasses.replace(model.vision, trained_blocks=count),
+        text=dataclasses.replace(model.text, trained_blocks=count),
+    )
+
+
+@pytest.mark.parametrize("microbatch", [0, 4])
+def test_the_last_blocks_alone_are_trained(microbatch):
+    """Their gradients are those of the whole model, for less work; the rest stays as it is."""
+    config, model = small(microbatch=microbatch, drop=(0.0, 0.0))
+    mesh, part = mesh_of(2), last_blocks(model, 1)
+    params = init_state(model, make_optimizer(config), mesh, seed=0).params
+    batch = place_batch(random_batch(), mesh)
+
+    def gradient(model):
+        parts = make_parts(config, model, mesh)
+        if microbatch:
+            return jax.jit(by_microbatches(parts, model, mesh, microbatch))
+        return jax.jit(whole_batch(parts, model))
+
+    inputs = (params, batch, jnp.int32(0))
+    expected = trained(part, gradient(model)(*inputs)[1])
+    got = gradient(part)(*inputs)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), got, expected)
+    assert "patch_embed" not in got["visual"]
+    done, whole = (
+        matmul_flops(jax.make_jaxpr(gradient(m))(*inputs))["float32"] for m in (part, model)
+    )
+    assert done < 0.8 * whole
+    step = make_train_step(config, part, mesh)
+    state = init_state(part, make_optimizer(config), mesh, seed=0)
+    before = jax.tree.map(np.asarray, state.params)
+    for _ in range(3):
+        state, _ = step(state, batch)
+    after = jax.tree.map(np.asarray, state.params)
+    for name in ("visual", "text"):
+        kernel, old = (
+            p[name]["transformer"]["blocks"]["mlp_in"]["kernel"] for p in (after, before)
+        )
+        np.testing.assert_array_equal(kernel[0], old[0])
+        assert np.abs(kernel[1] - old[1]).max() > 1e-4
+        np.testing.assert_array_equal(
+            after[name]["positional_embedding"], before[name]["positional_embedding"]
+        )
+        assert np.abs(after[name]["proj"] - before[name]["proj"]).max() > 1e-4
 
 
 def updates_of(name):

@@ -36,8 +36,10 @@ class Load:
     bad one is replaced by another without moving any other.
     """
 
-    def __init__(self, source: Joined, data: ConfigDict, size: int, seed: int = 0):
-        self._source, self._size, self._seed = source, size, seed
+    def __init__(
+        self, source: Joined, data: ConfigDict, size: int, seed: int = 0, squash: bool = False
+    ):
+        self._source, self._size, self._seed, self._squash = source, size, seed, squash
         self._least_area = data.crop_scale
         self._limits = ImageLimits(*(data[name] for name in ImageLimits._fields))
 
@@ -77,7 +79,7 @@ class Load:
         """
         sample = self._source[index]
         image = open_image(sample.image, self._limits, sample.key)
-        pixels = to_pixels(image, self._size, sample.key)
+        pixels = to_pixels(image, self._size, sample.key, self._squash)
         captions = usable_captions(sample)
         return Loaded(sample.key, pixels, captions, sample.label, sample.image_name, ())
 
@@ -85,7 +87,7 @@ class Load:
         image = open_image(sample.image, self._limits, sample.key)
         if self._least_area < 1:
             return to_random_pixels(image, self._size, self._least_area, rng, sample.key)
-        return to_pixels(image, self._size, sample.key)
+        return to_pixels(image, self._size, sample.key, self._squash)
 
     def _another(self, index: int, position: int, attempt: int) -> int:
         """Any sample of the same one of the joined sources, so that their weights stay."""

@@ -19,7 +19,7 @@ from absl import flags
 
 from disco_jax.data.load import Failure, Load, Loaded
 from disco_jax.data.source import BadSample, Joined
-from disco_jax.tokenizer import CLIPTokenizer
+from disco_jax.tokenizer import TextTokenizer
 
 
 class Batch(NamedTuple):
@@ -34,15 +34,15 @@ class Batch(NamedTuple):
 class Collate:
     """Samples to a batch; captions are tokenised together."""
 
-    def __init__(self, context_length: int):
-        self._context_length = context_length
+    def __init__(self, tokenizer: TextTokenizer):
+        self._tokenizer = tokenizer
 
     def __call__(self, samples: Sequence[Loaded]) -> Batch:
         """Raises ValueError for no sample at all."""
         arrays = {"images": np.stack([sample.pixels for sample in samples])}
         captions = [sample.captions[0] for sample in samples if sample.captions]
         if captions:
-            arrays["tokens"] = CLIPTokenizer(self._context_length)(captions)
+            arrays["tokens"] = self._tokenizer(captions)
         labels = [sample.label for sample in samples if sample.label is not None]
         return Batch(
             arrays,

@@ -15,6 +15,7 @@ from disco_jax.data.source import Joined
 from disco_jax.errors import UserError
 from disco_jax.jsonl import JsonLines
 from disco_jax.models import CLIPConfig
+from disco_jax.tokenizer import make_tokenizer
 
 
 class TrainStream:
@@ -60,8 +61,8 @@ class TrainStream:
         self._keys = JsonLines(workdir / f"keys{own}.jsonl", step) if keys else None
         self._batches = train_batches(
             source,
-            Load(source, config.data, model.vision.image_size, config.seed),
-            Collate(model.text.context_length),
+            Load(source, config.data, model.vision.image_size, config.seed, model.vision.squash),
+            Collate(make_tokenizer(model.text)),
             batch_size=config.batch_size,
             seed=config.seed,
             start=position.get("samples_seen", 0),

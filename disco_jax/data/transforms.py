@@ -51,14 +51,17 @@ def open_image(encoded: bytes, limits: ImageLimits, key: str) -> Image.Image:
     return image
 
 
-def to_pixels(image: Image.Image, size: int, key: str) -> np.ndarray:
-    """uint8 `[size, size, 3]`, the evaluation transform.
+def to_pixels(image: Image.Image, size: int, key: str, squash: bool = False) -> np.ndarray:
+    """uint8 `[size, size, 3]`, the evaluation transform: CLIP's, or all of the image squashed.
 
     Raises:
       BadSample: the image is broken inside.
     """
     try:
-        return np.asarray(resize_and_crop(_rgb(image), size))
+        rgb = _rgb(image)
+        return np.asarray(
+            rgb.resize((size, size), BICUBIC) if squash else resize_and_crop(rgb, size)
+        )
     except Exception as error:  # as above, of broken bodies
         raise BadSample("broken_image", key, _first_line(error)) from error
 

@@ -26,7 +26,7 @@ from disco_jax.evaluation.encoder import Encoder
 from disco_jax.evaluation.retrieval import recall_at
 from disco_jax.evaluation.zeroshot import Results, class_embeddings
 from disco_jax.models import CLIPConfig
-from disco_jax.tokenizer import CLIPTokenizer
+from disco_jax.tokenizer import make_tokenizer
 from disco_jax.training.state import Params
 
 RECALL_AT = (1, 5, 10)
@@ -46,10 +46,10 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, model: CLIPConfig, mesh: Mesh):
         self._data, self._eval = config.data, config.eval
-        self._size = model.vision.image_size
+        self._size, self._squash = model.vision.image_size, model.vision.squash
         self._encoder = Encoder(model, mesh, config.eval.batch_size)
         self._classify = zeroshot.make_classify(self._encoder)
-        self._tokenizer = CLIPTokenizer(model.text.context_length)
+        self._tokenizer = make_tokenizer(model.text)
         self.sets = {name: self._open(spec) for name, spec in config.eval.sets.items()}
         self._cached: tuple[Params, dict[tuple[tuple[str, ...], ...], np.ndarray]] = ({}, {})
         self._pairs = None
@@ -185,7 +185,7 @@ class Evaluator:
 
     def _batches(self, source: Joined, name: str) -> Iterator[EvalBatch]:
         bad: Counter[str] = Counter()
-        load = Load(source, self._data, self._size)
+        load = Load(source, self._data, self._size, squash=self._squash)
         for batch in eval_batches(
             len(source),
             load,
@@ -200,7 +200,7 @@ class Evaluator:
 
     def pictures(self, name: str, chosen: np.ndarray) -> list[np.ndarray]:
         """uint8 `[size, size, 3]` each: the set's images of these numbers."""
-        load = Load(self.sets[name].source, self._data, self._size)
+        load = Load(self.sets[name].source, self._data, self._size, squash=self._squash)
         return [load.evaluate(int(index)).pixels for index in chosen]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from disco_jax.evaluation.encoder import Encoder
 from disco_jax.mesh import replicated
-from disco_jax.tokenizer import CLIPTokenizer
+from disco_jax.tokenizer import TextTokenizer
 from disco_jax.training.state import Params
 
 TOP = 5
@@ -18,7 +18,7 @@ TOP = 5
 def class_embeddings(
     encoder: Encoder,
     params: Params,
-    tokenizer: CLIPTokenizer,
+    tokenizer: TextTokenizer,
     names: Sequence[str],
     templates: Sequence[str],
 ) -> np.ndarray:

@@ -21,6 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     taken.add_argument("--model", help="a preset, where the weights come without a configuration")
     taken.add_argument("--image_size", type=int, help="another resolution: positions are resized")
+    taken.add_argument("--tokenizer", type=Path, help="a SigLIP's tokenizer.json")
     given = commands.add_parser("export", help="a model folder or a run to another library")
     given.add_argument("source", type=Path, help="what import wrote, or a run's workdir")
     given.add_argument("--to", dest="library", choices=("openclip", "hf"), required=True)
@@ -41,6 +42,7 @@ def main() -> None:
             arguments.out,
             preset_name=arguments.model,
             image_size=arguments.image_size,
+            tokenizer=arguments.tokenizer,
         )
     else:
         export_model(arguments.source, arguments.library, arguments.out)

@@ -66,7 +66,13 @@ def to_theirs(params: Tensors, weights: Sequence[Weight], patch_size: int) -> di
                 layer = layer.T
             elif weight.layout == "patches":
                 layer = layer.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1)
-            parts = np.split(layer, len(weight.theirs)) if len(weight.theirs) > 1 else [layer]
+            elif weight.layout == "batched":
+                layer = layer[None]
+            shares = weight.shares or (1,) * len(weight.theirs)
+            parts = [layer]
+            if len(shares) > 1:
+                ends = np.cumsum(shares) * len(layer) // sum(shares)
+                parts = np.split(layer, ends[:-1])
             for name, part in zip(weight.theirs, parts, strict=True):
                 tensors[name.format(i=i)] = np.array(part, order="C")
     return tensors
@@ -87,6 +93,8 @@ def _layer(tensors: Tensors, names: Sequence[str], weight: Weight) -> np.ndarray
             value = np.ascontiguousarray(value.T)
         elif weight.layout == "patches":
             value = value.transpose(2, 3, 1, 0).reshape(-1, len(value))
+        elif weight.layout == "batched" and value.ndim:
+            value = value.squeeze(axis=0)
     except ValueError as error:
         raise UserError(f"{names[0]} has the shape {parts[0].shape}: {error}") from error
     # OpenAI's files keep scalars as such, some others as an array of one.
@@ -94,14 +102,16 @@ def _layer(tensors: Tensors, names: Sequence[str], weight: Weight) -> np.ndarray
 
 
 def resize_positions(positions: np.ndarray, wanted: int) -> np.ndarray:
-    """fp32 `[1 + side², width]` to `[wanted, width]`: the class token's kept, the grid resized.
+    """fp32 `[n, width]` to `[wanted, width]`: a class token's kept, the grid resized.
 
-    Bicubic with antialiasing, as OpenCLIP's `resize_pos_embed`. Grids that are not square, and
-    sizes that are right already, are returned as they are.
+    A grid is square; one position more is a class token's. Bicubic with antialiasing, as OpenCLIP's
+    `resize_pos_embed`. What is neither, or of the right size already, is returned as it is.
     """
-    old, new = (round((n - 1) ** 0.5) for n in (len(positions), wanted))
-    if len(positions) == wanted or old * old + 1 != len(positions) or new * new + 1 != wanted:
+    first = 0 if round(len(positions) ** 0.5) ** 2 == len(positions) else 1
+    old, new = (round((n - first) ** 0.5) for n in (len(positions), wanted))
+    sizes = (old * old + first, new * new + first)
+    if len(positions) == wanted or sizes != (len(positions), wanted):
         return positions
-    grid = positions[1:].reshape(old, old, -1)
+    grid = positions[first:].reshape(old, old, -1)
     resized = jax.image.resize(jnp.asarray(grid), (new, new, grid.shape[-1]), "cubic")
-    return np.concatenate([positions[:1], np.asarray(resized).reshape(new * new, -1)])
+    return np.concatenate([positions[:first], np.asarray(resized).reshape(new * new, -1)])

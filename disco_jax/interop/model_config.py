@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from disco_jax.errors import UserError
+from disco_jax.interop import siglip_config
 from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
 
 Spec = dict[str, Any]
@@ -28,15 +29,19 @@ def from_openclip(spec: Spec) -> CLIPConfig:
     """
     spec = spec.get("model_cfg", spec)
     try:
+        if "timm_model_name" in spec["vision_cfg"]:
+            return siglip_config.from_openclip(spec)
+        act = "quick_gelu" if spec.get("quick_gelu", False) else "gelu"
         vision, text = dict(spec["vision_cfg"]), dict(spec["text_cfg"])
         _only(vision, _VISION, "vision_cfg")
         _only(text, _TEXT, "text_cfg")
         head = vision.pop("head_width", 64)
         return CLIPConfig(
             embed_dim=spec["embed_dim"],
-            vision=VisionConfig(heads=vision["width"] // head, **_kept(vision, _VISION)),
-            text=TextConfig(**_kept(text, _TEXT)),
-            quick_gelu=bool(spec.get("quick_gelu", False)),
+            vision=VisionConfig(
+                heads=vision["width"] // head, activation=act, **_kept(vision, _VISION)
+            ),
+            text=TextConfig(activation=act, **_kept(text, _TEXT)),
             logit_bias=spec.get("init_logit_bias"),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -56,11 +61,17 @@ def _kept(given: Spec, known: set[str]) -> Spec:
 
 
 def to_openclip(config: CLIPConfig) -> Spec:
-    """The inverse of `from_openclip`: `model_cfg` of an `open_clip_config.json`."""
+    """The inverse of `from_openclip`: `model_cfg` of an `open_clip_config.json`.
+
+    Raises:
+      UserError: OpenCLIP has no such model.
+    """
     vision, text = config.vision, config.text
+    if vision.pool == "map":
+        return siglip_config.to_openclip(config)
     spec: Spec = {
         "embed_dim": config.embed_dim,
-        "quick_gelu": config.quick_gelu,
+        "quick_gelu": _activation(config) == "quick_gelu",
         "vision_cfg": {
             "image_size": vision.image_size,
             "layers": vision.layers,
@@ -77,14 +88,16 @@ def to_openclip(config: CLIPConfig) -> Spec:
 
 
 def from_huggingface(spec: Spec) -> CLIPConfig:
-    """A `config.json` of transformers' `CLIPModel`.
+    """A `config.json` of transformers' `CLIPModel` or `SiglipModel`.
 
     Raises:
       UserError: it is of another model, or of an activation other than gelu and quick_gelu.
     """
-    if spec.get("model_type") != "clip":
-        raise UserError(f"model_type is {spec.get('model_type')!r}, and must be 'clip'")
+    if spec.get("model_type") not in ("clip", "siglip"):
+        raise UserError(f"model_type is {spec.get('model_type')!r}, and must be clip or siglip")
     try:
+        if spec["model_type"] == "siglip":
+            return siglip_config.from_huggingface(spec)
         vision, text = spec["vision_config"], spec["text_config"]
         activations = {vision.get("hidden_act", "quick_gelu"), text.get("hidden_act", "quick_gelu")}
         if activations not in ({"gelu"}, {"quick_gelu"}):
@@ -92,7 +105,7 @@ def from_huggingface(spec: Spec) -> CLIPConfig:
                 f"hidden_act is {', '.join(sorted(activations))}: gelu or quick_gelu is"
             )
         # What is left out of the file has the defaults of transformers, which are ViT-B/32's.
-        base = CLIPConfig()
+        base, (act,) = CLIPConfig(), activations
         width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
         return CLIPConfig(
             embed_dim=spec.get("projection_dim", base.embed_dim),
@@ -103,6 +116,7 @@ def from_huggingface(spec: Spec) -> CLIPConfig:
                 layers=vision.get("num_hidden_layers", 12),
                 heads=vision.get("num_attention_heads", 12),
                 mlp_ratio=vision.get("intermediate_size", 3072) / width,
+                activation=act,
             ),
             text=TextConfig(
                 context_length=text.get("max_position_embeddings", 77),
@@ -111,17 +125,25 @@ def from_huggingface(spec: Spec) -> CLIPConfig:
                 layers=text.get("num_hidden_layers", 12),
                 heads=text.get("num_attention_heads", 8),
                 mlp_ratio=text.get("intermediate_size", 2048) / text_width,
+                activation=act,
             ),
-            quick_gelu=activations == {"quick_gelu"},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"this is no configuration of a CLIPModel: {error}") from error
 
 
 def to_huggingface(config: CLIPConfig) -> Spec:
-    """The inverse of `from_huggingface`."""
+    """The inverse of `from_huggingface`.
+
+    Raises:
+      UserError: transformers has no such model.
+    """
+    if config.vision.pool == "map":
+        return siglip_config.to_huggingface(config)
+    if config.logit_bias is not None:
+        raise UserError("transformers' CLIPModel has no logit_bias, which this model has")
     common = {
-        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
+        "hidden_act": _activation(config),
         "layer_norm_eps": 1e-5,
         "projection_dim": config.embed_dim,
     }
@@ -157,6 +179,14 @@ def to_huggingface(config: CLIPConfig) -> Spec:
     }
 
 
+def _activation(config: CLIPConfig) -> str:
+    """The one of both towers: gelu or quick_gelu. Raises UserError for others."""
+    acts = {config.vision.activation, config.text.activation}
+    if acts not in ({"gelu"}, {"quick_gelu"}):
+        raise UserError(f"a CLIP with the activations {', '.join(sorted(acts))} has no place there")
+    return acts.pop()
+
+
 def as_dict(config: CLIPConfig) -> Spec:
     """All fields, for `model.json`."""
     return dataclasses.asdict(config)
@@ -165,7 +195,9 @@ def as_dict(config: CLIPConfig) -> Spec:
 def from_dict(spec: Spec) -> CLIPConfig:
     """The inverse of `as_dict`. Raises UserError for a field that is unknown."""
     try:
-        towers = {"vision": VisionConfig(**spec["vision"]), "text": TextConfig(**spec["text"])}
+        vision = dict(spec["vision"])
+        vision |= {field: tuple(vision[field]) for field in ("mean", "std")}
+        towers = {"vision": VisionConfig(**vision), "text": TextConfig(**spec["text"])}
         return CLIPConfig(**{**spec, **towers})
     except (KeyError, TypeError) as error:
         raise UserError(f"this is no model.json: {error}") from error

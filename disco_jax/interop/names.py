@@ -6,33 +6,58 @@ from typing import Literal, NamedTuple
 from disco_jax.models import CLIPConfig
 
 # How their array becomes ours: `same`; `transposed`, PyTorch's [out, in] to Flax's [in, out];
-# `patches`, a convolution [width, 3, p, p] to a matrix [p * p * 3, width].
-Layout = Literal["same", "transposed", "patches"]
+# `patches`, a convolution [width, 3, p, p] to a matrix [p * p * 3, width]; `batched`, with a first
+# axis of one, which ours has not.
+Layout = Literal["same", "transposed", "patches", "batched"]
 
 
 class Weight(NamedTuple):
     """One of our parameters.
 
     `theirs` may be several, joined along their first axis: Hugging Face keeps queries, keys and
-    values apart. Where `layers` is not 0, ours holds so many of theirs, `{i}` being the layer.
+    values apart; `shares` says how much of ours each is. Where `layers` is not 0, ours holds so
+    many of theirs, `{i}` being the layer.
     """
 
     ours: str  # path, joined by /
     theirs: tuple[str, ...]
     layout: Layout = "same"
     layers: int = 0
+    shares: tuple[int, ...] = ()  # (): equal ones
+
+
+Block = Mapping[str, tuple[str, ...]]
+
+# A block's parts, by our names.
+_OPENAI: Block = {
+    "ln_1": ("ln_1",),
+    "ln_2": ("ln_2",),
+    "in_proj": ("attn.in_proj_",),
+    "out_proj": ("attn.out_proj",),
+    "mlp_in": ("mlp.c_fc",),
+    "mlp_out": ("mlp.c_proj",),
+}
+_TRANSFORMERS: Block = {
+    "ln_1": ("layer_norm1",),
+    "ln_2": ("layer_norm2",),
+    "in_proj": tuple(f"self_attn.{name}_proj" for name in "qkv"),
+    "out_proj": ("self_attn.out_proj",),
+    "mlp_in": ("mlp.fc1",),
+    "mlp_out": ("mlp.fc2",),
+}
+_TIMM: Block = {
+    "ln_1": ("norm1",),
+    "ln_2": ("norm2",),
+    "in_proj": ("attn.qkv",),
+    "out_proj": ("attn.proj",),
+    "mlp_in": ("mlp.fc1",),
+    "mlp_out": ("mlp.fc2",),
+}
 
 
 def openclip(config: CLIPConfig) -> list[Weight]:
     """OpenCLIP's names, which are OpenAI's."""
-    block = {
-        "ln_1": ("ln_1",),
-        "ln_2": ("ln_2",),
-        "in_proj": ("attn.in_proj_",),
-        "out_proj": ("attn.out_proj",),
-        "mlp_in": ("mlp.c_fc",),
-        "mlp_out": ("mlp.c_proj",),
-    }
+    block = _OPENAI
     return [
         Weight("visual/patch_embed/kernel", ("visual.conv1.weight",), "patches"),
         Weight("visual/class_embedding", ("visual.class_embedding",)),
@@ -52,14 +77,7 @@ def openclip(config: CLIPConfig) -> list[Weight]:
 
 def huggingface(config: CLIPConfig) -> list[Weight]:
     """The names of transformers' `CLIPModel`."""
-    block = {
-        "ln_1": ("layer_norm1",),
-        "ln_2": ("layer_norm2",),
-        "in_proj": tuple(f"self_attn.{name}_proj" for name in "qkv"),
-        "out_proj": ("self_attn.out_proj",),
-        "mlp_in": ("mlp.fc1",),
-        "mlp_out": ("mlp.fc2",),
-    }
+    block = _TRANSFORMERS
     vision, text = "vision_model.embeddings.", "text_model.embeddings."
     return [
         Weight("visual/patch_embed/kernel", (vision + "patch_embedding.weight",), "patches"),
@@ -75,6 +93,66 @@ def huggingface(config: CLIPConfig) -> list[Weight]:
         Weight("text/proj", ("text_projection.weight",), "transposed"),
         *_blocks("text", "text_model.encoder.layers.{i}.", block, config.text.layers),
         *_scalars(config),
+    ]
+
+
+def openclip_siglip(config: CLIPConfig) -> list[Weight]:
+    """OpenCLIP's names of SigLIP: timm's image tower, its own text tower."""
+    trunk, pool = "visual.trunk.", "visual.trunk.attn_pool."
+    return [
+        Weight("visual/patch_embed/kernel", (trunk + "patch_embed.proj.weight",), "patches"),
+        Weight("visual/patch_embed/bias", (trunk + "patch_embed.proj.bias",)),
+        Weight("visual/positional_embedding", (trunk + "pos_embed",), "batched"),
+        *_blocks("visual", trunk + "blocks.{i}.", _TIMM, config.vision.layers),
+        *_norm("visual/ln_post", trunk + "norm"),
+        Weight("visual/pool/probe", (pool + "latent",), "batched"),
+        Weight(
+            "visual/pool/in_proj/kernel",
+            (pool + "q.weight", pool + "kv.weight"),
+            "transposed",
+            shares=(1, 2),
+        ),
+        Weight("visual/pool/in_proj/bias", (pool + "q.bias", pool + "kv.bias"), shares=(1, 2)),
+        *_linear("visual/pool/out_proj", pool + "proj"),
+        *_norm("visual/pool/ln", pool + "norm"),
+        *_linear("visual/pool/mlp_in", pool + "mlp.fc1"),
+        *_linear("visual/pool/mlp_out", pool + "mlp.fc2"),
+        Weight("text/token_embedding/embedding", ("text.token_embedding.weight",)),
+        Weight("text/positional_embedding", ("text.positional_embedding",)),
+        *_blocks("text", "text.transformer.resblocks.{i}.", _OPENAI, config.text.layers),
+        *_norm("text/ln_final", "text.ln_final"),
+        Weight("text/proj", ("text.text_projection.weight",), "transposed"),
+        Weight("text/proj_bias", ("text.text_projection.bias",)),
+        *_scalars(config),
+    ]
+
+
+def huggingface_siglip(config: CLIPConfig) -> list[Weight]:
+    """The names of transformers' `SiglipModel`."""
+    vision, text = "vision_model.embeddings.", "text_model.embeddings."
+    head = "vision_model.head."
+    return [
+        Weight("visual/patch_embed/kernel", (vision + "patch_embedding.weight",), "patches"),
+        Weight("visual/patch_embed/bias", (vision + "patch_embedding.bias",)),
+        Weight("visual/positional_embedding", (vision + "position_embedding.weight",)),
+        *_blocks("visual", "vision_model.encoder.layers.{i}.", _TRANSFORMERS, config.vision.layers),
+        *_norm("visual/ln_post", "vision_model.post_layernorm"),
+        Weight("visual/pool/probe", (head + "probe",), "batched"),
+        Weight("visual/pool/in_proj/kernel", (head + "attention.in_proj_weight",), "transposed"),
+        Weight("visual/pool/in_proj/bias", (head + "attention.in_proj_bias",)),
+        *_linear("visual/pool/out_proj", head + "attention.out_proj"),
+        *_norm("visual/pool/ln", head + "layernorm"),
+        *_linear("visual/pool/mlp_in", head + "mlp.fc1"),
+        *_linear("visual/pool/mlp_out", head + "mlp.fc2"),
+        Weight("text/token_embedding/embedding", (text + "token_embedding.weight",)),
+        Weight("text/positional_embedding", (text + "position_embedding.weight",)),
+        *_blocks("text", "text_model.encoder.layers.{i}.", _TRANSFORMERS, config.text.layers),
+        *_norm("text/ln_final", "text_model.final_layer_norm"),
+        Weight("text/proj", ("text_model.head.weight",), "transposed"),
+        Weight("text/proj_bias", ("text_model.head.bias",)),
+        # Arrays of one there.
+        Weight("logit_scale", ("logit_scale",), "batched"),
+        Weight("logit_bias", ("logit_bias",), "batched"),
     ]
 
 
@@ -96,9 +174,14 @@ def _norm(ours: str, theirs: str, layers: int = 0) -> list[Weight]:
     ]
 
 
-def _blocks(
-    tower: str, prefix: str, block: Mapping[str, tuple[str, ...]], layers: int
-) -> list[Weight]:
+def _linear(ours: str, theirs: str) -> list[Weight]:
+    return [
+        Weight(f"{ours}/kernel", (f"{theirs}.weight",), "transposed"),
+        Weight(f"{ours}/bias", (f"{theirs}.bias",)),
+    ]
+
+
+def _blocks(tower: str, prefix: str, block: Block, layers: int) -> list[Weight]:
     weights = []
     for part, theirs in block.items():
         ours = f"{tower}/transformer/blocks/{part}"

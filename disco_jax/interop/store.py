@@ -1,6 +1,8 @@
-"""A model by itself, without a run: `model.json` and `model.safetensors` in a folder."""
+"""A model by itself, without a run: a folder with `model.json` and `model.safetensors`."""
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,39 @@ from disco_jax.interop.model_config import as_dict, from_dict
 from disco_jax.models import CLIPConfig
 from disco_jax.training.state import Params, abstract_model
 
-CONFIG, WEIGHTS = "model.json", "model.safetensors"
+MODEL_JSON, WEIGHTS, TOKENIZER = "model.json", "model.safetensors", "tokenizer.json"
 
 
 def save_model(folder: Path, config: CLIPConfig, params: Mapping[str, np.ndarray]) -> None:
-    """Writes both files. Raises UserError where there is a model already."""
-    if (folder / CONFIG).exists():
+    """Writes both files, and the tokenizer's where the model has one.
+
+    Raises:
+      UserError: there is a model already.
+    """
+    if (folder / MODEL_JSON).exists():
         raise UserError(f"{folder} holds a model already; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(params), folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(as_dict(config), indent=2) + "\n")
+    if config.text.tokenizer:
+        shutil.copyfile(config.text.tokenizer, folder / TOKENIZER)
+        text = dataclasses.replace(config.text, tokenizer=TOKENIZER)
+        config = dataclasses.replace(config, text=text)
+    (folder / MODEL_JSON).write_text(json.dumps(as_dict(config), indent=2) + "\n")
+
+
+def load_config(folder: Path) -> CLIPConfig:
+    """The sizes of the model in a folder, the path of its tokenizer made whole.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not (folder / MODEL_JSON).is_file():
+        raise UserError(f"{folder} holds no {MODEL_JSON}: import a model into it first")
+    config = from_dict(read_object(folder / MODEL_JSON))
+    if not config.text.tokenizer:
+        return config
+    text = dataclasses.replace(config.text, tokenizer=str(folder / config.text.tokenizer))
+    return dataclasses.replace(config, text=text)
 
 
 def load_model(folder: Path) -> tuple[CLIPConfig, Params]:
@@ -34,9 +59,7 @@ def load_model(folder: Path) -> tuple[CLIPConfig, Params]:
     Raises:
       UserError: there is none, or its parameters are not what its `model.json` says.
     """
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no {CONFIG}: import a model into it first")
-    config = from_dict(read_object(folder / CONFIG))
+    config = load_config(folder)
     tensors, expected = read_tensors(folder / WEIGHTS), shapes_of(config)
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise UserError(

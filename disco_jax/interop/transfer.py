@@ -1,8 +1,8 @@
 """A model from another library's files to ours, and from ours to theirs."""
 
 import dataclasses
-import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,30 @@ from disco_jax.interop.model_config import (
     to_huggingface,
     to_openclip,
 )
-from disco_jax.interop.store import CONFIG, flatten, load_model, save_model, shapes_of
+from disco_jax.interop.preprocessing import (
+    read_preprocessing,
+    write_huggingface_preprocessing,
+    write_json,
+    write_openclip_preprocessing,
+)
+from disco_jax.interop.store import (
+    MODEL_JSON,
+    TOKENIZER,
+    flatten,
+    load_model,
+    save_model,
+    shapes_of,
+)
 from disco_jax.models import CLIPConfig, preset
-from disco_jax.models.clip import PIXEL_MEAN, PIXEL_STD
+from disco_jax.tokenizer import make_tokenizer
 from disco_jax.training.state import Params
 
-TABLES = {"openclip": names.openclip, "openai": names.openclip, "hf": names.huggingface}
+
+def table(library: str, config: CLIPConfig) -> list[names.Weight]:
+    """What a library calls the parameters of such a model."""
+    if config.vision.pool == "map":
+        return (names.huggingface_siglip if library == "hf" else names.openclip_siglip)(config)
+    return (names.huggingface if library == "hf" else names.openclip)(config)
 
 
 def import_model(
@@ -34,6 +52,7 @@ def import_model(
     *,
     preset_name: str | None = None,
     image_size: int | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Writes the model folder `out` from another library's weights.
 
@@ -42,6 +61,7 @@ def import_model(
       library: `openclip`, `openai` (OpenCLIP's names and the quick gelu) or `hf`.
       out: a folder that holds no model yet.
       preset_name: the model's name, where there is no configuration.
+      tokenizer: of a SigLIP, its tokenizer.json, where there is none beside the weights.
       image_size: another one than the model's; positions are resized as OpenCLIP does.
 
     Raises:
@@ -50,17 +70,36 @@ def import_model(
     place = _place(source)
     config = _configuration(place, library, preset_name)
     if image_size:
+        patch = config.vision.patch_size
+        if image_size % patch:
+            raise UserError(f"--image_size {image_size} is no multiple of the patches' {patch}")
         vision = dataclasses.replace(config.vision, image_size=image_size)
         config = dataclasses.replace(config, vision=vision)
+    config = _with_tokenizer(config, place, tokenizer)
     path = find_weights(place)
     tensors = read_tensors(path)
     if "logit_bias" in tensors and config.logit_bias is None:
         config = dataclasses.replace(config, logit_bias=float(tensors["logit_bias"].reshape(())))
     try:
-        params = to_ours(tensors, TABLES[library](config), shapes_of(config))
+        params = to_ours(tensors, table(library, config), shapes_of(config))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     save_model(out, config, params)
+
+
+def _with_tokenizer(config: CLIPConfig, place: Path, given: Path | None) -> CLIPConfig:
+    if config.vision.pool != "map":
+        return config
+    beside = (place if place.is_dir() else place.parent) / TOKENIZER
+    path = given or (beside if beside.is_file() else None)
+    if path is None:
+        raise UserError(
+            f"there is no {TOKENIZER} beside the weights, and SigLIP's tokenizer is its own: give "
+            "it by --tokenizer"
+        )
+    text = dataclasses.replace(config.text, tokenizer=str(path))
+    make_tokenizer(text)  # can it be read, and does the model have its ids
+    return dataclasses.replace(config, text=text)
 
 
 def _place(source: str) -> Path:
@@ -94,7 +133,11 @@ def _configuration(place: Path, library: str, preset_name: str | None) -> CLIPCo
         config = read(read_object(file))
     else:
         raise UserError(f"there is no {file.name} beside the weights: name the model by --model")
-    return dataclasses.replace(config, quick_gelu=True) if library == "openai" else config
+    if library == "openai":
+        vision = dataclasses.replace(config.vision, activation="quick_gelu")
+        text = dataclasses.replace(config.text, activation="quick_gelu")
+        config = dataclasses.replace(config, vision=vision, text=text)
+    return read_preprocessing(folder, library, config)
 
 
 def read_model(source: Path) -> tuple[CLIPConfig, Params]:
@@ -103,7 +146,7 @@ def read_model(source: Path) -> tuple[CLIPConfig, Params]:
     Raises:
       UserError: it is neither.
     """
-    if (source / CONFIG).is_file():
+    if (source / MODEL_JSON).is_file():
         return load_model(source)
     if not (source / "config.json").is_file() or not (source / "checkpoints").is_dir():
         raise UserError(f"{source} is neither a model folder nor a run's workdir")
@@ -133,62 +176,17 @@ def export_model(source: Path, library: str, out: Path) -> None:
     config, params = read_model(source)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder")
-    if library == "hf" and config.logit_bias is not None:
-        raise UserError("transformers' CLIPModel has no logit_bias, which this model has")
-    tensors = to_theirs(flatten(params), TABLES[library](config), config.vision.patch_size)
+    spec = (to_huggingface if library == "hf" else to_openclip)(config)
+    tensors = to_theirs(flatten(params), table(library, config), config.vision.patch_size)
     out.mkdir(parents=True, exist_ok=True)
     if library == "openclip":
         save_file(tensors, out / "open_clip_model.safetensors")
-        spec = {"model_cfg": to_openclip(config), "preprocess_cfg": _preprocessing()}
-        _write(out / "open_clip_config.json", spec)
+        images = write_openclip_preprocessing(config)
+        whole = {"model_cfg": spec, "preprocess_cfg": images}
+        write_json(out / "open_clip_config.json", whole)
+        if config.text.tokenizer:
+            shutil.copyfile(config.text.tokenizer, out / TOKENIZER)
         return
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    _write(out / "config.json", to_huggingface(config))
-    _write(out / "preprocessor_config.json", _image_processor(config.vision.image_size))
-    _write_tokenizer(out, config.text.context_length)
-
-
-def _preprocessing() -> dict[str, object]:
-    return {"mean": list(PIXEL_MEAN), "std": list(PIXEL_STD), "interpolation": "bicubic"}
-
-
-def _image_processor(size: int) -> dict[str, object]:
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,  # Pillow's bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(PIXEL_MEAN),
-        "image_std": list(PIXEL_STD),
-        "do_convert_rgb": True,
-    }
-
-
-def _write_tokenizer(out: Path, context_length: int) -> None:
-    from disco_jax.tokenizer import merges, vocabulary
-
-    start, end = "<|startoftext|>", "<|endoftext|>"  # as OpenAI and transformers spell them
-    _write(out / "vocab.json", vocabulary(start, end))
-    (out / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges()))
-    _write(
-        out / "tokenizer_config.json",
-        {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": context_length,
-            "bos_token": start,
-            "eos_token": end,
-            "unk_token": end,
-            "pad_token": end,
-        },
-    )
-    tokens = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    _write(out / "special_tokens_map.json", tokens)
-
-
-def _write(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(out / "config.json", spec)
+    write_huggingface_preprocessing(out, config)

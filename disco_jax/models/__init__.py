@@ -1,6 +1,7 @@
 """CLIP's two towers. Nothing here knows of meshes, losses or optimisers."""
 
-from disco_jax.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from disco_jax.models.clip import CLIP
+from disco_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from disco_jax.models.presets import PRESETS, preset
 
 __all__ = ["CLIP", "PRESETS", "CLIPConfig", "TextConfig", "VisionConfig", "preset"]

@@ -1,6 +1,39 @@
 """The standard sizes, by OpenCLIP's names."""
 
-from disco_jax.models.clip import CLIPConfig, TextConfig, VisionConfig
+import dataclasses
+
+from disco_jax.models.config import (
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    CLIPConfig,
+    TextConfig,
+    VisionConfig,
+)
+
+
+def siglip(
+    vision: VisionConfig, text: TextConfig, activations: tuple[str, str] = ("gelu", "gelu")
+) -> CLIPConfig:
+    """A SigLIP of these sizes; activations of the image tower and the text tower."""
+    return CLIPConfig(
+        embed_dim=vision.width,
+        vision=dataclasses.replace(
+            vision,
+            activation=activations[0],
+            norm_eps=1e-6,
+            pool="map",
+            mean=SIGLIP_MEAN,
+            std=SIGLIP_STD,
+            squash=True,
+        ),
+        text=dataclasses.replace(text, activation=activations[1], norm_eps=1e-6, pool="last"),
+        logit_bias=-10.0,
+    )
+
+
+_BASE = TextConfig(context_length=64, vocab_size=32_000, width=768, heads=12)
+_LARGE = dataclasses.replace(_BASE, width=1024, layers=24, heads=16)
+_SO400M = dataclasses.replace(_BASE, width=1152, layers=27, heads=16, mlp_ratio=3.7362)
 
 # Sizes from OpenCLIP's model_configs; B/32 and B/16 share a text tower, L/14 has a wider one.
 PRESETS = {
@@ -30,6 +63,19 @@ PRESETS = {
         embed_dim=1280,
         vision=VisionConfig(patch_size=14, width=1664, layers=48, heads=16, mlp_ratio=4.9231),
         text=TextConfig(width=1280, heads=20, layers=32),
+    ),
+    "ViT-B-16-SigLIP": siglip(VisionConfig(patch_size=16), _BASE),
+    "ViT-L-16-SigLIP-256": siglip(
+        VisionConfig(image_size=256, patch_size=16, width=1024, layers=24, heads=16), _LARGE
+    ),
+    "ViT-SO400M-14-SigLIP": siglip(
+        VisionConfig(patch_size=14, width=1152, layers=27, heads=16, mlp_ratio=3.7362),
+        dataclasses.replace(_SO400M, context_length=16),
+    ),
+    "ViT-B-16-SigLIP2": siglip(
+        VisionConfig(patch_size=16),
+        dataclasses.replace(_BASE, vocab_size=256_000),
+        activations=("gelu", "gelu_tanh"),
     ),
     "tiny": CLIPConfig(
         embed_dim=128,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.nn.initializers import Initializer, normal, variance_scaling, zeros
+from jax.nn.initializers import Initializer, normal, variance_scaling, xavier_uniform, zeros
 
 Array = jax.Array
 Attention = Literal["xla", "cudnn"]  # cuDNN's is flash attention, for 16 bits
@@ -94,6 +94,12 @@ def clip_vision_init(width: int, mlp_width: int) -> BlockInit:
     )
 
 
+def siglip_init() -> BlockInit:
+    """SigLIP's blocks, both towers': Xavier-uniform, tiny biases (big_vision, `models/vit.py`)."""
+    kernel, bias = xavier_uniform(), normal(1e-6)
+    return BlockInit(kernel, kernel, kernel, kernel, mlp_in_bias=bias, mlp_out_bias=bias)
+
+
 def _symmetric_uniform(bound: float) -> Initializer:
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         del out_sharding  # the state is sharded by jit's out_shardings
@@ -133,9 +139,21 @@ def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
-def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with PyTorch's epsilon, as CLIP's; statistics are fp32 whatever `dtype`."""
-    return nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+def gelu_tanh(x: Array) -> Array:
+    """Gelu approximated by tanh, which Flax's is by default, and so SigLIP's."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": gelu_tanh,
+}
+
+
+def layer_norm(width: int, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm whose statistics are fp32 whatever `dtype`."""
+    return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -150,6 +168,7 @@ class Block(nnx.Module):
         causal: bool,
         activation: Callable[[Array], Array],
         init: BlockInit,
+        norm_eps: float,
         dropout: float,
         attention: Attention,
         dtype: jnp.dtype,
@@ -165,10 +184,10 @@ class Block(nnx.Module):
                 n_in, n_out, kernel_init=kernel, bias_init=bias, dtype=dtype, rngs=rngs
             )
 
-        self.ln_1 = layer_norm(width, dtype, rngs)
+        self.ln_1 = layer_norm(width, norm_eps, dtype, rngs)
         self.in_proj = linear(width, 3 * width, init.in_proj, zeros)
         self.out_proj = linear(width, width, init.out_proj, zeros)
-        self.ln_2 = layer_norm(width, dtype, rngs)
+        self.ln_2 = layer_norm(width, norm_eps, dtype, rngs)
         self.mlp_in = linear(width, mlp_width, init.mlp_in, init.mlp_in_bias)
         self.mlp_out = linear(mlp_width, width, init.mlp_out, init.mlp_out_bias)
 
@@ -212,14 +231,19 @@ class Transformer(nnx.Module):
         causal: bool,
         activation: Callable[[Array], Array],
         init: BlockInit,
+        norm_eps: float,
         remat: str,
         dropout: float,
+        trained: int,
         unroll: int,
         attention: Attention,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.remat, self.unroll, self.layers = remat, unroll, layers
+        if trained > layers:
+            raise ValueError(f"trained_blocks {trained} is more than the {layers} there are")
+        self.remat, self.unroll = remat, unroll
+        self.layers, self.frozen = layers, layers - trained if trained > 0 else 0
 
         @nnx.split_rngs(splits=layers)
         @nnx.vmap
@@ -231,6 +255,7 @@ class Transformer(nnx.Module):
                 causal=causal,
                 activation=activation,
                 init=init,
+                norm_eps=norm_eps,
                 dropout=dropout,
                 attention=attention,
                 dtype=dtype,
@@ -251,5 +276,15 @@ class Transformer(nnx.Module):
 
         layer = rematerialize(layer, self.remat)
         blocks = (stacked, jnp.arange(1, self.layers + 1, dtype=jnp.int32))
-        x, _ = jax.lax.scan(layer, x.reshape(b * n, width), blocks, unroll=self.unroll)
+        x = x.reshape(b * n, width)
+        if self.frozen:  # a scan of their own, which differentiation then leaves alone
+            front, blocks = (jax.tree.map(cut, blocks) for cut in (self._front, self._end))
+            x, _ = jax.lax.scan(layer, x, jax.lax.stop_gradient(front), unroll=self.unroll)
+        x, _ = jax.lax.scan(layer, x, blocks, unroll=self.unroll)
         return x.reshape(b, n, width)
+
+    def _front(self, stacked: Array) -> Array:
+        return stacked[: self.frozen]
+
+    def _end(self, stacked: Array) -> Array:
+        return stacked[self.frozen :]

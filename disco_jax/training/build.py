@@ -1,11 +1,13 @@
 """From a config to what is trained, and on what: no data, checkpoint or logging."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from disco_jax.errors import UserError
+from disco_jax.interop.store import MODEL_JSON, load_config
 from disco_jax.models import CLIPConfig, preset
 from disco_jax.models.transformer import Attention
 
@@ -14,27 +16,46 @@ INITIAL_LOGIT_BIAS = -10.0  # most pairs are negatives, and begin as such (SigLI
 
 def model_config(config: ConfigDict) -> CLIPConfig:
     """The preset that the config names, with the config's choices."""
-    try:
-        base = preset(config.model.name)
-    except ValueError as error:
-        raise UserError(f"model.name: {error}") from error
+    base, c = _base(config.model.name), config.model
+    _check_blocks("image", c.image_trained_blocks, base.vision.layers)
+    _check_blocks("text", c.text_trained_blocks, base.text.layers)
     return dataclasses.replace(
         base,
-        quick_gelu=config.model.quick_gelu,
-        dtype=config.model.dtype,
-        attention=_attention(config.model.attention, config.model.dtype),
-        lock_image=config.model.lock_image,
+        dtype=c.dtype,
+        attention=_attention(c.attention, c.dtype),
         vision=dataclasses.replace(
             base.vision,
-            remat=config.model.image_remat,
-            patch_dropout=config.model.patch_dropout,
-            dropout=config.model.dropout,
+            activation=c.activation or base.vision.activation,
+            remat=c.image_remat,
+            patch_dropout=c.patch_dropout,
+            dropout=c.dropout,
+            trained_blocks=c.image_trained_blocks,
         ),
         text=dataclasses.replace(
-            base.text, remat=config.model.text_remat, dropout=config.model.dropout
+            base.text,
+            activation=c.activation or base.text.activation,
+            tokenizer=c.tokenizer or base.text.tokenizer,
+            remat=c.text_remat,
+            dropout=c.dropout,
+            trained_blocks=c.text_trained_blocks,
         ),
         logit_bias=INITIAL_LOGIT_BIAS if config.loss.kind == "sigmoid" else None,
     )
+
+
+def _base(name: str) -> CLIPConfig:
+    """A preset's sizes, or a model folder's."""
+    if (Path(name) / MODEL_JSON).is_file():
+        return load_config(Path(name))
+    try:
+        return preset(name)
+    except ValueError as error:
+        raise UserError(f"model.name: {error}; or a folder with a {MODEL_JSON}") from error
+
+
+def _check_blocks(tower: str, wanted: int, layers: int) -> None:
+    if wanted > layers:
+        raise UserError(f"model.{tower}_trained_blocks is {wanted}, and the tower has {layers}")
 
 
 def _attention(wanted: str, dtype: str) -> Attention:

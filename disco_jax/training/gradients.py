@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from disco_jax.losses import contrastive_loss
 from disco_jax.mesh import batch_sharding, replicated, state_sharding
 from disco_jax.models import CLIPConfig
-from disco_jax.training.state import Params, abstract_model, trained
+from disco_jax.training.state import Params, abstract_model, trained, with_trained
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -61,10 +61,12 @@ def make_parts(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> Parts:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, samples["index"])
         scalars = {name: x for name, x in abstract.items() if name in SCALARS}  # unused here
         clip = nnx.merge(graph, params | scalars)
-        image = clip.encode_image(samples["images"], None if model.lock_image else keys)
+        image = clip.encode_image(samples["images"], keys if model.vision.trained_blocks else None)
         if on_cpu:  # one tower after the other: side by side they fight for the cores and caches
             image, params = lax.optimization_barrier((image, params))
-        return image, nnx.merge(graph, params | scalars).encode_text(samples["tokens"], keys)
+        return image, nnx.merge(graph, params | scalars).encode_text(
+            samples["tokens"], keys if model.text.trained_blocks else None
+        )
 
     def loss(scalars: Params, features: Features) -> Array:
         return contrastive_loss(
@@ -98,7 +100,7 @@ def whole_batch(parts: Parts, model: CLIPConfig) -> GradientFn:
         index = jnp.arange(len(batch["tokens"]), dtype=jnp.int32)
 
         def loss(changing: Params) -> Array:
-            towers, scalars = split(params | changing)
+            towers, scalars = split(with_trained(model, params, changing))
             features = parts.encode(parts.prepare(towers), batch | {"index": index}, step)
             return parts.loss(scalars, features)
 
@@ -145,7 +147,8 @@ def pullback(
 
     def pull(samples: Batch, step: Array, cotangents: Features) -> Params:
         _, transpose = jax.vjp(
-            lambda changing: parts.encode(towers | changing, samples, step), trained(model, towers)
+            lambda changing: parts.encode(with_trained(model, towers, changing), samples, step),
+            trained(model, towers),
         )
         return transpose(cotangents)[0]
 

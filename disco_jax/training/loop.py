@@ -117,9 +117,18 @@ def begin_from(source: Path, model: CLIPConfig, state: TrainState) -> TrainState
       UserError: they are not of the same model; the parameter is named.
     """
     origin, params = read_model(source)
-    if origin.quick_gelu != model.quick_gelu:
-        raise UserError(f"init_from: {source} has model.quick_gelu = {origin.quick_gelu}")
+    for theirs, ours in ((origin.vision, model.vision), (origin.text, model.text)):
+        for field in ("activation", "norm_eps", "pool"):
+            there, here = getattr(theirs, field), getattr(ours, field)
+            if there != here:
+                raise UserError(
+                    f"init_from: {source} has {field} {there}, and this model {here}; "
+                    f"--config.model.name={source} takes all of its sizes"
+                )
     given, wanted = flatten(params), flatten(state.params)
+    if ("logit_bias" in given) != ("logit_bias" in wanted):
+        kind = "sigmoid" if "logit_bias" in given else "softmax"
+        raise UserError(f"init_from: {source} was trained with loss.kind = {kind}")
     for name in sorted(given.keys() ^ wanted.keys()):
         where = "not there" if name in wanted else "not in this model"
         raise UserError(f"init_from: {name} of {source} is {where}: is it of another model.name?")

@@ -7,7 +7,9 @@ import optax
 from ml_collections import ConfigDict
 
 # Parameters that are pulled to no particular value: gains, biases, single vectors and scalars.
-UNDECAYED = frozenset({"scale", "bias", "class_embedding", "logit_scale", "logit_bias"})
+UNDECAYED = frozenset(
+    {"scale", "bias", "proj_bias", "class_embedding", "logit_scale", "logit_bias"}
+)
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:

@@ -13,11 +13,14 @@ from disco_jax.models import CLIP, CLIPConfig
 
 Params = dict[str, Any]
 
+# A tower's parameters behind its blocks, trained with the last of them.
+AFTER_BLOCKS = ("ln_post", "pool", "ln_final", "proj", "proj_bias")
+
 
 class TrainState(NamedTuple):
     """Updates done, the parameters as a nested dict, and the optimiser's state.
 
-    A locked tower's parameters are in `params`, and have no part in `opt_state`.
+    Parameters that are not trained are in `params`, and have no part in `opt_state`.
     """
 
     step: jax.Array
@@ -32,8 +35,39 @@ def abstract_model(config: CLIPConfig) -> tuple[nnx.GraphDef, Params]:
 
 
 def trained(config: CLIPConfig, params: Params) -> Params:
-    """The parameters that training changes: all, or all but a locked image tower's (LiT)."""
-    return {k: v for k, v in params.items() if k != "visual"} if config.lock_image else params
+    """The parameters that training changes: all, unless a tower's `trained_blocks` says otherwise.
+
+    Of a tower of which only the last blocks are trained: those, cut off the stack, and what
+    follows them. Of one with 0 (LiT, Zhai et al., 2022): nothing.
+    """
+    kept = dict(params)
+    for tower, blocks in _partly_trained(config, params):
+        kept.pop(tower)
+        if blocks:
+            after = {k: v for k, v in params[tower].items() if k in AFTER_BLOCKS}
+            stack = jax.tree.map(lambda x, n=blocks: x[-n:], params[tower]["transformer"])
+            kept[tower] = after | {"transformer": stack}
+    return kept
+
+
+def with_trained(config: CLIPConfig, params: Params, changed: Params) -> Params:
+    """`params` with what `trained` gave of them replaced by `changed`."""
+    merged = params | changed
+    for tower, blocks in _partly_trained(config, params):
+        merged[tower] = params[tower]
+        if blocks:
+            stack = jax.tree.map(
+                lambda old, new, n=blocks: jnp.concatenate([old[:-n], new]),
+                params[tower]["transformer"],
+                changed[tower]["transformer"],
+            )
+            merged[tower] = params[tower] | changed[tower] | {"transformer": stack}
+    return merged
+
+
+def _partly_trained(config: CLIPConfig, params: Params) -> list[tuple[str, int]]:
+    towers = {"visual": config.vision.trained_blocks, "text": config.text.trained_blocks}
+    return [(name, n) for name, n in towers.items() if n >= 0 and name in params]
 
 
 def _init(config: CLIPConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

@@ -14,7 +14,7 @@ from disco_jax.models import CLIPConfig
 from disco_jax.models.clip import MAX_LOGIT_SCALE
 from disco_jax.training.gradients import by_microbatches, make_parts, whole_batch
 from disco_jax.training.optimizer import make_optimizer, make_schedule
-from disco_jax.training.state import Params, TrainState, abstract_state, trained
+from disco_jax.training.state import Params, TrainState, abstract_state, trained, with_trained
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -52,11 +52,14 @@ def make_update(
 ) -> Callable[[TrainState, Array, Params], tuple[TrainState, Metrics]]:
     """(state, loss, gradients) to (state, metrics): the optimiser's part of a step."""
     optimizer, schedule = make_optimizer(config), make_schedule(config)
+    # SigLIP's scale has no bound: its published models are above CLIP's.
+    clamp = clamp_logit_scale if config.loss.kind == "softmax" else lambda params: params
 
     def update(state: TrainState, loss: Array, grads: Params) -> tuple[TrainState, Metrics]:
         changing = trained(model, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, changing)
-        params = state.params | clamp_logit_scale(optax.apply_updates(changing, updates))
+        changed = optax.apply_updates(changing, updates)
+        params = with_trained(model, state.params, clamp(changed))
         metrics = {
             "train/loss": loss,
             "train/logit_scale": jnp.exp(params["logit_scale"]),

@@ -1,0 +1,117 @@
+"""What is done to images before the model, and to texts: in the other libraries' files."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from disco_jax.errors import UserError
+from disco_jax.interop.files import read_object
+from disco_jax.models import CLIPConfig, TextConfig
+
+Spec = dict[str, Any]
+BICUBIC = 3  # Pillow's number, which is transformers' too
+
+
+def read_preprocessing(folder: Path, library: str, config: CLIPConfig) -> CLIPConfig:
+    """`config` with the mean, deviation and resizing that stand in a folder, if they do.
+
+    Raises:
+      UserError: images are resized in a way that is not done here.
+    """
+    path = folder / ("preprocessor_config.json" if library == "hf" else "open_clip_config.json")
+    if not path.is_file():
+        return config
+    spec = read_object(path)
+    if library == "hf":
+        mean, std, resample = (spec.get(k) for k in ("image_mean", "image_std", "resample"))
+        squash = "height" in (spec.get("size") or {}) and not spec.get("do_center_crop")
+        known = resample in (None, BICUBIC)
+    else:
+        spec = spec.get("preprocess_cfg", {})
+        mean, std, mode = (spec.get(k) for k in ("mean", "std", "resize_mode"))
+        squash = mode == "squash" if mode else config.vision.squash
+        known = spec.get("interpolation", "bicubic") == "bicubic" and mode != "longest"
+    if not known:
+        raise UserError(f"{path}: only bicubic resizing, to the short side or squashed, is done")
+    vision = dataclasses.replace(
+        config.vision,
+        mean=tuple(mean or config.vision.mean),
+        std=tuple(std or config.vision.std),
+        squash=squash,
+    )
+    return dataclasses.replace(config, vision=vision)
+
+
+def write_openclip_preprocessing(config: CLIPConfig) -> Spec:
+    """`preprocess_cfg` of an `open_clip_config.json`."""
+    vision = config.vision
+    return {
+        "mean": list(vision.mean),
+        "std": list(vision.std),
+        "interpolation": "bicubic",
+        "resize_mode": "squash" if vision.squash else "shortest",
+    }
+
+
+def write_huggingface_preprocessing(out: Path, config: CLIPConfig) -> None:
+    """Writes the files that transformers' processor is made of: images' and the tokenizer's."""
+    vision = config.vision
+    size = {"height": vision.image_size, "width": vision.image_size}
+    siglip = vision.pool == "map"
+    images = {
+        "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
+        "do_resize": True,
+        "size": size if vision.squash else {"shortest_edge": vision.image_size},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(vision.mean),
+        "image_std": list(vision.std),
+        "do_convert_rgb": True,
+    }
+    if not vision.squash:
+        images |= {"do_center_crop": True, "crop_size": size}
+    write_json(out / "preprocessor_config.json", images)
+    if config.text.tokenizer:
+        _write_siglip_tokenizer(out, config.text)
+    elif not siglip:
+        _write_clip_tokenizer(out, config.text.context_length)
+
+
+def _write_siglip_tokenizer(out: Path, text: TextConfig) -> None:
+    """transformers reads the tokenizer.json as it is; punctuation and case are the caller's."""
+    from tokenizers import Tokenizer
+
+    shutil.copyfile(text.tokenizer, out / "tokenizer.json")
+    has_t5_end = Tokenizer.from_file(text.tokenizer).token_to_id("</s>") is not None
+    end, pad = ("</s>", "</s>") if has_t5_end else ("<eos>", "<pad>")
+    write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": text.context_length,
+            "eos_token": end,
+            "pad_token": pad,
+            "padding_side": "right",
+        },
+    )
+
+
+def _write_clip_tokenizer(out: Path, context_length: int) -> None:
+    from disco_jax.tokenizer import merges, vocabulary
+
+    start, end = "<|startoftext|>", "<|endoftext|>"  # as OpenAI and transformers spell them
+    write_json(out / "vocab.json", vocabulary(start, end))
+    (out / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges()))
+    tokens = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length}
+    write_json(out / "tokenizer_config.json", settings | tokens)
+    write_json(out / "special_tokens_map.json", tokens)
+
+
+def write_json(path: Path, content: object) -> None:
+    """A JSON file for people to read too."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,164 @@
+"""Sizes of a SigLIP in OpenCLIP's and Hugging Face's terms, both ways.
+
+OpenCLIP takes the image tower from timm, by a name that says all of its sizes.
+"""
+
+import re
+from typing import Any
+
+from disco_jax.errors import UserError
+from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
+from disco_jax.models.presets import siglip
+
+Spec = dict[str, Any]
+
+# timm's sizes: width, layers, heads, mlp_ratio, activation (timm 1.0, `vision_transformer.py`).
+TIMM: dict[str, tuple[int, int, int, float, str]] = {
+    "base": (768, 12, 12, 4.0, "gelu"),
+    "large": (1024, 24, 16, 4.0, "gelu"),
+    "so400m": (1152, 27, 16, 3.7362, "gelu"),
+    "giantopt": (1536, 40, 16, 4.0, "gelu_tanh"),
+}
+_NAME = re.compile(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)")
+_TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+
+
+def from_openclip(spec: Spec) -> CLIPConfig:
+    """A model of OpenCLIP's `ViT-*-SigLIP*` configs.
+
+    Raises:
+      UserError: its image tower is another of timm's.
+    """
+    name = spec["vision_cfg"]["timm_model_name"]
+    matched = _NAME.fullmatch(name)
+    if not matched or matched[1] not in TIMM or spec["vision_cfg"].get("timm_pool") != "map":
+        raise UserError(f"vision_cfg.timm_model_name {name!r} is no SigLIP ViT with its pooling")
+    width, layers, heads, ratio, activation = TIMM[matched[1]]
+    given = spec["text_cfg"]
+    tanh = given.get("act_kwargs", {}).get("approximate") == "tanh"
+    return siglip(
+        VisionConfig(
+            image_size=spec["vision_cfg"].get("image_size", int(matched[3])),
+            patch_size=int(matched[2]),
+            width=width,
+            layers=layers,
+            heads=heads,
+            mlp_ratio=ratio,
+        ),
+        TextConfig(**{field: given[field] for field in _TEXT if field in given}),
+        (activation, "gelu_tanh" if tanh else "gelu"),
+    )
+
+
+def to_openclip(config: CLIPConfig) -> Spec:
+    """The inverse of `from_openclip`.
+
+    Raises:
+      UserError: timm has no such image tower.
+    """
+    vision, text = config.vision, config.text
+    sizes = (vision.width, vision.layers, vision.heads, int(vision.width * vision.mlp_ratio))
+    names = [n for n, (w, *rest, r, _) in TIMM.items() if (w, *rest, int(w * r)) == sizes]
+    if not names:
+        raise UserError(
+            f"OpenCLIP's SigLIPs have image towers of timm's, and none of width {vision.width}, "
+            f"{vision.layers} layers and {vision.heads} heads"
+        )
+    if vision.activation != TIMM[names[0]][4]:
+        print(
+            f"note: timm's image tower has the activation {TIMM[names[0]][4]}, and this model "
+            f"{vision.activation}: its features will differ a little there"
+        )
+    name = f"vit_{names[0]}_patch{vision.patch_size}_siglip_{vision.image_size}"
+    return {
+        "embed_dim": config.embed_dim,
+        "init_logit_bias": config.logit_bias,
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "timm_model_name": name,
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        "text_cfg": {
+            **{field: getattr(text, field) for field in _TEXT},
+            "hf_tokenizer_name": "timm/ViT-B-16-SigLIP"
+            if text.vocab_size == 32_000
+            else "timm/ViT-B-16-SigLIP2",
+            "tokenizer_kwargs": {"clean": "canonicalize"},
+            "no_causal_mask": True,
+            "proj_bias": True,
+            "pool_type": "last",
+            "norm_kwargs": {"eps": text.norm_eps},
+            **({"act_kwargs": {"approximate": "tanh"}} if text.activation == "gelu_tanh" else {}),
+        },
+    }
+
+
+def from_huggingface(spec: Spec) -> CLIPConfig:
+    """A `config.json` of transformers' `SiglipModel`; what it leaves out has the defaults there.
+
+    Raises:
+      UserError: an activation that is not known.
+    """
+    vision, text = spec.get("vision_config", {}), spec.get("text_config", {})
+    ours = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+    acts = [tower.get("hidden_act", "gelu_pytorch_tanh") for tower in (vision, text)]
+    for act in acts:
+        if act not in ours:
+            raise UserError(f"hidden_act is {act}, and must be one of {', '.join(ours)}")
+    width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 768)
+    return siglip(
+        VisionConfig(
+            image_size=vision.get("image_size", 224),
+            patch_size=vision.get("patch_size", 16),
+            width=width,
+            layers=vision.get("num_hidden_layers", 12),
+            heads=vision.get("num_attention_heads", 12),
+            mlp_ratio=vision.get("intermediate_size", 3072) / width,
+        ),
+        TextConfig(
+            context_length=text.get("max_position_embeddings", 64),
+            vocab_size=text.get("vocab_size", 32_000),
+            width=text_width,
+            layers=text.get("num_hidden_layers", 12),
+            heads=text.get("num_attention_heads", 12),
+            mlp_ratio=text.get("intermediate_size", 3072) / text_width,
+        ),
+        (ours[acts[0]], ours[acts[1]]),
+    )
+
+
+def to_huggingface(config: CLIPConfig) -> Spec:
+    """The inverse of `from_huggingface`."""
+    acts = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+    vision, text = config.vision, config.text
+
+    def tower(c: VisionConfig | TextConfig) -> Spec:
+        return {
+            "hidden_size": c.width,
+            "intermediate_size": int(c.width * c.mlp_ratio),
+            "num_hidden_layers": c.layers,
+            "num_attention_heads": c.heads,
+            "hidden_act": acts[c.activation],
+            "layer_norm_eps": c.norm_eps,
+        }
+
+    return {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            **tower(vision),
+        },
+        "text_config": {
+            "model_type": "siglip_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "projection_size": config.embed_dim,
+            **tower(text),
+        },
+    }

@@ -1,0 +1,80 @@
+"""The text tower: a transformer over tokens, with CLIP's pooling or SigLIP's."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import normal
+
+from disco_jax.models.config import CLIPConfig
+from disco_jax.models.transformer import (
+    ACTIVATIONS,
+    Transformer,
+    clip_text_init,
+    layer_norm,
+    siglip_init,
+)
+
+Array = jax.Array
+
+
+class TextTransformer(nnx.Module):
+    """Tokens to features: pooled as `config.text.pool` says, then projected."""
+
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+        c, dtype = config.text, jnp.dtype(config.dtype)
+        self.config, self.dtype = c, dtype
+        clips = c.pool == "argmax"
+        width_std = c.width**-0.5
+        self.token_embedding = nnx.Embed(
+            c.vocab_size,
+            c.width,
+            embedding_init=normal(0.02 if clips else width_std),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.positional_embedding = nnx.Param(
+            normal(0.01 if clips else width_std)(
+                rngs.params(), (c.context_length, c.width), jnp.float32
+            )
+        )
+        self.transformer = Transformer(
+            c.width,
+            c.layers,
+            c.heads,
+            int(c.width * c.mlp_ratio),
+            causal=clips,
+            activation=ACTIVATIONS[c.activation],
+            init=clip_text_init(c.width, c.layers) if clips else siglip_init(),
+            norm_eps=c.norm_eps,
+            remat=c.remat,
+            dropout=c.dropout,
+            trained=c.trained_blocks,
+            unroll=config.unroll,
+            attention=config.attention,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.ln_final = layer_norm(c.width, c.norm_eps, dtype, rngs)
+        self.proj = nnx.Param(
+            normal(width_std)(rngs.params(), (c.width, config.embed_dim), jnp.float32)
+        )
+        if not clips:
+            self.proj_bias = nnx.Param(jnp.zeros(config.embed_dim, jnp.float32))
+
+    def __call__(self, tokens: Array, keys: Array | None = None) -> Array:
+        """Un-normalised fp32 features `[b, embed_dim]` of int32 token ids `[b, context_length]`.
+
+        `keys` `[b]`, a sample's own random key each, turn dropout on.
+        """
+        b, n = tokens.shape
+        if n != self.config.context_length:
+            raise ValueError(f"texts are {n} tokens, the model takes {self.config.context_length}")
+        x = self.token_embedding(tokens)
+        x = x + self.positional_embedding[...].astype(self.dtype)[None]
+        x = self.transformer(x, keys)
+        if self.config.pool == "argmax":
+            pooled = self.ln_final(x[jnp.arange(b), jnp.argmax(tokens, axis=-1)])
+            return (pooled @ self.proj[...].astype(self.dtype)).astype(jnp.float32)
+        projected = self.ln_final(x[:, -1]) @ self.proj[...].astype(self.dtype)
+        bias = self.proj_bias[...].astype(self.dtype)[None]
+        return (projected + bias).astype(jnp.float32)
