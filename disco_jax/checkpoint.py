@@ -1,11 +1,21 @@
-"""Checkpoints of a run: state, and the position in the data. The only file that imports Orbax."""
+"""Checkpoints of a run: state, and the position in the data. The only file that imports Orbax.
 
+    python -m disco_jax.checkpoint WORKDIR --go_back_to=STEP
+
+moves the checkpoints past a step aside, a damaged one say, so that the run goes on from there.
+"""
+
+import argparse
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from disco_jax.cli import guard
 from disco_jax.errors import UserError
+from disco_jax.workdir import locked
 
 
 class Checkpoints:
@@ -32,20 +42,40 @@ class Checkpoints:
           step: of the state.
           state: a tree of arrays.
           data: the position in the data, whatever JSON can hold.
+
+        Raises:
+          UserError: this one, or the one before, can't be written.
         """
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(data),
+            data=ocp.args.JsonSave({**data, "checksum": checksum(state)}),
         )
-        self._manager.save(step, args=items)
+        try:
+            self._manager.save(step, args=items)
+        except Exception as error:  # Orbax and its storage raise all kinds
+            raise self._unwritten(error) from error
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk. Raises UserError where it can't be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # as above
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: Exception) -> UserError:
+        self._manager.reload()  # an unfinished one is none
+        newest = self.latest_step()
+        kept = "there is no complete one" if newest is None else f"the newest is of step {newest}"
+        return UserError(f"no checkpoint can be written to {self.folder} ({_told(error)}); {kept}")
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """The state, laid out as `abstract_state` says, and the data's position; the newest's.
 
         Raises:
-          UserError: there is no checkpoint.
+          UserError: there is no checkpoint, or it is damaged.
+          FileNotFoundError: it has been removed meanwhile.
         """
         step = self.latest_step() if step is None else step
         if step is None:
@@ -53,10 +83,82 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(step, args=items)
-        return restored["state"], restored["data"]
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # as above
+            if not (self.folder / str(step)).exists():
+                raise FileNotFoundError(self.folder / str(step)) from error
+            raise self._damaged(step, _told(error)) from error
+        state, data = restored["state"], restored["data"]
+        if data.pop("checksum", None) not in (None, checksum(state)):
+            raise self._damaged(step, "its checksum is another one")
+        return state, data
+
+    def _damaged(self, step: int, told: str) -> UserError:
+        before = [s for s in self.steps() if s < step]
+        back = f"python -m disco_jax.checkpoint {self.folder.parent} --go_back_to="
+        hint = f"; {back}{before[-1]} moves it aside, and the one before is used" if before else ""
+        return UserError(f"checkpoint {self.folder / str(step)} can't be restored: {told}{hint}")
+
+    def set_aside(self, after: int) -> list[Path]:
+        """Moves checkpoints past a step into `checkpoints_set_aside`; where they are now.
+
+        Raises:
+          UserError: there is none of that step.
+        """
+        if after not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"there is no checkpoint {after} in {self.folder}; there are: {known}")
+        moved = []
+        for step in self.steps():
+            if step > after:
+                place = self.folder.with_name("checkpoints_set_aside") / str(step)
+                while place.exists():
+                    place = place.with_name(place.name + "_")
+                place.parent.mkdir(exist_ok=True)
+                moved.append((self.folder / str(step)).rename(place))
+        self._manager.reload()
+        return moved
 
     def close(self) -> None:
-        """Waits for what is still being written."""
-        self._manager.wait_until_finished()
+        """Waits for what is still being written. Raises UserError where it can't be."""
+        self.wait()
         self._manager.close()
+
+
+@jax.jit
+def _checksum(state: Any) -> jax.Array:
+    """The sum of all 32-bit words, which does not depend on how arrays lie on the devices."""
+
+    def words(x: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32)
+
+    return jnp.sum(jnp.stack([words(x) for x in jax.tree.leaves(state)]), dtype=jnp.uint32)
+
+
+def checksum(state: Any) -> int:
+    """A number that changes with any bit of the state, whose arrays are of 32 bits."""
+    return int(_checksum(state))
+
+
+def _told(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    full = next((line for line in lines if "No space left" in line or "too large" in line), None)
+    return (full or (lines[0] if lines else type(error).__name__))[:300]
+
+
+def main() -> None:
+    """Raises UserError where the folder is in use, or has no such checkpoint."""
+    parser = argparse.ArgumentParser(prog="python -m disco_jax.checkpoint")
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--go_back_to", type=int, required=True, metavar="STEP")
+    arguments = parser.parse_args()
+    if not (arguments.workdir / "checkpoints").is_dir():
+        raise UserError(f"{arguments.workdir} holds no checkpoints")
+    with locked(arguments.workdir):
+        for path in Checkpoints(arguments.workdir).set_aside(arguments.go_back_to):
+            print(f"moved to {path}")
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,11 +1,13 @@
-"""What the entry points share: flags, and mistakes told in one line.
+"""What the entry points share: flags, the processes of a run, and mistakes told in one line.
 
 Nothing here imports JAX before it must: the planner and data workers never need it.
 """
 
+import contextlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,50 +15,106 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from disco_jax import config as config_lib
-from disco_jax.errors import UserError
+from disco_jax import cluster
+from disco_jax.config import default
+from disco_jax.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_USER,
+    Preempted,
+    UserError,
+)
+from disco_jax.overrides import check_overrides
+from disco_jax.peers import Watch, watched
+from disco_jax.validation import problems_of
+from disco_jax.workdir import locked
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/shapes.py say.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, curves.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several.")
+_COUNT = flags.DEFINE_integer("process_count", None, "Processes of the run.")
+_INDEX = flags.DEFINE_integer("process_index", None, "This process, from 0.")
 
 
-def run(main: Callable[[ConfigDict, Path], None]) -> None:
-    """Calls `main(config, workdir)` of an entry point that computes, with JAX set up for it."""
+def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
+    """Calls `main(config, workdir)` of an entry point that computes, with JAX set up for it.
+
+    One that `writes` the run's folder holds it alone, and its processes watch each other.
+    """
 
     def call() -> None:
         config = parse(sys.argv, f"{sys.argv[0]} --config=configs/shapes.py --workdir=DIR")
         if not flags.FLAGS.workdir:
             raise UserError("--workdir=DIR is missing")
+        workdir = Path(flags.FLAGS.workdir)
+        launch = cluster.find(
+            _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, cluster.has_tpu()
+        )
         # The planner's verdicts count on this share of a GPU's memory; JAX's default is 0.75.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
         from disco_jax import mesh  # after --help, which needs no JAX
+        from disco_jax.training import progress
 
         mesh.ignore_absent_accelerators()
         if config.fake_devices:
             mesh.use_fake_devices(config.fake_devices)
-        main(config, Path(flags.FLAGS.workdir))
+        if launch:
+            cluster.start(launch)
+        index, count = mesh.processes()
+        if index:
+            progress.console.quiet = True
+        with contextlib.ExitStack() as stack:
+            if writes and index == 0:
+                stack.enter_context(locked(workdir))
+            if writes and count > 1:
+                watch = stack.enter_context(watched(workdir, index, count, config.peer_timeout))
+                stack.enter_context(_blaming_peers(watch))
+            main(config, workdir)
 
     guard(call)
 
 
+@contextlib.contextmanager
+def _blaming_peers(watch: Watch) -> Any:
+    """An error in a collective is most often the loss of a peer: the watcher will tell."""
+    try:
+        yield
+    except (UserError, Preempted, KeyboardInterrupt):
+        raise
+    except Exception:
+        traceback.print_exc()
+        print("waiting for word of the other processes", file=sys.stderr, flush=True)
+        watch.wait_for_verdict()
+        raise
+
+
 def guard(function: Callable[[], None]) -> None:
-    """Calls `function`; a user's mistake ends in one line and exit code 2."""
+    """Calls `function`; a user's mistake ends in one line and exit code 2: see errors.py."""
     logging.set_verbosity(logging.ERROR)
     try:
         function()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(f"error: {error}", EXIT_USER)
+    except Preempted as preempted:
+        _exit(f"{preempted}; the same command goes on", EXIT_PREEMPTED)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _exit("\ninterrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED)
+
+
+def _exit(told: str, code: int) -> None:
+    print(told, file=sys.stderr, flush=True)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        # At a regular exit JAX waits for the other processes, which may wait for this one.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse(argv: list[str], usage: str, config_needed: bool = True) -> Any:
     """Reads the flags; the validated config, or the default one where it may be left out.
 
     Raises:
-      UserError: an unknown flag or field, a missing file, a value that is not allowed.
+      UserError: unknown flags or fields, a missing file, values that are not allowed: all of them.
     """
     if any(arg in ("-h", "--help", "--helpshort", "--helpfull") for arg in argv):
         print(f"usage: {usage} [--config.FIELD=VALUE ...]")
@@ -67,23 +125,26 @@ def parse(argv: list[str], usage: str, config_needed: bool = True) -> Any:
         raise UserError("--config=FILE is missing, configs/shapes.py say")
     if path is not None and not Path(path.split(":")[0]).is_file():
         raise UserError(f"--config: there is no file {path.split(':')[0]}")
+    usable, problems = check_overrides(argv)
+    whole, sys.argv = sys.argv, usable  # ml_collections looks for overrides there
     try:
-        rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, TypeError, ValueError) as error:
-        raise _flag_error(error, argv) from error
+        rest = flags.FLAGS(usable)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        problems.append(_flag_error(error, usable))
+        raise UserError("; ".join(problems)) from error
+    finally:
+        sys.argv = whole
     if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
-    config = config_lib.default() if path is None else _CONFIG.value
-    config_lib.validate(config)
+        problems.append(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    config = default() if path is None else _CONFIG.value
+    problems += problems_of(config)
+    if problems:
+        raise UserError("; ".join(problems))
     return config
 
 
-def _flag_error(error: Exception, argv: list[str]) -> UserError:
+def _flag_error(error: Exception, argv: list[str]) -> str:
     fields = [m[1] for a in argv if (m := re.match(r"--?(?:no)?config\.([^=]+)", a))]
-    known = config_lib.flatten(config_lib.default())
-    for field in fields:
-        if field not in known and not field.startswith("eval.sets."):
-            return config_lib.unknown_field(field)
     if fields and not any(re.match(r"--?config=", a) for a in argv):
-        return UserError(f"--config.{fields[0]} needs a --config=FILE whose field it sets")
-    return UserError(" ".join(str(error).split()))
+        return f"--config.{fields[0]} needs a --config=FILE whose field it sets"
+    return " ".join(str(error).split())

@@ -3,14 +3,9 @@
 A config file is Python with a `get_config()` that takes `default()` and changes what differs.
 """
 
-import difflib
-import json
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-
-from disco_jax.errors import UserError
 
 
 def default() -> ConfigDict:
@@ -26,6 +21,8 @@ def default() -> ConfigDict:
     c.microbatch_mode = "scan"
     c.init_from = ""  # a model folder (python -m disco_jax.interop) or a run, to begin from
     c.num_steps = 10_000  # optimiser updates in all
+    # Passes over data.num_samples, to be checked against num_steps and batch_size; 0: not checked.
+    c.num_epochs = 0.0
     c.fsdp = 1  # devices over which one copy of parameters and optimiser state is split
     c.fake_devices = 0  # run on so many CPU devices; 0: on what the machine has
 
@@ -70,6 +67,7 @@ def default() -> ConfigDict:
     # "/data/{00000..41407}.tar" or "/data/*.tar"; a table of paths and captions, .csv, .tsv or
     # .parquet. Several are joined by "::".
     c.data.name = "shapes"
+    c.data.num_samples = 0  # how many there are meant to be, for num_epochs; 0: not told
     c.data.weights = ()  # shares of what is joined, (2.0, 1.0) say; (): all of it is one set
     c.data.split = "train"  # of TFDS data sets
     c.data.dir = "data"  # where TFDS data sets are kept
@@ -106,6 +104,9 @@ def default() -> ConfigDict:
     c.log_every = 50  # steps between lines of metrics
     c.checkpoint_every = 1_000  # steps; the last step is saved too
     c.checkpoint_keep = 3  # newest checkpoints kept
+    c.max_bad_steps = 10  # in a row whose loss or gradients are not finite, before the run stops
+    c.peer_timeout = 30.0  # seconds without a sign of life of another process before this one ends
+    c.profile_steps = ""  # a trace of these steps into WORKDIR/profile: "10:15"; "": none
     return c
 
 
@@ -142,128 +143,6 @@ def zeroshot_set(
     )
 
 
-METHODS = ("auto", "reference", "disco", "stream", "ring")
-REMAT = ("none", "dots", "full", "offload")
-
-# What may differ when a run goes on, besides all of `eval`: none of it changes a number.
-FREE_FIELDS = (
-    "data.dir",
-    "data.max_bad_fraction",
-    "data.name",  # data may have moved: a checkpoint knows what they were (data/stream.py)
-    "data.num_workers",
-    "data.record_keys",
-    "checkpoint_every",
-    "checkpoint_keep",
-    "fake_devices",
-    "fsdp",
-    "microbatch",
-    "microbatch_mode",
-    "model.attention",
-    "model.image_remat",
-    "model.text_remat",
-)
-
-
-def validate(config: ConfigDict) -> None:
-    """Raises UserError with every problem of the fields' values, a line each."""
-    reference = flatten(default())
-    given = flatten(config)
-    problems = []
-    for field in given.keys() - reference.keys():
-        if not _of_a_set(field):
-            problems.append(f"unknown config field {field}{_hint(field, list(reference))}")
-    for field in (
-        "batch_size",
-        "num_steps",
-        "fsdp",
-        "log_every",
-        "checkpoint_every",
-        "checkpoint_keep",
-        "eval.batch_size",
-        "data.max_image_pixels",
-        "data.min_image_side",
-        "data.max_aspect_ratio",
-    ):
-        if given.get(field, 1) < 1:
-            problems.append(f"{field} is {given[field]}, and must be 1 or more")
-    for field in ("model.patch_dropout", "model.dropout"):
-        if not 0 <= given.get(field, 0) < 1:
-            problems.append(f"{field} is {given[field]}, and must be at least 0 and less than 1")
-    for field in ("data.crop_scale", "data.max_bad_fraction"):
-        if not 0 < given.get(field, 1) <= 1:
-            problems.append(f"{field} is {given[field]}, and must be more than 0 and at most 1")
-    weights = given.get("data.weights", ())
-    parts = len(str(given.get("data.name")).split("::"))
-    if weights and (len(weights) != parts or min(weights) <= 0):
-        problems.append(f"data.weights must be {parts} positive numbers, one for each in data.name")
-    for field in (
-        "microbatch",
-        "fake_devices",
-        "data.num_workers",
-        "eval.every",
-        "optimizer.warmup_steps",
-    ):
-        if given.get(field, 0) < 0:
-            problems.append(f"{field} is {given[field]}, and must be 0 or more")
-    choices = {
-        "model.dtype": ("float32", "bfloat16"),
-        "model.attention": ("auto", "xla", "cudnn"),
-        "model.image_remat": REMAT,
-        "model.text_remat": REMAT,
-        "microbatch_mode": ("scan", "host"),
-        "model.activation": ("", "gelu", "quick_gelu", "gelu_tanh"),
-        "optimizer.name": ("adamw", "lion", "adafactor", "muon"),
-        "loss.kind": ("softmax", "sigmoid"),
-        "loss.method": METHODS,
-    }
-    for field, known in choices.items():
-        if given.get(field) not in known:
-            problems.append(
-                f"{field} is {given.get(field)!r}, and must be one of {', '.join(known)}"
-            )
-    if problems:
-        raise UserError("; ".join(sorted(problems)))
-
-
-def _of_a_set(field: str) -> bool:
-    parts = field.split(".")
-    return parts[:2] == ["eval", "sets"] and len(parts) == 4 and parts[3] in zeroshot_set("")
-
-
-def check_division(config: ConfigDict, devices: int) -> None:
-    """Raises UserError where devices, batch and microbatch do not divide as they must."""
-    batch_size, microbatch = config.batch_size, config.microbatch
-    if config.microbatch_mode == "host" and not microbatch:
-        raise UserError(
-            "microbatch_mode 'host' needs microbatch, the samples a device takes at once"
-        )
-    if devices % config.fsdp:
-        raise UserError(f"fsdp {config.fsdp} does not divide the {devices} devices")
-    if batch_size % devices:
-        below = batch_size // devices * devices
-        raise UserError(
-            f"batch_size {batch_size} does not divide by the {devices} devices; "
-            f"{below or devices} or {below + devices} would"
-        )
-    share = batch_size // devices
-    if microbatch and share % microbatch:
-        below = max(n for n in range(1, min(microbatch, share) + 1) if share % n == 0)
-        raise UserError(
-            f"microbatch {microbatch} does not divide a device's share of the batch, {share} "
-            f"samples; {below} would"
-        )
-
-
-def unknown_field(field: str) -> UserError:
-    """The error for an override of a field that is not there."""
-    return UserError(f"unknown config field {field}{_hint(field, list(flatten(default())))}")
-
-
-def _hint(given: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(given, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """`{"model.name": ...}`: every field by its dotted path."""
     fields: dict[str, Any] = {}
@@ -273,64 +152,3 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
         else:
             fields[prefix + name] = value
     return fields
-
-
-def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Writes `config.json` into a new run's folder, or checks that the run there has this config.
-
-    Raises:
-      UserError: the folder holds a run of another config, or cannot be written.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        stored = read_json(path)
-        check_same(stored, config, workdir)
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(config.to_json(indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
-
-
-def stored_config(workdir: Path) -> ConfigDict:
-    """The config of the run in a folder.
-
-    Raises:
-      UserError: there is none, or it is of another version.
-    """
-    config = default()
-    for field, value in flatten(ConfigDict(read_json(workdir / "config.json"))).items():
-        *path, name = field.split(".")
-        section = config
-        for part in path:
-            section = section[part] if part in section else section.setdefault(part, ConfigDict())
-        section[name] = tuple(value) if isinstance(value, list) else value
-    validate(config)
-    return config
-
-
-def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
-    """Raises UserError naming the fields in which a stored run's config differs from this one."""
-    old = flatten(ConfigDict(stored))
-    new = flatten(ConfigDict(json.loads(config.to_json())))
-    differing = [
-        f"{field} ({old.get(field)!r} there, {new.get(field)!r} here)"
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field)
-        and field not in FREE_FIELDS
-        and not field.startswith("eval.")
-    ]
-    if differing:
-        raise UserError(
-            f"workdir {workdir} holds a run of another config: {', '.join(differing)}; "
-            "choose another workdir, or this run's config"
-        )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError naming the file where it is not one."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error

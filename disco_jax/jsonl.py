@@ -6,6 +6,14 @@ from pathlib import Path
 from typing import Any
 
 
+def process_file(workdir: Path, name: str) -> Path:
+    """`NAME.jsonl` of a run's folder, or this process's own `NAME-INDEX.jsonl` of several."""
+    import jax  # here: data workers import this file, and have no use for it
+
+    own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+    return workdir / f"{name}{own}.jsonl"
+
+
 class JsonLines:
     """Appends objects with a `step` to a file; what it holds past step `resume_from` is dropped.
 

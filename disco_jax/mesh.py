@@ -32,6 +32,11 @@ def ignore_absent_accelerators() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def processes() -> tuple[int, int]:
+    """This process's index, and how many there are."""
+    return jax.process_index(), jax.process_count()
+
+
 def use_fake_devices(count: int) -> None:
     """Makes JAX see `count` CPU devices and nothing else; only before its first use."""
     jax.config.update("jax_platforms", "cpu")

@@ -24,7 +24,7 @@ from disco_jax.interop.convert import resize_positions
 from disco_jax.interop.store import flatten
 from disco_jax.models import CLIP, PRESETS
 from disco_jax.tokenizer import merges, vocabulary
-from disco_jax.training.loop import begin_from
+from disco_jax.training.setup import begin_from
 from disco_jax.training.state import init_state
 from tests.conftest import mesh_of
 

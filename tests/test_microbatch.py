@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disco_jax.config import check_division, default
+from disco_jax.config import default
 from disco_jax.errors import UserError
 from disco_jax.losses import METHODS
 from disco_jax.mesh import place_batch
@@ -21,6 +21,7 @@ from disco_jax.training.host_step import HostStep
 from disco_jax.training.optimizer import make_optimizer
 from disco_jax.training.state import init_state
 from disco_jax.training.step import state_shardings
+from disco_jax.validation import check_division
 from tests.conftest import mesh_of
 
 BATCH = 32

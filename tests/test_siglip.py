@@ -25,8 +25,8 @@ from disco_jax.models import CLIP, PRESETS
 from disco_jax.models.config import TextConfig
 from disco_jax.tokenizer import FileTokenizer, make_tokenizer
 from disco_jax.training.build import model_config
-from disco_jax.training.loop import begin_from
 from disco_jax.training.optimizer import make_optimizer
+from disco_jax.training.setup import begin_from
 from disco_jax.training.state import init_state
 from tests.conftest import mesh_of
 

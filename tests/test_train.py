@@ -61,7 +61,11 @@ def run(*args: str) -> subprocess.CompletedProcess:
 def rows(workdir: Path) -> list[dict]:
     """Metrics without what is measured in seconds, and retrieval, which the shards lack."""
     return [
-        {k: v for k, v in row.items() if not k.endswith("per_second") and "retrieval" not in k}
+        {
+            k: v
+            for k, v in row.items()
+            if not k.endswith("per_second") and not k.startswith(("time/", "retrieval"))
+        }
         for row in lines_of(workdir / "metrics.jsonl")
     ]
 

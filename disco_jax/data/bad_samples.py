@@ -4,7 +4,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from disco_jax.data.load import Failure
+from disco_jax.data.source import KINDS
 from disco_jax.errors import UserError
 from disco_jax.jsonl import JsonLines
 
@@ -56,6 +59,16 @@ class BadSamples:
     def close(self) -> None:
         """Closes the file."""
         self._lines.close()
+
+
+def total_counts(counts: Counter[str]) -> dict[str, int]:
+    """The counts of all processes together; all must call it."""
+    import jax  # here: data workers import this file, and have no use for it
+    from jax.experimental.multihost_utils import process_allgather
+
+    own = np.array([counts[kind] for kind in KINDS], np.int32)
+    every = process_allgather(own) if jax.process_count() > 1 else own[None]
+    return {kind: int(n) for kind, n in zip(KINDS, every.sum(axis=0), strict=True) if n}
 
 
 def describe(counts: Counter[str]) -> str:

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from disco_jax.data.bad_samples import BadSamples, check_problems, describe
+from disco_jax.data.bad_samples import BadSamples, check_problems, describe, total_counts
 from disco_jax.data.load import Load
-from disco_jax.data.pipeline import Collate, train_batches
+from disco_jax.data.pipeline import Batch, Collate, train_batches
 from disco_jax.data.source import Joined
 from disco_jax.errors import UserError
-from disco_jax.jsonl import JsonLines
+from disco_jax.jsonl import JsonLines, process_file
 from disco_jax.models import CLIPConfig
 from disco_jax.tokenizer import make_tokenizer
 
@@ -50,15 +49,15 @@ class TrainStream:
             )
         check_problems(source.problems, len(source), config.data.max_bad_fraction)
         self._source, self._step, self._batch_size = source, step, config.batch_size
-        own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
         self._bad = BadSamples(
-            workdir / f"bad_samples{own}.jsonl",
+            process_file(workdir, "bad_samples"),
             config.data.max_bad_fraction,
             step,
-            position.get("bad", {}),
+            # Counts are kept of all processes together; the first one takes them up.
+            position.get("bad", {}) if jax.process_index() == 0 else {},
         )
         keys = config.data.record_keys
-        self._keys = JsonLines(workdir / f"keys{own}.jsonl", step) if keys else None
+        self._keys = JsonLines(process_file(workdir, "keys"), step) if keys else None
         self._batches = train_batches(
             source,
             Load(source, config.data, model.vision.image_size, config.seed, model.vision.squash),
@@ -72,21 +71,24 @@ class TrainStream:
             process_count=jax.process_count(),
         )
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        """The next step's arrays. Raises UserError when too many samples are bad."""
+    def __next__(self) -> Batch:
+        """The next step's batch. Raises UserError when too many samples are bad."""
         batch = next(self._batches)
         self._step += 1
         if self._keys is not None:
             self._keys.write({"step": self._step, "keys": batch.keys.tolist()})
         self._bad.add(batch.failures, self._step, self._step * len(batch.keys))
-        return batch.arrays
+        return batch
 
     def position(self) -> dict[str, Any]:
-        """All that a checkpoint needs for the stream to go on after the last batch."""
+        """All that a checkpoint needs for the stream to go on after the last batch.
+
+        To be called by all processes, when no step is in flight.
+        """
         return {
             "samples_seen": self._step * self._batch_size,
             "data": self._source.fingerprint,
-            "bad": dict(self._bad.counts),
+            "bad": total_counts(self._bad.counts),
         }
 
     def metrics(self) -> dict[str, float]:

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from disco_jax.checkpoint import Checkpoints
-from disco_jax.config import check_same, read_json
 from disco_jax.errors import UserError
 from disco_jax.evaluation.baseline import baselines
 from disco_jax.evaluation.evaluator import Evaluator
@@ -26,6 +25,7 @@ from disco_jax.training.build import model_config
 from disco_jax.training.optimizer import make_optimizer
 from disco_jax.training.progress import console
 from disco_jax.training.state import Params, abstract_state
+from disco_jax.workdir import check_same, read_json
 
 SHOWN = 32  # predictions drawn
 WORST = 5  # classes told of each set

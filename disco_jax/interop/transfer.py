@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from disco_jax.config import stored_config
 from disco_jax.errors import UserError
 from disco_jax.interop import names
 from disco_jax.interop.convert import to_ours, to_theirs
@@ -36,6 +35,7 @@ from disco_jax.interop.store import (
 from disco_jax.models import CLIPConfig, preset
 from disco_jax.tokenizer import make_tokenizer
 from disco_jax.training.state import Params
+from disco_jax.workdir import stored_config
 
 
 def table(library: str, config: CLIPConfig) -> list[names.Weight]:

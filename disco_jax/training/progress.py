@@ -1,11 +1,42 @@
 """A run's progress for a person: a live bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-console = Console(highlight=False)
+console = Console(highlight=False)  # made quiet in all processes but the first
+
+
+class Stopwatch:
+    """Where the time of steps went, in seconds a step, since it was last read."""
+
+    def __init__(self) -> None:
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._since, self._steps = time.monotonic(), 0
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Counts what happens inside as `what`."""
+        begun = time.monotonic()
+        yield
+        self._spent[what] += time.monotonic() - begun
+
+    def read(self, steps: int) -> dict[str, float]:
+        """`time/data`, waiting for samples; `time/checkpoint`, `time/eval`; `time/step`, the rest.
+
+        Args:
+          steps: taken since this process began.
+        """
+        now, taken = time.monotonic(), max(steps - self._steps, 1)
+        rest = now - self._since - sum(self._spent.values())
+        spent = {"data": 0.0, "checkpoint": 0.0, "eval": 0.0, **self._spent, "step": rest}
+        self._spent.clear()
+        self._since, self._steps = now, steps
+        return {f"time/{what}": seconds / taken for what, seconds in spent.items()}
 
 
 class TrainProgress:

@@ -58,13 +58,22 @@ def make_update(
     def update(state: TrainState, loss: Array, grads: Params) -> tuple[TrainState, Metrics]:
         changing = trained(model, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, changing)
-        changed = optax.apply_updates(changing, updates)
-        params = with_trained(model, state.params, clamp(changed))
+        changed = clamp(optax.apply_updates(changing, updates))
+        grad_norm = optax.tree.norm(grads)
+        # What is not finite would stay in the parameters for ever: such an update is left out.
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        changed, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (changed, opt_state),
+            (changing, state.opt_state),
+        )
+        params = with_trained(model, state.params, changed)
         metrics = {
             "train/loss": loss,
             "train/logit_scale": jnp.exp(params["logit_scale"]),
-            "train/grad_norm": optax.tree.norm(grads),
+            "train/grad_norm": grad_norm,
             "train/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "train/skipped": jnp.where(good, 0.0, 1.0),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -1,0 +1,145 @@
+"""How the processes of a run find each other: by flags, or by what started them."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from disco_jax.errors import UserError
+
+INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for each other at the start
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What `jax.distributed.initialize` is told; None is left to its own detection."""
+
+    source: str  # where it was found, for messages
+    coordinator: str | None = None  # HOST:PORT of process 0
+    count: int | None = None
+    index: int | None = None
+    local_devices: tuple[int, ...] | None = None
+
+
+def find(
+    coordinator: str | None,
+    count: int | None,
+    index: int | None,
+    env: Mapping[str, str],
+    has_tpu: bool = False,
+) -> Launch | None:
+    """How this process was started; None where it is alone.
+
+    In this order: the three flags; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+    where the last may be JOB_COMPLETION_INDEX, which Kubernetes sets in an Indexed Job and JobSet;
+    SLURM's srun; Open MPI's mpirun; a Cloud TPU.
+
+    Raises:
+      UserError: some of it is there and some is missing, or is no number.
+    """
+    if (coordinator, count, index) != (None, None, None):
+        missing = [
+            flag
+            for flag, value in (
+                ("--coordinator=HOST:PORT", coordinator),
+                ("--process_count=N", count),
+                ("--process_index=I", index),
+            )
+            if value is None
+        ]
+        if missing:
+            raise UserError(f"{' and '.join(missing)} missing: the three flags go together")
+        return _checked(Launch("flags", coordinator, count, index))
+    if address := env.get("JAX_COORDINATOR_ADDRESS"):
+        return _checked(
+            Launch(
+                "environment",
+                address,
+                _number(env, "JAX_NUM_PROCESSES"),
+                _number(env, "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"),
+            )
+        )
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return Launch("slurm", local_devices=_slurm_devices(env))
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        if "OMPI_MCA_orte_hnp_uri" in env:
+            return Launch("ompi")
+        # Open MPI 5 tells no address: ranks it does, so one flag is enough.
+        raise UserError(
+            "mpirun told no address of process 0: set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
+            f"JAX_NUM_PROCESSES={env['OMPI_COMM_WORLD_SIZE']} and "
+            "JAX_PROCESS_ID=$OMPI_COMM_WORLD_RANK"
+        )
+    # On a Cloud TPU the workers' names come from the environment, or from its metadata server.
+    if has_tpu and len(env.get("TPU_WORKER_HOSTNAMES", ",").split(",")) > 1:
+        return Launch("tpu")
+    return None
+
+
+def _checked(launch: Launch) -> Launch:
+    assert launch.coordinator is not None
+    assert launch.count is not None
+    assert launch.index is not None
+    host, _, port = launch.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"the coordinator {launch.coordinator!r} must be HOST:PORT")
+    if not 0 <= launch.index < launch.count:
+        raise UserError(
+            f"process_index is {launch.index}, and must be at least 0 and less than "
+            f"process_count, {launch.count}"
+        )
+    return launch
+
+
+def _number(env: Mapping[str, str], *names: str) -> int:
+    found = next((name for name in names if name in env), None)
+    if found is None:
+        raise UserError(f"JAX_COORDINATOR_ADDRESS is set, and {' or '.join(names)} is not")
+    if not env[found].isdigit():
+        raise UserError(f"{found} is {env[found]!r}, and must be a number")
+    return int(env[found])
+
+
+def _slurm_devices(env: Mapping[str, str]) -> tuple[int, ...] | None:
+    """All of a node's GPUs for its only task; None leaves JAX's rule, one GPU to a task."""
+    alone = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_NTASKS"]
+    gpus = env.get("SLURM_GPUS_ON_NODE", "")
+    return tuple(range(int(gpus))) if alone and gpus.isdigit() and int(gpus) else None
+
+
+def start(launch: Launch) -> None:
+    """Connects this process with the others; only before JAX's first use.
+
+    Raises:
+      UserError: they did not come together.
+    """
+    import jax
+
+    options: dict[str, Any] = {"initialization_timeout": INITIALIZATION_TIMEOUT}
+    if launch.source in ("slurm", "ompi"):
+        options["cluster_detection_method"] = launch.source
+    if launch.local_devices is not None:
+        options["local_device_ids"] = list(launch.local_devices)
+    if launch.source in ("flags", "environment"):
+        options["cluster_detection_method"] = "deactivate"
+    try:
+        with warnings.catch_warnings():  # of kubernetes' client, which is not needed
+            warnings.simplefilter("ignore")
+            jax.distributed.initialize(launch.coordinator, launch.count, launch.index, **options)
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"the processes did not come together ({launch.source}): {first}"
+        ) from error
+
+
+def has_tpu() -> bool:
+    """Whether the device files of a TPU are there."""
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev").glob("vfio/*"))
+
+
+def environment() -> dict[str, str]:
+    """This process's environment."""
+    return dict(os.environ)

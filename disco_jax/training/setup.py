@@ -1,0 +1,99 @@
+"""What a run begins with: its folder claimed, its data opened, its state restored or made."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from disco_jax import workdir as workdir_lib
+from disco_jax.checkpoint import Checkpoints
+from disco_jax.data.source import Joined
+from disco_jax.data.sources import open_source
+from disco_jax.errors import UserError
+from disco_jax.interop.store import flatten, nest
+from disco_jax.interop.transfer import read_model
+from disco_jax.mesh import make_mesh
+from disco_jax.models import CLIPConfig
+from disco_jax.training.build import model_config
+from disco_jax.training.optimizer import make_optimizer
+from disco_jax.training.state import TrainState, abstract_state, init_state
+from disco_jax.validation import check_division
+
+
+class Run(NamedTuple):
+    """A run, ready to take steps."""
+
+    model: CLIPConfig
+    mesh: Mesh
+    source: Joined
+    checkpoints: Checkpoints
+    state: TrainState
+    position: dict[str, Any]  # what the checkpoint says of the data; empty for a new run
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Run:
+    """Opens all that a run needs, by the first process first: it makes what the others then find.
+
+    Raises:
+      UserError: config, data, workdir or checkpoint are not as they must be.
+    """
+    check_division(config, jax.device_count())
+    mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
+    first = jax.process_index() == 0
+    if first:
+        source = open_source(config.data, config.data.name, config.data.split)
+        workdir_lib.claim(config, workdir)
+        devices = [device.device_kind for device in jax.devices()]
+        workdir_lib.record(config, workdir, devices=devices, processes=jax.process_count())
+    if jax.process_count() > 1:
+        sync_global_devices("the first process is ready")
+    if not first:
+        source = open_source(config.data, config.data.name, config.data.split)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
+    state, position = _restore_or_init(config, model, mesh, checkpoints)
+    return Run(model, mesh, source, checkpoints, state, position)
+
+
+def _restore_or_init(
+    config: ConfigDict, model: CLIPConfig, mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any]]:
+    optimizer = make_optimizer(config)
+    if checkpoints.latest_step() is not None:
+        return checkpoints.restore(abstract_state(model, optimizer, mesh))
+    state = init_state(model, optimizer, mesh, config.seed)
+    return (begin_from(Path(config.init_from), model, state) if config.init_from else state), {}
+
+
+def begin_from(source: Path, model: CLIPConfig, state: TrainState) -> TrainState:
+    """`state` with the parameters of a model folder or a run, laid out as they are.
+
+    Raises:
+      UserError: they are not of the same model; the parameter is named.
+    """
+    origin, params = read_model(source)
+    for theirs, ours in ((origin.vision, model.vision), (origin.text, model.text)):
+        for field in ("activation", "norm_eps", "pool"):
+            there, here = getattr(theirs, field), getattr(ours, field)
+            if there != here:
+                raise UserError(
+                    f"init_from: {source} has {field} {there}, and this model {here}; "
+                    f"--config.model.name={source} takes all of its sizes"
+                )
+    given, wanted = flatten(params), flatten(state.params)
+    if ("logit_bias" in given) != ("logit_bias" in wanted):
+        kind = "sigmoid" if "logit_bias" in given else "softmax"
+        raise UserError(f"init_from: {source} was trained with loss.kind = {kind}")
+    for name in sorted(given.keys() ^ wanted.keys()):
+        where = "not there" if name in wanted else "not in this model"
+        raise UserError(f"init_from: {name} of {source} is {where}: is it of another model.name?")
+    for name, leaf in wanted.items():
+        if given[name].shape != leaf.shape:
+            raise UserError(
+                f"init_from: {name} of {source} is of shape {given[name].shape}, and this model's "
+                f"of {leaf.shape}: is it of another model.name?"
+            )
+    placed = {name: jax.device_put(given[name], leaf.sharding) for name, leaf in wanted.items()}
+    return state._replace(params=nest(placed))

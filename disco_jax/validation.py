@@ -1,0 +1,150 @@
+"""What a config's values may be: every problem told at once, before anything is allocated."""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from disco_jax.config import default, flatten, zeroshot_set
+from disco_jax.errors import UserError
+
+METHODS = ("auto", "reference", "disco", "stream", "ring")
+REMAT = ("none", "dots", "full", "offload")
+
+CHOICES: dict[str, Sequence[str]] = {
+    "loss.kind": ("softmax", "sigmoid"),
+    "loss.method": METHODS,
+    "microbatch_mode": ("scan", "host"),
+    "model.activation": ("", "gelu", "quick_gelu", "gelu_tanh"),
+    "model.attention": ("auto", "xla", "cudnn"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.image_remat": REMAT,
+    "model.text_remat": REMAT,
+    "optimizer.name": ("adamw", "lion", "adafactor", "muon"),
+}
+# Whether a number is allowed, by what is told where it is not.
+AT_LEAST_1 = (
+    "batch_size",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "data.max_aspect_ratio",
+    "data.max_image_pixels",
+    "data.min_image_side",
+    "eval.batch_size",
+    "fsdp",
+    "log_every",
+    "max_bad_steps",
+    "num_steps",
+)
+AT_LEAST_0 = (
+    "data.num_samples",
+    "data.num_workers",
+    "eval.every",
+    "fake_devices",
+    "microbatch",
+    "num_epochs",
+    "optimizer.grad_clip_norm",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "seed",
+)
+AT_LEAST_MINUS_1 = ("model.image_trained_blocks", "model.text_trained_blocks")
+POSITIVE = ("optimizer.eps", "optimizer.learning_rate", "peer_timeout")
+BELOW_1 = ("model.dropout", "model.patch_dropout", "optimizer.b1", "optimizer.b2")
+UP_TO_1 = ("data.crop_scale", "data.max_bad_fraction")
+NOT_EMPTY = ("data.name", "model.name", "data.image_key", "data.caption_key")
+ROUNDING = 0.05  # the paper's steps, epochs and data sizes are rounded so far
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError with every problem of the fields' values."""
+    if problems := problems_of(config):
+        raise UserError("; ".join(problems))
+
+
+def problems_of(config: ConfigDict) -> list[str]:
+    """Every problem of the fields' values, with the field's name and what would be right."""
+    known, given = flatten(default()), flatten(config)
+    problems = [unknown_field(f) for f in given.keys() - known.keys() if not _of_a_set(f)]
+    c = {**known, **given}
+    limits: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
+        (AT_LEAST_1, lambda x: x >= 1, "must be 1 or more"),
+        (AT_LEAST_0, lambda x: x >= 0, "must be 0 or more"),
+        (AT_LEAST_MINUS_1, lambda x: x >= -1, "must be -1 or more"),
+        (POSITIVE, lambda x: 0 < x < math.inf, "must be more than 0"),
+        (BELOW_1, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
+        (UP_TO_1, lambda x: 0 < x <= 1, "must be more than 0 and at most 1"),
+    )
+    for fields, allowed, told in limits:
+        wrong = [field for field in fields if not allowed(c[field])]
+        problems += [f"{field} is {c[field]}, and {told}" for field in wrong]
+    problems += [f"{field} is empty, and must not be" for field in NOT_EMPTY if not c[field]]
+    for field, choices in CHOICES.items():
+        if c[field] not in choices:
+            named = ", ".join(choice or '""' for choice in choices)
+            hint = near(c[field], choices)
+            problems.append(f"{field} is {c[field]!r}, and must be one of {named}{hint}")
+    return sorted(problems + _of_several(c))
+
+
+def _of_several(c: dict[str, Any]) -> list[str]:
+    """What is wrong with fields taken together."""
+    problems = []
+    weights, parts = c["data.weights"], len(str(c["data.name"]).split("::"))
+    if weights and (len(weights) != parts or min(weights) <= 0):
+        problems.append(f"data.weights must be {parts} positive numbers, one for each in data.name")
+    if c["microbatch_mode"] == "host" and not c["microbatch"]:
+        problems.append(
+            "microbatch_mode 'host' needs microbatch, the samples a device takes at once"
+        )
+    traced = c["profile_steps"]
+    steps = re.fullmatch(r"(\d+):(\d+)", traced)
+    if traced and (not steps or not 1 <= int(steps[1]) <= int(steps[2])):
+        problems.append(f"profile_steps is {traced!r}, and must be FIRST:LAST, 10:15 say")
+    samples, wanted = c["num_steps"] * c["batch_size"], c["num_epochs"] * c["data.num_samples"]
+    if wanted and c["batch_size"] >= 1 and abs(samples / wanted - 1) > ROUNDING:
+        problems.append(
+            f"num_steps {c['num_steps']:,} of batch_size {c['batch_size']:,} are not num_epochs "
+            f"{c['num_epochs']:g} of data.num_samples {c['data.num_samples']:,}: "
+            f"{round(wanted / c['batch_size']):,} steps would be"
+        )
+    return problems
+
+
+def unknown_field(field: str) -> str:
+    """What is told of a field that is not there, with the nearest that is."""
+    return f"unknown config field {field}{near(field, list(flatten(default())))}"
+
+
+def near(given: str, known: Sequence[str]) -> str:
+    """`; did you mean X?`, or nothing where nothing is near."""
+    found = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _of_a_set(field: str) -> bool:
+    parts = field.split(".")
+    return parts[:2] == ["eval", "sets"] and len(parts) == 4 and parts[3] in zeroshot_set("")
+
+
+def check_division(config: ConfigDict, devices: int) -> None:
+    """Raises UserError where devices, batch and microbatch do not divide as they must."""
+    batch_size, microbatch = config.batch_size, config.microbatch
+    if devices % config.fsdp:
+        raise UserError(f"fsdp {config.fsdp} does not divide the {devices} devices")
+    if batch_size % devices:
+        below = batch_size // devices * devices
+        raise UserError(
+            f"batch_size {batch_size} does not divide by the {devices} devices; "
+            f"{below or devices} or {below + devices} would"
+        )
+    share = batch_size // devices
+    if microbatch and share % microbatch:
+        below = max(n for n in range(1, min(microbatch, share) + 1) if share % n == 0)
+        raise UserError(
+            f"microbatch {microbatch} does not divide a device's share of the batch, {share} "
+            f"samples; {below} would"
+        )

@@ -1,0 +1,169 @@
+"""A run's folder: whose it is, what was run in it, and that only one run writes it."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import disco_jax
+from disco_jax.config import default, flatten
+from disco_jax.errors import UserError
+from disco_jax.validation import validate
+
+# What may differ when a run goes on, besides all of `eval`: none of it changes a number.
+FREE_FIELDS = (
+    "data.dir",
+    "data.max_bad_fraction",
+    "data.name",  # data may have moved: a checkpoint knows what they were (data/stream.py)
+    "data.num_workers",
+    "data.record_keys",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "fake_devices",
+    "fsdp",
+    "max_bad_steps",
+    "microbatch",
+    "microbatch_mode",
+    "model.attention",
+    "model.image_remat",
+    "model.text_remat",
+    "peer_timeout",
+    "profile_steps",
+)
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds a run's folder, which is made if need be; the system lets go of it whatever happens.
+
+    Raises:
+      UserError: another run holds it, or it can't be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / "lock").open("a")
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"workdir {workdir} is in use by another run; wait for its end, or choose another"
+            ) from error
+        except OSError:  # some network file systems have no locks
+            print(f"note: {workdir} is on a file system without locks: start one run in it only")
+        yield
+
+
+def claim(config: ConfigDict, workdir: Path) -> None:
+    """Writes `config.json` into a new run's folder, or checks that the run there has this config.
+
+    Raises:
+      UserError: the folder holds a run of another config.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        check_same(read_json(path), config, workdir)
+        return
+    new = path.with_name("config.json.new")  # a kill in between must not leave half of it
+    new.write_text(config.to_json(indent=2) + "\n")
+    new.replace(path)
+
+
+def record(config: ConfigDict, workdir: Path, **told: Any) -> None:
+    """Adds a line to `starts.jsonl`: when, what code, what config, and on what it was started."""
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "disco_jax": disco_jax.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "environment": {
+            k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "NCCL_", "SLURM_"))
+        },
+        **told,
+        "config": json.loads(config.to_json()),
+    }
+    with (workdir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The code's commit, with a + where files differ from it; None outside a git checkout."""
+    root = Path(disco_jax.__file__).parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=9
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=9
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout else "") if head.returncode == 0 else None
+
+
+def stored_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a folder.
+
+    Raises:
+      UserError: there is none, or it is of another version.
+    """
+    config = default()
+    for field, value in flatten(ConfigDict(read_json(workdir / "config.json"))).items():
+        *path, name = field.split(".")
+        section = config
+        for part in path:
+            section = section[part] if part in section else section.setdefault(part, ConfigDict())
+        section[name] = tuple(value) if isinstance(value, list) else value
+    validate(config)
+    return config
+
+
+def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError naming the fields in which a stored run's config differs from this one."""
+    old = flatten(ConfigDict(stored))
+    new = flatten(ConfigDict(json.loads(config.to_json())))
+    differing = [
+        f"{field} ({old.get(field)!r} there, {new.get(field)!r} here)"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field)
+        and field not in FREE_FIELDS
+        and not field.startswith("eval.")
+    ]
+    if differing:
+        raise UserError(
+            f"workdir {workdir} holds a run of another config: {', '.join(differing)}; "
+            "choose another workdir, or this run's config"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError naming the file where it is not one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error

@@ -1,0 +1,86 @@
+"""Makes what `small_config.py` needs, and its command lines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from PIL import Image
+
+from disco_jax.interop.store import flatten, save_model
+from disco_jax.models import CLIP, CLIPConfig, TextConfig, VisionConfig
+from tests.small_config import get_config
+
+ROOT = Path(__file__).parent.parent
+ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+SIZES = CLIPConfig(
+    embed_dim=16,
+    vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
+    text=TextConfig(context_length=8, width=16, layers=1, heads=2),
+)
+
+
+def make(folder: Path, samples: int = 48) -> Path:
+    """A model folder, and images of noise with captions in a table."""
+    rng = np.random.default_rng(0)
+    lines = ["image,caption"]
+    for i in range(samples):
+        pixels = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,number {i}")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    params = nnx.to_pure_dict(nnx.state(CLIP(SIZES, rngs=nnx.Rngs(0)), nnx.Param))
+    save_model(folder / "model", SIZES, jax.tree.map(np.asarray, flatten(params)))
+    return folder
+
+
+def config_of(folder: Path, **fields) -> ConfigDict:
+    """The config, for `train` called in the test's own process."""
+    config = get_config()
+    config.data.name, config.model.name = f"{folder}/pairs.csv", f"{folder}/model"
+    for name, value in fields.items():
+        section, _, field = name.rpartition("__")
+        target = config[section] if section else config
+        target[field] = value
+    return config
+
+
+def command(folder: Path, workdir: Path, *extra: str) -> list[str]:
+    return [
+        sys.executable,
+        "train.py",
+        "--config=tests/small_config.py",
+        f"--workdir={workdir}",
+        f"--config.data.name={folder}/pairs.csv",
+        f"--config.model.name={folder}/model",
+        *extra,
+    ]
+
+
+def start(*args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        args,
+        cwd=ROOT,
+        env=ENV | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def rows(workdir: Path) -> list[dict]:
+    """Metrics without what is measured in seconds."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if not k.endswith("per_second") and k[:5] != "time/"}
+        for row in lines
+    ]
+
+
+def losses(workdir: Path) -> np.ndarray:
+    return np.array([row["train/loss"] for row in rows(workdir)])

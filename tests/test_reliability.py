@@ -1,0 +1,276 @@
+"""Runs that are stopped, moved to other devices, fed what is not finite, or short of disk."""
+
+import gzip
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from disco_jax.checkpoint import Checkpoints
+from disco_jax.errors import EXIT_PREEMPTED, UserError
+from disco_jax.mesh import place_batch
+from disco_jax.training.build import model_config
+from disco_jax.training.health import Health
+from disco_jax.training.loop import train
+from disco_jax.training.optimizer import make_optimizer
+from disco_jax.training.state import abstract_state, init_state
+from disco_jax.training.step import make_train_step
+from disco_jax.workdir import locked
+from tests import small_run
+from tests.conftest import mesh_of
+from tests.small_run import command, config_of, losses, start
+from tests.test_microbatch import random_batch, small
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return small_run.make(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def calm(made, tmp_path_factory) -> Path:
+    """An undisturbed run of 8 steps, on this process's 8 devices."""
+    workdir = tmp_path_factory.mktemp("calm")
+    train(config_of(made, data__record_keys=True, profile_steps="2:3"), workdir)
+    return workdir
+
+
+def until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def has_steps(workdir: Path, count: int):
+    path = workdir / "metrics.jsonl"
+    return lambda: path.exists() and len(path.read_text().splitlines()) >= count
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on(number, made, calm, tmp_path):
+    slow = ["--config.fake_devices=8", "--config.num_steps=400", "--config.log_every=1"]
+    args = command(made, tmp_path, *slow, "--config.checkpoint_every=1000")
+    job = start(*args)
+    until(has_steps(tmp_path, 3))
+    job.send_signal(number)
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == EXIT_PREEMPTED, told
+    assert f"stopped by {number.name} after step" in told
+    assert "the same command goes on" in told
+    saved = Checkpoints(tmp_path)
+    (step,) = saved.steps()
+    saved.close()
+    assert f"after step {step}," in told
+    if number == signal.SIGTERM:
+        job = start(*args)
+        until(has_steps(tmp_path, step + 2))
+        job.kill()
+        said, _ = job.communicate()
+        assert f"going on from step {step}" in said
+
+
+def test_metrics_say_where_the_time_went(calm):
+    lines = [json.loads(line) for line in (calm / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["time/data"] >= 0 and row["time/step"] > 0 for row in lines)
+    assert lines[1]["time/checkpoint"] > 0 == lines[2]["time/checkpoint"]
+    (trace,) = (calm / "profile").rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert len(events) > 100
+
+
+def test_a_start_is_recorded(calm):
+    (line,) = (calm / "starts.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert told["packages"]["jax"] == jax.__version__
+    assert told["config"]["batch_size"] == 16
+    assert len(told["devices"]) == 8
+    assert told["processes"] == 1
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode == 0:
+        assert told["commit"].rstrip("+") == head.stdout.strip()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tmp_path):
+    config = config_of(made, num_steps=4)
+    train(config, tmp_path)
+    newest = tmp_path / "checkpoints" / "4"
+    data = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
+    whole = bytearray(data.read_bytes())
+    data.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        UserError, match=r"checkpoint .*/checkpoints/4 can't be restored: .*"
+    ) as told:
+        train(config, tmp_path)
+    hint = "python -m disco_jax.checkpoint"
+    assert f"{hint} {tmp_path.absolute()} --go_back_to=2" in str(told.value)
+    back = [sys.executable, "-m", "disco_jax.checkpoint", tmp_path, "--go_back_to"]
+    wrong = subprocess.run([*back, "3"], cwd=small_run.ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "there is no checkpoint 3" in wrong.stderr
+    assert "there are: 2, 4" in wrong.stderr
+    subprocess.run([*back, "2"], cwd=small_run.ROOT, check=True, capture_output=True)
+    assert (tmp_path / "checkpoints_set_aside" / "4" / "_CHECKPOINT_METADATA").exists()
+    train(config, tmp_path)
+    np.testing.assert_array_equal(losses(tmp_path)[:2], losses(calm)[:2])
+    assert len(losses(tmp_path)) == 4
+
+
+def test_a_flipped_bit_is_noticed(made, calm):
+    """The checksum: of another state than was saved."""
+    config = config_of(made)
+    model = model_config(config)
+    checkpoints = Checkpoints(calm)
+    abstract = abstract_state(model, make_optimizer(config), mesh_of(8))
+    state, data = checkpoints.restore(abstract, 4)
+    assert data["samples_seen"] == 64
+    flipped = np.asarray(state.params["visual"]["proj"]).copy()
+    flipped.view(np.uint32)[3, 5] ^= 1
+    other = Checkpoints(calm / "flipped", keep=1)
+    import disco_jax.checkpoint as module
+
+    honest = module.checksum(state)
+    visual = state.params["visual"] | {"proj": jax.device_put(flipped, mesh_of(8).devices.flat[0])}
+    assert honest != module.checksum(
+        jax.tree.map(np.asarray, state._replace(params=state.params | {"visual": visual}))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "checksum", lambda _: honest ^ 1)
+        other.save(1, state, {})
+        other.wait()
+    with pytest.raises(UserError, match="its checksum is another one"):
+        other.restore(abstract, 1)
+    other.close()
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("devices", "fsdp"), [(4, 1), (2, 2), (1, 1), (8, 4)])
+def test_a_checkpoint_goes_on_elsewhere(devices, fsdp, made, calm):
+    """Other devices, another (data, fsdp) shape: the same loss from there on."""
+    config = config_of(made)
+    model, mesh = model_config(config), mesh_of(devices, fsdp)
+    checkpoints = Checkpoints(calm)
+    state, data = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh), 4)
+    checkpoints.close()
+    from disco_jax.data.sources import open_source
+    from disco_jax.data.stream import TrainStream
+
+    source = open_source(config.data, config.data.name, "")
+    workdir = calm / f"{devices}-{fsdp}"
+    workdir.mkdir()
+    stream = TrainStream(config, model, source, workdir, 4, data)
+    step, found = make_train_step(config, model, mesh), []
+    for _ in range(4):
+        state, metrics = step(state, place_batch(next(stream).arrays, mesh))
+        found.append(float(metrics["train/loss"]))
+    stream.close()
+    np.testing.assert_allclose(found, losses(calm)[4:], rtol=1e-5)
+
+
+def test_sixteen_devices_go_on_from_eight(made, calm, tmp_path):
+    train(config_of(made, num_steps=8, fsdp=2, checkpoint_every=4), tmp_path)
+    back = [sys.executable, "-m", "disco_jax.checkpoint", tmp_path, "--go_back_to=4"]
+    subprocess.run(back, cwd=small_run.ROOT, check=True, capture_output=True)
+    more = ("--config.fake_devices=16", "--config.fsdp=4", "--config.checkpoint_every=4")
+    job = start(*command(made, tmp_path, *more))
+    said, told = job.communicate(timeout=120)
+    assert job.returncode == 0, told
+    assert "16 cpu devices" in said
+    np.testing.assert_allclose(losses(tmp_path), losses(calm), rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    config, model = small(drop=(0.0, 0.0))
+    mesh = mesh_of(2)
+    step = make_train_step(config, model, mesh)
+    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    sick = state._replace(params=state.params | {"logit_scale": jax.numpy.float32(np.inf)})
+    before = jax.tree.map(np.array, sick)
+    after, metrics = step(sick, place_batch(random_batch(), mesh))
+    assert float(metrics["train/skipped"]) == 1
+    assert int(after.step) == int(before.step) + 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+
+
+def test_a_run_that_blows_up_stops_and_keeps_its_checkpoints(made, tmp_path):
+    config = config_of(
+        made, num_steps=30, max_bad_steps=3, optimizer__learning_rate=1e30, checkpoint_every=1
+    )
+    with pytest.raises(
+        UserError, match=r"was the last of 3 in a row, .* max_bad_steps = 3"
+    ) as told:
+        train(config, tmp_path)
+    bad = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert len(bad) == 3
+    assert bad[-1]["keys"][0] in str(told.value)
+    assert len(bad[-1]["keys"]) == 16
+    checkpoints = Checkpoints(tmp_path)
+    model = model_config(config)
+    state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh_of(8)))
+    checkpoints.close()
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state.params))
+
+
+def test_a_spike_is_told_and_counted(tmp_path):
+    """200 losses around 2 with a deviation of 0.1, and one of 3 among them."""
+    rng = np.random.default_rng(0)
+    health = Health(tmp_path, 10, 0, {})
+    values = rng.normal(2, 0.1, 200)
+    values[150] = 3.0
+    told = [health.see(i + 1, value, 1.0, False) for i, value in enumerate(values)]
+    assert [i for i, line in enumerate(told) if line] == [150]
+    assert "loss 3.0000 is a spike: above 2." in told[150]
+    assert health.metrics() == {"train/loss_spikes": 1.0}
+    again = Health(tmp_path, 10, 200, health.saved())
+    assert again.metrics() == {"train/loss_spikes": 1.0}
+    health.close()
+    again.close()
+
+
+def small_files() -> None:
+    """As a full disk: nothing can grow past 40 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(made, tmp_path):
+    job = subprocess.run(
+        command(made, tmp_path, "--config.fake_devices=1"),
+        cwd=small_run.ROOT,
+        env=small_run.ENV,
+        preexec_fn=small_files,
+        capture_output=True,
+        text=True,
+    )
+    assert job.returncode == 2, job.stderr
+    line = next(line for line in job.stderr.splitlines() if line.startswith("error: "))
+    assert f"no checkpoint can be written to {tmp_path}/checkpoints" in line
+    assert "there is no complete one" in line
+    assert "Traceback" not in job.stderr
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest_step() is None
+    checkpoints.close()
+
+
+def test_two_runs_cannot_write_one_folder(made, tmp_path):
+    with locked(tmp_path):
+        job = start(*command(made, tmp_path, "--config.fake_devices=1"))
+        _, told = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert told == (
+        f"error: workdir {tmp_path} is in use by another run; wait for its end, or choose another\n"
+    )
