@@ -6,6 +6,8 @@ moves the checkpoints past a step aside, a damaged one say, so that the run goes
 """
 
 import argparse
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        self._check_space(state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave({**data, "checksum": checksum(state)}),
@@ -56,6 +59,14 @@ class Checkpoints:
             self._manager.save(step, args=items)
         except Exception as error:  # Orbax and its storage raise all kinds
             raise self._unwritten(error) from error
+
+    def _check_space(self, state: Any) -> None:
+        """Better told before than by a write that fails in the middle."""
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            told = f"it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} are free"
+            raise self._unwritten(OSError(told))
 
     def wait(self) -> None:
         """Until what was saved is on the disk. Raises UserError where it can't be written."""
@@ -142,9 +153,11 @@ def checksum(state: Any) -> int:
 
 
 def _told(error: Exception) -> str:
+    """The system's own reason, which stands deep in the storage's message, or its first line."""
+    if system := re.search(r": ([^:]+) \[os_error_code=", str(error)):
+        return system[1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    full = next((line for line in lines if "No space left" in line or "too large" in line), None)
-    return (full or (lines[0] if lines else type(error).__name__))[:300]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def main() -> None:

@@ -90,7 +90,7 @@ def _blaming_peers(watch: Watch) -> Any:
 
 def guard(function: Callable[[], None]) -> None:
     """Calls `function`; a user's mistake ends in one line and exit code 2: see errors.py."""
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what matters of libraries' errors is told here
     try:
         function()
     except UserError as error:

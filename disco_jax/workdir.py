@@ -77,6 +77,7 @@ def claim(config: ConfigDict, workdir: Path) -> None:
     if path.exists():
         check_same(read_json(path), config, workdir)
         return
+    workdir.mkdir(parents=True, exist_ok=True)
     new = path.with_name("config.json.new")  # a kill in between must not leave half of it
     new.write_text(config.to_json(indent=2) + "\n")
     new.replace(path)

@@ -1,0 +1,225 @@
+"""Several processes on one machine: how they find each other, compute, stop and die together."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from disco_jax.cluster import Launch, find
+from disco_jax.errors import EXIT_PREEMPTED, UserError
+from tests import small_run
+from tests.small_run import command, losses, start
+
+KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": "8"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "expected"),
+    [
+        ((None, None, None), {}, None),
+        (("h:1", 2, 1), {"SLURM_STEP_NODELIST": "a,b"}, Launch("flags", "h:1", 2, 1)),
+        (
+            (None, None, None),
+            {**KUBERNETES, "JOB_COMPLETION_INDEX": "3"},
+            Launch("environment", "job-0.svc:1234", 8, 3),
+        ),
+        (
+            (None, None, None),
+            {**KUBERNETES, "JOB_COMPLETION_INDEX": "3", "JAX_PROCESS_ID": "5"},
+            Launch("environment", "job-0.svc:1234", 8, 5),
+        ),
+        # A task a node takes all of its GPUs; one of several takes the one that is its own.
+        (
+            (None, None, None),
+            {
+                "SLURM_STEP_NODELIST": "n[1-8]",
+                "SLURM_NTASKS": "8",
+                "SLURM_STEP_NUM_NODES": "8",
+                "SLURM_GPUS_ON_NODE": "4",
+            },
+            Launch("slurm", local_devices=(0, 1, 2, 3)),
+        ),
+        (
+            (None, None, None),
+            {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "1"},
+            Launch("slurm"),
+        ),
+        ((None, None, None), {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),
+        (
+            (None, None, None),
+            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"},
+            Launch("ompi"),
+        ),
+        ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, None),
+    ],
+)
+def test_processes_are_found(flags, env, expected):
+    assert find(*flags, env) == expected
+
+
+def test_a_tpu_pod_is_found():
+    env = {"TPU_WORKER_HOSTNAMES": "a,b,c,d"}
+    assert find(None, None, None, env, has_tpu=True) == Launch("tpu")
+    assert find(None, None, None, {"TPU_WORKER_HOSTNAMES": "a"}, has_tpu=True) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "message"),
+    [
+        (("h:1", None, None), {}, "--process_count=N and --process_index=I missing"),
+        (("h", 2, 0), {}, "the coordinator 'h' must be HOST:PORT"),
+        (("h:1", 2, 2), {}, "process_index is 2, and must be at least 0 and less than"),
+        ((None, None, None), KUBERNETES, "JAX_PROCESS_ID or JOB_COMPLETION_INDEX is not"),
+        (
+            (None, None, None),
+            {**KUBERNETES, "JAX_PROCESS_ID": "x"},
+            "JAX_PROCESS_ID is 'x', and must be a number",
+        ),
+        ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun told no address"),
+    ],
+)
+def test_what_is_missing_is_named(flags, env, message):
+    with pytest.raises(UserError, match=message):
+        find(*flags, env)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return small_run.make(tmp_path_factory.mktemp("small"))
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from disco_jax import cluster, mesh
+made, out, devices = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+mesh.use_fake_devices(devices)
+launch = cluster.find(None, None, None, cluster.environment())
+if launch:
+    cluster.start(launch)
+import jax
+from disco_jax.training.loop import train
+from tests.small_run import config_of
+for method in ("disco", "stream", "ring"):
+    fields = dict(num_steps=20, checkpoint_every=20, loss__method=method)
+    train(config_of(made, **fields), out / method)
+print(jax.process_count(), jax.device_count(), len(jax.local_devices()))
+"""
+
+
+def slurm(index: int, count: int, port: int) -> dict[str, str]:
+    """As srun sets it; JAX takes its port from the job's number."""
+    return {
+        "SLURM_JOB_ID": str(port - (65535 - 2**12 + 1)),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+
+
+def kubernetes(index: int, count: int, port: int) -> dict[str, str]:
+    """As scripts/kubernetes.yaml sets it."""
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JOB_COMPLETION_INDEX": str(index),
+    }
+
+
+def slurm_port() -> int:
+    while (port := free_port()) <= 65535 - 2**12 + 1:
+        pass
+    return port
+
+
+def test_processes_give_the_curve_of_one(made, tmp_path):
+    """2 x 2 and 4 x 1 devices against 1 x 4: 20 steps of training by each of three methods."""
+    curves = {}
+    for count, variables in ((1, None), (2, slurm), (4, kubernetes)):
+        port = slurm_port() if variables is slurm else free_port()
+        out = tmp_path / str(count)
+        jobs = [
+            start(
+                sys.executable,
+                "-c",
+                WORKER,
+                str(made),
+                str(out),
+                str(4 // count),
+                env=variables(i, count, port) if variables else {},
+            )
+            for i in range(count)
+        ]
+        for job in jobs:
+            said, told = job.communicate(timeout=240)
+            assert job.returncode == 0, told[-2000:]
+            assert said.splitlines()[-1] == f"{count} 4 {4 // count}"
+        curves[count] = {m: losses(out / m) for m in ("disco", "stream", "ring")}
+    for method, expected in curves[1].items():
+        assert len(expected) == 20
+        assert expected[-1] < expected[0]
+        for count in (2, 4):
+            np.testing.assert_allclose(curves[count][method], expected, rtol=1e-5)
+
+
+def pair(made: Path, workdir: Path, *extra: str) -> list[subprocess.Popen]:
+    """Two processes of a long run."""
+    port = free_port()
+    args = command(made, workdir, "--config.fake_devices=1", "--config.num_steps=100000", *extra)
+    where = [f"--coordinator=127.0.0.1:{port}", "--process_count=2", "--config.peer_timeout=5"]
+    return [start(*args, *where, f"--process_index={i}") for i in range(2)]
+
+
+def until_training(workdir: Path, jobs: list[subprocess.Popen]) -> None:
+    path, end = workdir / "metrics.jsonl", time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < 3:
+        assert all(job.poll() is None for job in jobs), jobs[0].communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
+    """The coordinator too, at whose death JAX aborts before anything can be said."""
+    jobs = pair(made, tmp_path, "--config.checkpoint_every=1000000")
+    until_training(tmp_path, jobs)
+    begun = time.monotonic()
+    jobs[victim].kill()
+    _, told = jobs[1 - victim].communicate(timeout=60)
+    jobs[victim].communicate()
+    assert jobs[1 - victim].returncode not in (0, None)
+    assert time.monotonic() - begun < 60
+    pid = jobs[victim].pid
+    assert f"process {victim} (host {socket.gethostname()}, pid {pid}) has stopped" in told
+
+
+def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
+    jobs = pair(made, tmp_path, "--config.checkpoint_every=1000000", "--config.data.record_keys=1")
+    until_training(tmp_path, jobs)
+    jobs[1].send_signal(signal.SIGUSR1)
+    told = [job.communicate(timeout=60)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, told
+    steps = [line.split("after step ")[1].split(",")[0] for line in told if "after step" in line]
+    assert len(steps) == 2
+    assert steps[0] == steps[1]
+    keys = [
+        [json.loads(line) for line in (tmp_path / f"keys-{i}.jsonl").read_text().splitlines()]
+        for i in (0, 1)
+    ]
+    assert len(keys[0]) == len(keys[1]) == int(steps[0])
+    seen = [key for row in zip(*keys, strict=True) for part in row for key in part["keys"]]
+    assert len(set(seen[:48])) == 48  # the first epoch, each sample once between the two
