@@ -1,5 +1,6 @@
 """Makes what `small_config.py` needs, and its command lines."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from disco_jax.interop.store import flatten, save_model
 from disco_jax.models import CLIP, CLIPConfig, TextConfig, VisionConfig
@@ -18,10 +20,11 @@ from tests.small_config import get_config
 
 ROOT = Path(__file__).parent.parent
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+ENV["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling is what takes the time
 SIZES = CLIPConfig(
     embed_dim=16,
     vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
-    text=TextConfig(context_length=8, width=16, layers=1, heads=2),
+    text=TextConfig(context_length=4, vocab_size=64, width=16, layers=1, heads=2, pool="last"),
 )
 
 
@@ -34,8 +37,14 @@ def make(folder: Path, samples: int = 48) -> Path:
         Image.fromarray(pixels).save(folder / f"{i}.png")
         lines.append(f"{i}.png,number {i}")
     (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
-    params = nnx.to_pure_dict(nnx.state(CLIP(SIZES, rngs=nnx.Rngs(0)), nnx.Param))
-    save_model(folder / "model", SIZES, jax.tree.map(np.asarray, flatten(params)))
+    words = ["</s>", "<unk>", "number", *map(str, range(samples))]
+    pieces = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pieces.save(str(folder / "tokenizer.json"))
+    text = dataclasses.replace(SIZES.text, tokenizer=str(folder / "tokenizer.json"))
+    config = dataclasses.replace(SIZES, text=text)
+    params = nnx.to_pure_dict(nnx.state(CLIP(config, rngs=nnx.Rngs(0)), nnx.Param))
+    save_model(folder / "model", config, jax.tree.map(np.asarray, flatten(params)))
     return folder
 
 

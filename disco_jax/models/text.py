@@ -66,14 +66,16 @@ class TextTransformer(nnx.Module):
 
         `keys` `[b]`, a sample's own random key each, turn dropout on.
         """
-        b, n = tokens.shape
+        n = tokens.shape[1]
         if n != self.config.context_length:
             raise ValueError(f"texts are {n} tokens, the model takes {self.config.context_length}")
         x = self.token_embedding(tokens)
         x = x + self.positional_embedding[...].astype(self.dtype)[None]
         x = self.transformer(x, keys)
         if self.config.pool == "argmax":
-            pooled = self.ln_final(x[jnp.arange(b), jnp.argmax(tokens, axis=-1)])
+            # Along the axis, and not by pairs of indices, which would cross the devices of a batch.
+            place = jnp.argmax(tokens, axis=-1)[:, None, None]
+            pooled = self.ln_final(jnp.take_along_axis(x, place, axis=1)[:, 0])
             return (pooled @ self.proj[...].astype(self.dtype)).astype(jnp.float32)
         projected = self.ln_final(x[:, -1]) @ self.proj[...].astype(self.dtype)
         bias = self.proj_bias[...].astype(self.dtype)[None]
