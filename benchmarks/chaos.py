@@ -1,9 +1,10 @@
 """Kills a training run at random moments, starts it again, and compares with an undisturbed one.
 
-    python benchmarks/chaos.py [--kills=10] [--workers=4] [--steps=150] [--json]
+    python benchmarks/chaos.py [--kills=30] [--processes=1] [--workers=2] [--steps=120] [--json]
 
-On tar shards made of `shapes`. Compared are the keys of all samples, in order, the metrics of all
-steps, and the parameters at the end, bit for bit.
+On tar shards made of `shapes`. Half of the kills are kill -9, of one process or of all; half are a
+SIGTERM to one, after which the run must save and end with its documented code. Compared are the
+keys of all samples, in order, the metrics of all steps, and the parameters at the end, bit for bit.
 """
 
 import argparse
@@ -11,28 +12,34 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from disco_jax.errors import EXIT_PREEMPTED  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=4, help="processes that load")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=1, help="of the run")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load, of each")
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where TFDS sets are kept")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser.parse_args()
 
 
-def command(arguments: argparse.Namespace, shards: Path, workdir: Path) -> list[str]:
+def start(arguments: argparse.Namespace, shards: Path, workdir: Path) -> list[subprocess.Popen]:
     options = {
         "data.name": f"{shards}/*.tar",
         "data.dir": arguments.data.absolute(),
@@ -44,27 +51,55 @@ def command(arguments: argparse.Namespace, shards: Path, workdir: Path) -> list[
         "log_every": 1,
         "checkpoint_every": 5,
         "eval.every": 0,
+        "fake_devices": 2 // arguments.processes,
+        "peer_timeout": 10.0,
     }
     fields = [f"--config.{name}={value}" for name, value in options.items()]
-    return [sys.executable, "train.py", "--config=configs/tars.py", f"--workdir={workdir}", *fields]
+    command = [sys.executable, "train.py", "--config=configs/tars.py", f"--workdir={workdir}"]
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    jobs = []
+    for index in range(arguments.processes):
+        where = [f"--coordinator=127.0.0.1:{port}", f"--process_count={arguments.processes}"]
+        where = [*where, f"--process_index={index}"] if arguments.processes > 1 else []
+        jobs.append(
+            subprocess.Popen(
+                [*command, *fields, *where],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        )
+    return jobs
 
 
-def run(args: list[str], workdir: Path, kill_at: int | None, moments: random.Random) -> bool:
-    """Whether it came to its end; it is killed soon after it has taken step `kill_at`.
+def disturb(jobs: list[subprocess.Popen], workdir: Path, at: int, moments: random.Random) -> str:
+    """Kills the run, soon after it has taken step `at`; what was done, or "" if it was over before.
 
-    Soon: within half a second, so in the middle of a step, an evaluation or a save; step 0 is taken
-    at the start, so in the midst of restoring.
+    Soon: within half a second, so in the middle of a step or a save; step 0 is taken at the start,
+    so in the midst of restoring.
     """
-    with subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True) as job:
-        while job.poll() is None:
-            if kill_at is not None and last_step(workdir) >= kill_at:
-                time.sleep(moments.uniform(0, 10 if kill_at == 0 else 0.5))
-                os.killpg(job.pid, signal.SIGKILL)
-                return False
-            time.sleep(0.01)
-        if job.returncode:
-            raise SystemExit(f"training ended with code {job.returncode}")
-    return True
+    while last_step(workdir) < at:
+        if all(job.poll() is not None for job in jobs):
+            return ""
+        time.sleep(0.01)
+    time.sleep(moments.uniform(0, 10 if at == 0 else 0.5))
+    victim = moments.choice(jobs)
+    if moments.random() < 0.5 and at > 0:
+        victim.send_signal(signal.SIGTERM)
+        codes = {job.wait(timeout=120) for job in jobs}
+        if codes != {EXIT_PREEMPTED}:
+            raise SystemExit(f"after SIGTERM at step {at} the run ended with {codes}")
+        return "SIGTERM"
+    what = "kill -9 of all" if moments.random() < 0.5 else "kill -9 of one"
+    for job in jobs if what == "kill -9 of all" else [victim]:
+        os.killpg(job.pid, signal.SIGKILL)
+    for job in jobs:
+        if job.wait(timeout=120) == 0:
+            raise SystemExit(f"a process went on to its end after {what} at step {at}")
+    return what
 
 
 def last_step(workdir: Path) -> int:
@@ -74,18 +109,26 @@ def last_step(workdir: Path) -> int:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
+    """Without what is measured in seconds."""
     if not path.exists():
         return []
     whole = path.read_text().rpartition("\n")[0]  # a last line may be half written
     found = [json.loads(line) for line in whole.splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in found]
+    return [
+        {k: v for k, v in row.items() if not k.endswith("per_second") and k[:5] != "time/"}
+        for row in found
+    ]
+
+
+def files(workdir: Path, name: str) -> list[list[dict[str, Any]]]:
+    """The rows of `NAME.jsonl`, or of every process's."""
+    return [rows(path) for path in sorted(workdir.glob(f"{name}*.jsonl"))]
 
 
 def parameters(workdir: Path, step: int) -> dict[str, bytes]:
     """The bytes of every array in a checkpoint, by path."""
     import jax
 
-    sys.path.insert(0, str(ROOT))
     from configs.tars import get_config
     from disco_jax.checkpoint import Checkpoints
     from disco_jax.mesh import make_mesh, use_fake_devices
@@ -104,31 +147,40 @@ def parameters(workdir: Path, step: int) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): jax.device_get(x).tobytes() for path, x in leaves}
 
 
+def finish(jobs: list[subprocess.Popen]) -> None:
+    if any(job.wait() for job in jobs):
+        raise SystemExit(f"training ended with codes {[job.returncode for job in jobs]}")
+
+
 def main() -> None:
     arguments = parse_arguments()
     moments = random.Random(arguments.seed)
+    done: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         shards, calm, shaken = (Path(folder) / name for name in ("shards", "calm", "shaken"))
         make = [sys.executable, "-m", "disco_jax.data.make_tars", "shapes", f"--out={shards}"]
         subprocess.run([*make, f"--dir={arguments.data.absolute()}"], cwd=ROOT, check=True)
-        run(command(arguments, shards, calm), calm, None, moments)
+        finish(start(arguments, shards, calm))
         print("undisturbed: done", flush=True)
         # Two kills early, before and while parameters are restored; the others on the way.
-        steps = sorted(moments.sample(range(1, arguments.steps), arguments.kills - 2))
+        steps = sorted(moments.sample(range(1, arguments.steps - 3), arguments.kills - 2))
         for kill, step in enumerate([0, *steps, 0]):
-            if run(command(arguments, shards, shaken), shaken, step, moments):
+            what = disturb(start(arguments, shards, shaken), shaken, step, moments)
+            if not what:
                 raise SystemExit("the run was done before it was killed: ask for more steps")
-            print(f"kill {kill + 1} at step {last_step(shaken)}", flush=True)
-        run(command(arguments, shards, shaken), shaken, None, moments)
+            done[what] += 1
+            print(f"{kill + 1}: {what} at step {last_step(shaken)}", flush=True)
+        finish(start(arguments, shards, shaken))
         same = {
-            "keys": rows(calm / "keys.jsonl") == rows(shaken / "keys.jsonl"),
+            "keys": files(calm, "keys") == files(shaken, "keys"),
             "metrics": rows(calm / "metrics.jsonl") == rows(shaken / "metrics.jsonl"),
             "parameters": parameters(calm, arguments.steps) == parameters(shaken, arguments.steps),
         }
+    print(", ".join(f"{count} x {what}" for what, count in done.items()))
     for what, equal in same.items():
         print(f"{what}: {'equal' if equal else 'DIFFERENT'}")
     if arguments.json:
-        print(json.dumps({"kills": arguments.kills, **same}))
+        print(json.dumps({"processes": arguments.processes, **done, **same}))
     sys.exit(not all(same.values()))
 
 

@@ -176,7 +176,7 @@ def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    from disco_jax.report import plt
+    from disco_jax.plots import plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     batches = [result["batch"] for result in results]

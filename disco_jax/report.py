@@ -1,76 +1,187 @@
-"""Pictures of a run: its curves, and what it answers."""
+"""Runs side by side: the paper's two-panel figure, and a table like the paper's beside its numbers.
 
-import textwrap
+    python -m disco_jax.report RUN [RUN ...] [--out=DIR]
+
+Writes report.png, report.md and report.html, which holds both.
+"""
+
+import argparse
+import base64
+import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
-import numpy as np
+from ml_collections import ConfigDict
 
-matplotlib.use("Agg")  # files only: no display is looked for
-from matplotlib import pyplot as plt
+from disco_jax.cli import guard
+from disco_jax.errors import UserError
+from disco_jax.plots import plot_runs
+from disco_jax.training.metrics import read_metrics
+from disco_jax.workdir import read_json, stored_config
 
-
-def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss on the left, zero-shot top-1 on the right, against steps: the paper's figure."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    steps, losses = _series(rows, "train/loss")
-    left.plot(steps, losses)
-    left.set(xlabel="step", ylabel="contrastive loss", title="Training loss")
-    names = sorted({name for row in rows for name in row if name.endswith("/top1")})
-    for name in names:
-        steps, accuracies = _series(rows, name)
-        right.plot(steps, [100 * a for a in accuracies], marker="o", label=name.split("/")[0])
-    right.set(xlabel="step", ylabel="top-1 (%)", title="Zero-shot accuracy", ylim=(0, 100))
-    if names:
-        right.legend(loc="lower right")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+SETS = {
+    "imagenet": "ImageNet",
+    "imagenet_v2": "V2",
+    "imagenet_r": "R",
+    "imagenet_sketch": "Sketch",
+}
+# DisCo-CLIP (CVPR 2023), the table of batch sizes: ViT-B/32, 100 M samples, 16 epochs; top-1 in %.
+PAPER = {
+    8_192: (48.76, 41.28, 56.67, 36.65),
+    16_384: (50.95, 43.07, 59.24, 38.74),
+    32_768: (51.64, 43.85, 60.07, 39.25),
+    65_536: (51.91, 44.19, 60.52, 39.76),
+}
 
 
-def _series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    points = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in points], [value for _, value in points]
+class Run(NamedTuple):
+    """What a run's folder tells."""
 
+    name: str
+    config: ConfigDict
+    rows: list[dict[str, Any]]
+    samples: int  # of its data
 
-def plot_pairs(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) -> None:
-    """A contact sheet of images `[h, w, 3]` over their captions."""
-    columns = 8
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.9 * columns, 2.6 * rows), layout="constrained", squeeze=False
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
-        axis.imshow(image)
-        told = textwrap.shorten(caption, 90, placeholder="…").replace("$", r"\$")
-        axis.set_title(textwrap.fill(told, 24), fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    def epochs(self, step: int) -> float:
+        """Passes over the data after so many steps."""
+        return step * self.config.batch_size / self.samples
 
+    def last(self, metric: str) -> float | None:
+        """The newest value of a metric."""
+        return next((row[metric] for row in reversed(self.rows) if metric in row), None)
 
-def plot_predictions(
-    images: np.ndarray, truth: Sequence[str], predicted: Sequence[str], path: Path
-) -> None:
-    """A sheet of images `[n, h, w, 3]`, each with the predicted name, and the true one if wrong."""
-    columns = 8
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.7 * columns, 1.95 * rows), layout="constrained", squeeze=False
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, true, guess in zip(axes.flat, images, truth, predicted, strict=False):
-        axis.imshow(image, interpolation="nearest")
-        right = true == guess
-        axis.set_title(
-            guess if right else f"{guess}\n(is {true})",
-            fontsize=8,
-            color="darkgreen" if right else "darkred",
+    def paper(self) -> dict[str, float]:
+        """The paper's top-1 for this config, in %, by set; empty where it is not one of them."""
+        c = self.config
+        same = (c.model.name, c.num_epochs, c.data.num_samples) == ("ViT-B-32", 16, 100_000_000)
+        return (
+            dict(zip(SETS, PAPER[c.batch_size], strict=True))
+            if same and c.batch_size in PAPER
+            else {}
         )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+
+def read_run(workdir: Path) -> Run:
+    """A run by its folder; evaluations of eval.py are taken too.
+
+    Raises:
+      UserError: it holds no run, or one without a metric yet.
+    """
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"{workdir} holds no run: train into it first")
+    config = stored_config(workdir)
+    rows = read_metrics(workdir)
+    if not rows:
+        raise UserError(f"{workdir} holds no metrics yet")
+    for path in (workdir / "eval").glob("*.json"):
+        rows.append(read_json(path))
+    samples = config.data.num_samples
+    if not samples:
+        starts = (workdir / "starts.jsonl").read_text().splitlines()
+        samples = json.loads(starts[-1])["samples"]
+    return Run(workdir.name, config, sorted(rows, key=lambda row: row["step"]), samples)
+
+
+def sets_of(runs: Sequence[Run]) -> list[str]:
+    """The labelled sets that any of the runs was evaluated on: the paper's first."""
+    found = {
+        k.removesuffix("/top1") for run in runs for row in run.rows for k in row if "/top1" in k
+    }
+    found = {name for name in found if "/" not in name}
+    return [name for name in SETS if name in found] + sorted(found - set(SETS))
+
+
+def table(runs: Sequence[Run]) -> list[list[str]]:
+    """Header and rows, a run each; the paper's own under those that are its."""
+    sets = sets_of(runs)
+    cells = [["run", "model", "batch", "epochs", "steps", "loss", *(SETS.get(s, s) for s in sets)]]
+    for run in runs:
+        step = run.rows[-1]["step"]
+        loss = run.last("train/loss")
+        values = [run.last(f"{name}/top1") for name in sets]
+        cells.append(
+            [
+                run.name,
+                run.config.model.name,
+                f"{run.config.batch_size:,}",
+                f"{run.epochs(step):.1f}",
+                f"{step:,}",
+                "" if loss is None else f"{loss:.4f}",
+                *("" if value is None else f"{value:.2%}"[:-1] for value in values),
+            ]
+        )
+        if paper := run.paper():
+            told = [f"{paper[name]:.2f}" if name in paper else "" for name in sets]
+            cells.append(["the paper's", "ViT-B-32", cells[-1][2], "16.0", "", "", *told])
+    return cells
+
+
+def as_markdown(cells: list[list[str]]) -> str:
+    """A table of Markdown; accuracies are top-1 in %."""
+    head, *rows = ["| " + " | ".join(row) + " |" for row in cells]
+    rule = "|" + "|".join("---" if i < 2 else "---:" for i in range(len(cells[0]))) + "|"
+    return "\n".join([head, rule, *rows]) + "\n"
+
+
+def as_html(cells: list[list[str]], picture: bytes) -> str:
+    """One page that needs nothing else: the figure and the table."""
+    head, *rows = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(["th", *["td"] * len(cells)], cells, strict=False)
+    ]
+    data = base64.b64encode(picture).decode()
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>DisCo-JAX: runs</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; }}
+img {{ max-width: 100%; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: .25rem .75rem; border-bottom: 1px solid #ccc; text-align: right; }}
+td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) {{ text-align: left; }}
+</style>
+</head>
+<body>
+<h1>Runs</h1>
+<img alt="Loss and zero-shot top-1 against epochs" src="data:image/png;base64,{data}">
+<table>
+<thead>{head}</thead>
+<tbody>{"".join(rows)}</tbody>
+</table>
+<p>Zero-shot top-1 in %.</p>
+</body>
+</html>
+"""
+
+
+def report(workdirs: Sequence[Path], out: Path) -> None:
+    """Writes the three files. Raises UserError where a folder holds no run."""
+    runs = [read_run(workdir) for workdir in workdirs]
+    out.mkdir(parents=True, exist_ok=True)
+    plot_runs(
+        {run.name: [{**row, "epoch": run.epochs(row["step"])} for row in run.rows] for run in runs},
+        sets_of(runs),
+        out / "report.png",
+    )
+    cells = table(runs)
+    (out / "report.md").write_text(as_markdown(cells))
+    (out / "report.html").write_text(as_html(cells, (out / "report.png").read_bytes()))
+    print(as_markdown(cells))
+    print(f"written: {out / 'report.html'}")
+
+
+def main() -> None:
+    """Raises UserError where a folder holds no run."""
+    parser = argparse.ArgumentParser(prog="python -m disco_jax.report")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="where to write")
+    arguments = parser.parse_args()
+    report(arguments.runs, arguments.out)
+
+
+if __name__ == "__main__":
+    guard(main)

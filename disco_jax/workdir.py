@@ -138,15 +138,20 @@ def stored_config(workdir: Path) -> ConfigDict:
         *path, name = field.split(".")
         section = config
         for part in path:
-            section = section[part] if part in section else section.setdefault(part, ConfigDict())
+            if part not in section:
+                section[part] = ConfigDict()
+            section = section[part]
         section[name] = tuple(value) if isinstance(value, list) else value
-    validate(config)
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{workdir / 'config.json'} is of another version: {error}") from error
     return config
 
 
 def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
     """Raises UserError naming the fields in which a stored run's config differs from this one."""
-    old = flatten(ConfigDict(stored))
+    old = flatten(default()) | flatten(ConfigDict(stored))  # fields may have come since
     new = flatten(ConfigDict(json.loads(config.to_json())))
     differing = [
         f"{field} ({old.get(field)!r} there, {new.get(field)!r} here)"

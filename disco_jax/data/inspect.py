@@ -69,7 +69,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     for kind, example in sorted(seen.examples.items()):
         print(f"{kind}: {KINDS[kind]}; {example}")
     if seen.shown:
-        from disco_jax.report import plot_pairs  # here: Matplotlib takes a second to import
+        from disco_jax.plots import plot_pairs  # here: Matplotlib takes a second to import
 
         captions = [" / ".join(sample.captions) for sample in seen.shown]
         plot_pairs([sample.pixels for sample in seen.shown], captions, arguments.sheet)

@@ -20,7 +20,7 @@ from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.evaluation.zeroshot import Results
 from disco_jax.mesh import make_mesh
 from disco_jax.models import CLIPConfig
-from disco_jax.report import plot_predictions
+from disco_jax.plots import plot_predictions
 from disco_jax.training.build import model_config
 from disco_jax.training.optimizer import make_optimizer
 from disco_jax.training.progress import console

@@ -69,7 +69,7 @@ def show_many(rows: list[Row], console: Console) -> None:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Peak memory against batch, a line a method, and what the device has."""
-    from disco_jax.report import plt
+    from disco_jax.plots import plt
 
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for method in dict.fromkeys(row["method"] for row in rows):

@@ -16,7 +16,7 @@ from disco_jax.errors import Preempted
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.mesh import place_batch
 from disco_jax.models import CLIPConfig
-from disco_jax.report import plot_curves
+from disco_jax.plots import plot_curves
 from disco_jax.training.health import Health
 from disco_jax.training.host_step import HostStep
 from disco_jax.training.metrics import MetricWriter, read_metrics

@@ -47,7 +47,13 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         source = open_source(config.data, config.data.name, config.data.split)
         workdir_lib.claim(config, workdir)
         devices = [device.device_kind for device in jax.devices()]
-        workdir_lib.record(config, workdir, devices=devices, processes=jax.process_count())
+        workdir_lib.record(
+            config,
+            workdir,
+            devices=devices,
+            processes=jax.process_count(),
+            samples=len(source),
+        )
     if jax.process_count() > 1:
         sync_global_devices("the first process is ready")
     if not first:

@@ -1,0 +1,103 @@
+"""Pictures of a run: its curves, and what it answers."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # files only: no display is looked for
+from matplotlib import pyplot as plt
+
+
+def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss on the left, zero-shot top-1 on the right, against steps: the paper's figure."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    steps, losses = _series(rows, "train/loss")
+    left.plot(steps, losses)
+    left.set(xlabel="step", ylabel="contrastive loss", title="Training loss")
+    names = sorted({name for row in rows for name in row if name.endswith("/top1")})
+    for name in names:
+        steps, accuracies = _series(rows, name)
+        right.plot(steps, [100 * a for a in accuracies], marker="o", label=name.split("/")[0])
+    right.set(xlabel="step", ylabel="top-1 (%)", title="Zero-shot accuracy", ylim=(0, 100))
+    if names:
+        right.legend(loc="lower right")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_runs(runs: dict[str, list[dict[str, Any]]], sets: Sequence[str], path: Path) -> None:
+    """The paper's figure for several runs, against their rows' `epoch`.
+
+    Loss on the left; on the right zero-shot top-1, a run a colour and a set a line style.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, (name, rows) in enumerate(runs.items()):
+        left.plot(*_series(rows, "train/loss", "epoch"), color=f"C{i}", label=name, alpha=0.8)
+        for k, of in enumerate(sets):
+            epochs, accuracies = _series(rows, f"{of}/top1", "epoch")
+            style = ("-", "--", ":", "-.")[k % 4]
+            told = name if len(sets) == 1 else f"{name}, {of}"
+            right.plot(
+                epochs, [100 * a for a in accuracies], style, color=f"C{i}", marker=".", label=told
+            )
+    left.set(xlabel="epoch", ylabel="contrastive loss", title="Training loss")
+    right.set(xlabel="epoch", ylabel="top-1 (%)", title="Zero-shot accuracy")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _series(
+    rows: Sequence[dict[str, Any]], name: str, against: str = "step"
+) -> tuple[list[float], list[float]]:
+    points = [(row[against], row[name]) for row in rows if name in row]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def plot_pairs(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) -> None:
+    """A contact sheet of images `[h, w, 3]` over their captions."""
+    columns = 8
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.9 * columns, 2.6 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        axis.imshow(image)
+        told = textwrap.shorten(caption, 90, placeholder="…").replace("$", r"\$")
+        axis.set_title(textwrap.fill(told, 24), fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_predictions(
+    images: np.ndarray, truth: Sequence[str], predicted: Sequence[str], path: Path
+) -> None:
+    """A sheet of images `[n, h, w, 3]`, each with the predicted name, and the true one if wrong."""
+    columns = 8
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.7 * columns, 1.95 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, true, guess in zip(axes.flat, images, truth, predicted, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        right = true == guess
+        axis.set_title(
+            guess if right else f"{guess}\n(is {true})",
+            fontsize=8,
+            color="darkgreen" if right else "darkred",
+        )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

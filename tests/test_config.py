@@ -1,0 +1,128 @@
+"""Mistakes in a config: one line each, with the field's name and what would be right."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from disco_jax.config import default, zeroshot_set
+from disco_jax.validation import problems_of
+
+ROOT = Path(__file__).parent.parent
+ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+
+# What is given after --config., and what the message must hold.
+CASES = [
+    ("batchsize=16", "unknown config field batchsize; did you mean batch_size?"),
+    ("bach_size=16", "unknown config field bach_size; did you mean batch_size?"),
+    ("optimizer.lr=1", "unknown config field optimizer.lr"),
+    ("optimiser.learning_rate=1", "did you mean optimizer.learning_rate?"),
+    ("model.quick_gelu=1", "unknown config field model.quick_gelu"),
+    ("data.worker=1", "unknown config field data.worker; did you mean data."),
+    ("loss=ring", "unknown config field loss"),
+    ("batch_size=many", "batch_size is 'many', and must be a whole number"),
+    ("batch_size=1e3", "batch_size is '1e3', and must be a whole number"),
+    ("batch_size=0", "batch_size is 0, and must be 1 or more"),
+    ("batch_size=-8", "batch_size is -8, and must be 1 or more"),
+    ("num_steps=0", "num_steps is 0, and must be 1 or more"),
+    ("num_steps=1.5", "num_steps is '1.5', and must be a whole number"),
+    ("seed=-1", "seed is -1, and must be 0 or more"),
+    ("seed=x", "seed is 'x', and must be a whole number"),
+    ("microbatch=-1", "microbatch is -1, and must be 0 or more"),
+    ("microbatch_mode=gpu", "microbatch_mode is 'gpu', and must be one of scan, host"),
+    ("microbatch_mode=host", "microbatch_mode 'host' needs microbatch"),
+    ("fsdp=0", "fsdp is 0, and must be 1 or more"),
+    ("fake_devices=-2", "fake_devices is -2, and must be 0 or more"),
+    ("log_every=0", "log_every is 0, and must be 1 or more"),
+    ("checkpoint_every=0", "checkpoint_every is 0, and must be 1 or more"),
+    ("checkpoint_keep=0", "checkpoint_keep is 0, and must be 1 or more"),
+    ("max_bad_steps=0", "max_bad_steps is 0, and must be 1 or more"),
+    ("peer_timeout=0", "peer_timeout is 0.0, and must be more than 0"),
+    ("peer_timeout=soon", "peer_timeout is 'soon', and must be a number"),
+    ("profile_steps=10", "profile_steps is '10', and must be FIRST:LAST"),
+    ("profile_steps=20:10", "profile_steps is '20:10', and must be FIRST:LAST"),
+    ("model.name=", "model.name is empty"),
+    ("model.dtype=float16", "model.dtype is 'float16', and must be one of float32, bfloat16"),
+    ("model.dtype=bfloat", "did you mean bfloat16?"),
+    ("model.attention=flash", "model.attention is 'flash', and must be one of auto, xla, cudnn"),
+    ("model.activation=relu", "model.activation is 'relu', and must be one of"),
+    ("model.image_remat=all", "model.image_remat is 'all', and must be one of none, dots, full"),
+    ("model.text_remat=fulll", "model.text_remat is 'fulll', and must be one of"),
+    ("model.patch_dropout=1", "model.patch_dropout is 1.0, and must be at least 0 and less than 1"),
+    ("model.dropout=-0.1", "model.dropout is -0.1, and must be at least 0 and less than 1"),
+    ("model.image_trained_blocks=-2", "model.image_trained_blocks is -2, and must be -1 or more"),
+    ("loss.kind=triplet", "loss.kind is 'triplet', and must be one of softmax, sigmoid"),
+    ("loss.method=rng", "loss.method is 'rng', and must be one of auto, reference, disco"),
+    ("optimizer.name=adam", "optimizer.name is 'adam', and must be one of adamw, lion"),
+    ("optimizer.learning_rate=0", "optimizer.learning_rate is 0.0, and must be more than 0"),
+    ("optimizer.learning_rate=inf", "optimizer.learning_rate is inf, and must be more than 0"),
+    ("optimizer.b2=1", "optimizer.b2 is 1.0, and must be at least 0 and less than 1"),
+    ("optimizer.eps=0", "optimizer.eps is 0.0, and must be more than 0"),
+    ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0, and must be 0 or more"),
+    ("optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1, and must be 0 or more"),
+    ("data.name=", "data.name is empty"),
+    ("data.weights=(1.0,2.0)", "data.weights must be 1 positive numbers"),
+    ("data.weights=a", "data.weights is 'a', and must be numbers"),
+    ("data.crop_scale=0", "data.crop_scale is 0.0, and must be more than 0 and at most 1"),
+    ("data.num_workers=-1", "data.num_workers is -1, and must be 0 or more"),
+    ("data.max_bad_fraction=2", "data.max_bad_fraction is 2.0, and must be more than 0 and at"),
+    ("data.record_keys=perhaps", "data.record_keys is 'perhaps', and must be true or false"),
+    ("eval.batch_size=0", "eval.batch_size is 0, and must be 1 or more"),
+    ("eval.every=-1", "eval.every is -1, and must be 0 or more"),
+]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, env=ENV, capture_output=True, text=True
+    )
+
+
+def test_every_mistake_is_one_line(tmp_path):
+    workdir = tmp_path / "run"
+
+    def mistaken(case: tuple[str, str]) -> subprocess.CompletedProcess:
+        return run("--config=configs/shapes.py", f"--workdir={workdir}", f"--config.{case[0]}")
+
+    assert len(CASES) >= 40
+    with ThreadPoolExecutor(2) as pool:
+        for (given, message), result in zip(CASES, pool.map(mistaken, CASES), strict=True):
+            assert result.returncode == 2, (given, result.stderr)
+            assert result.stderr.startswith("error: "), (given, result.stderr)
+            assert result.stderr.count("\n") == 1, (given, result.stderr)
+            assert message in result.stderr, (given, result.stderr)
+            assert not result.stdout
+    assert not workdir.exists()
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    wrong = ("batchsize=3", "num_steps=x", "fsdp=0", "loss.method=rng", "optimizer.eps=0")
+    given = [f"--config.{case}" for case in wrong]
+    result = run("--config=configs/shapes.py", f"--workdir={tmp_path}", *given)
+    assert result.returncode == 2
+    for field in ("batchsize", "num_steps", "fsdp", "loss.method", "optimizer.eps"):
+        assert f"{field} is" in result.stderr or f"field {field}" in result.stderr
+    assert result.stderr.count("; ") >= 4
+
+
+def test_the_defaults_and_a_labelled_set_are_right():
+    config = default()
+    config.eval.sets.mine = zeroshot_set("mine")
+    assert problems_of(config) == []
+    config.eval.sets.mine.tempaltes = "x"
+    assert problems_of(config) == ["unknown config field eval.sets.mine.tempaltes"]
+
+
+@pytest.mark.parametrize(("steps", "right"), [(97_656, True), (100_000, True), (50_000, False)])
+def test_steps_epochs_and_samples_agree(steps, right):
+    """16 epochs of 100 M samples at 16,384: the paper calls it 100K steps."""
+    config = default()
+    config.num_epochs, config.data.num_samples = 16.0, 100_000_000
+    config.batch_size, config.num_steps = 16_384, steps
+    told = problems_of(config)
+    assert told == ([] if right else told)
+    if not right:
+        assert "97,656 steps would be" in told[0]
