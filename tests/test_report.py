@@ -1,0 +1,112 @@
+"""Runs side by side: epochs, the paper's numbers where they belong, and a page that is whole."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from configs import vit_b32_laion100m
+from disco_jax.config import default, zeroshot_set
+from disco_jax.errors import UserError
+from disco_jax.report import read_run, report, table
+from disco_jax.validation import problems_of
+from disco_jax.workdir import stored_config
+
+
+def write_run(folder: Path, config, rows, samples: int | None = None) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(config.to_json())
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if samples:
+        (folder / "starts.jsonl").write_text(json.dumps({"samples": samples}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    papers = vit_b32_laion100m.get_config("65536")
+    rows = [{"step": 24_414, "train/loss": 1.25, "imagenet/top1": 0.515, "imagenet_r/top1": 0.6}]
+    own = default()
+    own.batch_size = 100
+    own.eval.sets.pets = zeroshot_set("pets")
+    more = [{"step": 1, "train/loss": 5.0}, {"step": 20, "train/loss": 4.0, "pets/top1": 0.123}]
+    return [
+        write_run(tmp_path / "papers", papers, rows),
+        write_run(tmp_path / "own", own, more, samples=500),
+    ]
+
+
+def test_the_table_has_the_papers_numbers_beside_its_runs_alone(runs):
+    header, papers, told, own = table([read_run(path) for path in runs])
+    assert header[6:] == ["ImageNet", "R", "pets"]
+    assert papers == [
+        "papers", "ViT-B-32", "65,536", "16.0", "24,414", "1.2500", "51.50", "60.00", ""
+    ]  # fmt: skip
+    assert told == ["the paper's", "ViT-B-32", "65,536", "16.0", "", "", "51.91", "60.52", ""]
+    assert own == ["own", "ViT-B-32", "100", "4.0", "20", "4.0000", "", "", "12.30"]
+
+
+def test_evaluations_made_later_are_taken(runs):
+    (runs[1] / "eval").mkdir()
+    (runs[1] / "eval" / "30.json").write_text(json.dumps({"step": 30, "pets/top1": 0.2}))
+    run = read_run(runs[1])
+    assert run.last("pets/top1") == 0.2
+    assert run.epochs(30) == 6
+
+
+class Page(HTMLParser):
+    """What is in a page: its cells, and tags that were opened and not closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.cells = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+def test_three_files_are_written(runs, tmp_path):
+    report(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert "51.91" in page.cells
+    assert re.search(r'src="data:image/png;base64,iVBOR', text)
+    assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    assert lines[2].startswith("| papers | ViT-B-32 | 65,536 |")
+    assert {line.count("|") for line in lines} == {10}
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        read_run(tmp_path)
+    write_run(tmp_path / "new", default(), [])
+    with pytest.raises(UserError, match="holds no metrics yet"):
+        read_run(tmp_path / "new")
+
+
+def test_a_stored_config_has_its_labelled_sets(runs):
+    assert stored_config(runs[1]).eval.sets.pets.source == "pets"
+
+
+@pytest.mark.parametrize("batch", vit_b32_laion100m.BATCHES)
+def test_the_papers_steps_are_those_of_its_epochs(batch):
+    """200K, 100K, 50K and 25K steps, as the paper rounds them."""
+    config = vit_b32_laion100m.get_config(str(batch))
+    assert problems_of(config) == []
+    papers = {8_192: 200_000, 16_384: 100_000, 32_768: 50_000, 65_536: 25_000}[batch]
+    assert config.num_steps == pytest.approx(papers, rel=0.03)
+    with pytest.raises(ValueError, match="the batch is one of 8192, 16384"):
+        vit_b32_laion100m.get_config("4096")
