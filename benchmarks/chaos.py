@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from disco_jax.errors import EXIT_PREEMPTED  # noqa: E402
+from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,10 +89,11 @@ def disturb(jobs: list[subprocess.Popen], workdir: Path, at: int, moments: rando
     victim = moments.choice(jobs)
     if moments.random() < 0.5 and at > 0:
         victim.send_signal(signal.SIGTERM)
-        codes = {job.wait(timeout=120) for job in jobs}
-        if codes != {EXIT_PREEMPTED}:
+        codes = [job.wait(timeout=120) for job in jobs]
+        # At the start of a run the others are not asked yet: for them it is lost.
+        if not set(codes) <= {EXIT_PREEMPTED, EXIT_PEER_LOST}:
             raise SystemExit(f"after SIGTERM at step {at} the run ended with {codes}")
-        return "SIGTERM"
+        return f"SIGTERM (codes {', '.join(map(str, codes))})"
     what = "kill -9 of all" if moments.random() < 0.5 else "kill -9 of one"
     for job in jobs if what == "kill -9 of all" else [victim]:
         os.killpg(job.pid, signal.SIGKILL)

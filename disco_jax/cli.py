@@ -6,10 +6,12 @@ Nothing here imports JAX before it must: the planner and data workers never need
 import contextlib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from absl import flags, logging
@@ -47,6 +49,7 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
         if not flags.FLAGS.workdir:
             raise UserError("--workdir=DIR is missing")
         workdir = Path(flags.FLAGS.workdir)
+        _stop_at_signals()
         launch = cluster.find(
             _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, cluster.has_tpu()
         )
@@ -58,9 +61,12 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
         mesh.ignore_absent_accelerators()
         if config.fake_devices:
             mesh.use_fake_devices(config.fake_devices)
-        if launch:
+        index, count = 0, 1
+        if launch and launch.index is not None and launch.count is not None:
+            index, count = launch.index, launch.count
+        elif launch:
             cluster.start(launch)
-        index, count = mesh.processes()
+            index, count = mesh.processes()
         if index:
             progress.console.quiet = True
         with contextlib.ExitStack() as stack:
@@ -69,9 +75,21 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
             if writes and count > 1:
                 watch = stack.enter_context(watched(workdir, index, count, config.peer_timeout))
                 stack.enter_context(_blaming_peers(watch))
+            if launch and launch.count is not None:  # watched already: one may die meanwhile
+                cluster.start(launch)
             main(config, workdir)
 
     guard(call)
+
+
+def _stop_at_signals() -> None:
+    """A scheduler's signals end the program with Preempted, until the loop takes them over."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Preempted(f"stopped by {signal.Signals(number).name} outside of training")
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,10 @@ INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for each other at th
 
 @dataclass(frozen=True)
 class Launch:
-    """What `jax.distributed.initialize` is told; None is left to its own detection."""
+    """What `jax.distributed.initialize` is told; None is left to its own detection.
+
+    `count` and `index` are None on a TPU alone.
+    """
 
     source: str  # where it was found, for messages
     coordinator: str | None = None  # HOST:PORT of process 0
@@ -62,10 +65,12 @@ def find(
             )
         )
     if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        return Launch("slurm", local_devices=_slurm_devices(env))
+        count, index = _number(env, "SLURM_NTASKS"), _number(env, "SLURM_PROCID")
+        return Launch("slurm", None, count, index, _slurm_devices(env))
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         if "OMPI_MCA_orte_hnp_uri" in env:
-            return Launch("ompi")
+            count, index = (_number(env, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
+            return Launch("ompi", None, count, index)
         # Open MPI 5 tells no address: ranks it does, so one flag is enough.
         raise UserError(
             "mpirun told no address of process 0: set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
@@ -96,7 +101,7 @@ def _checked(launch: Launch) -> Launch:
 def _number(env: Mapping[str, str], *names: str) -> int:
     found = next((name for name in names if name in env), None)
     if found is None:
-        raise UserError(f"JAX_COORDINATOR_ADDRESS is set, and {' or '.join(names)} is not")
+        raise UserError(f"one of several processes, and {' or '.join(names)} is not set")
     if not env[found].isdigit():
         raise UserError(f"{found} is {env[found]!r}, and must be a number")
     return int(env[found])

@@ -1,14 +1,18 @@
 """The device mesh, how arrays lie on it, and how a host's batch gets there."""
 
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+T = TypeVar("T")
 
 # The batch is split over both axes; one copy of the state is split over the devices of `fsdp`.
 BATCH_AXES = ("data", "fsdp")
@@ -35,6 +39,15 @@ def ignore_absent_accelerators() -> None:
 def processes() -> tuple[int, int]:
     """This process's index, and how many there are."""
     return jax.process_index(), jax.process_count()
+
+
+def first_then_all(make: Callable[[], T]) -> T:
+    """Calls `make` in the first process and then in the others, which find what it has written."""
+    index, count = processes()
+    made = make() if index == 0 else None
+    if count > 1:
+        sync_global_devices("the first process is ready")
+    return make() if made is None else made
 
 
 def use_fake_devices(count: int) -> None:

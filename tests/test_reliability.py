@@ -260,6 +260,14 @@ def test_a_disk_that_is_too_small_is_told_before(made, calm, tmp_path, monkeypat
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_named(made):
+    job = start(*command(made, Path("/proc/run"), "--config.fake_devices=1"))
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert told.startswith("error: workdir /proc/run cannot be written: ")
+    assert told.count("\n") == 1
+
+
 def test_two_runs_cannot_write_one_folder(made, tmp_path):
     with locked(tmp_path):
         job = start(*command(made, tmp_path, "--config.fake_devices=1"))

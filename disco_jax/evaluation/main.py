@@ -18,7 +18,7 @@ from disco_jax.errors import UserError
 from disco_jax.evaluation.baseline import baselines
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.evaluation.zeroshot import Results
-from disco_jax.mesh import make_mesh
+from disco_jax.mesh import first_then_all, make_mesh
 from disco_jax.models import CLIPConfig
 from disco_jax.plots import plot_predictions
 from disco_jax.training.build import model_config
@@ -49,7 +49,7 @@ def evaluate(
     # A run of many devices may be evaluated on few.
     fsdp = math.gcd(config.fsdp, jax.device_count())
     mesh, model = make_mesh(fsdp=fsdp), model_config(config)
-    evaluator = Evaluator(config, model, mesh)
+    evaluator = first_then_all(lambda: Evaluator(config, model, mesh))
     fixed = baselines(config, evaluator.sets, model.vision.image_size)
     checkpoints = Checkpoints(workdir)
     try:

@@ -14,7 +14,7 @@ from disco_jax.data.source import Joined
 from disco_jax.data.stream import TrainStream
 from disco_jax.errors import Preempted
 from disco_jax.evaluation.evaluator import Evaluator
-from disco_jax.mesh import place_batch
+from disco_jax.mesh import first_then_all, place_batch
 from disco_jax.models import CLIPConfig
 from disco_jax.plots import plot_curves
 from disco_jax.training.health import Health
@@ -50,7 +50,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     start = int(run.state.step)
     _announce(config, run.mesh, run.state, run.source, start)
     with _opened(config, run.model, run.source, workdir, start, run.position, run.checkpoints) as p:
-        evaluator = Evaluator(config, run.model, run.mesh)
+        evaluator = first_then_all(lambda: Evaluator(config, run.model, run.mesh))
         _run_steps(config, run.model, run.mesh, run.state, evaluator, p)
     if jax.process_index() == 0:
         plot_curves(read_metrics(workdir), workdir / "curves.png")
@@ -147,7 +147,8 @@ def _run_steps(
         if stops and not last:
             checkpoints.wait()
             progress.close()
-            raise Preempted(f"stopped by {preemption.reason} after step {step}, which is saved")
+            told = f"stopped by {preemption.reason} after step {step}, which is saved"
+            raise Preempted(told, together=True)
     progress.close()
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,7 +14,7 @@ from disco_jax.data.sources import open_source
 from disco_jax.errors import UserError
 from disco_jax.interop.store import flatten, nest
 from disco_jax.interop.transfer import read_model
-from disco_jax.mesh import make_mesh
+from disco_jax.mesh import first_then_all, make_mesh
 from disco_jax.models import CLIPConfig
 from disco_jax.training.build import model_config
 from disco_jax.training.optimizer import make_optimizer
@@ -42,9 +41,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     """
     check_division(config, jax.device_count())
     mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
-    first = jax.process_index() == 0
-    if first:
-        source = open_source(config.data, config.data.name, config.data.split)
+    source = first_then_all(lambda: open_source(config.data, config.data.name, config.data.split))
+    if jax.process_index() == 0:
         workdir_lib.claim(config, workdir)
         devices = [device.device_kind for device in jax.devices()]
         workdir_lib.record(
@@ -54,10 +52,6 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
             processes=jax.process_count(),
             samples=len(source),
         )
-    if jax.process_count() > 1:
-        sync_global_devices("the first process is ready")
-    if not first:
-        source = open_source(config.data, config.data.name, config.data.split)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
     state, position = _restore_or_init(config, model, mesh, checkpoints)
     return Run(model, mesh, source, checkpoints, state, position)
