@@ -147,8 +147,8 @@ def _run_steps(
         if stops and not last:
             checkpoints.wait()
             progress.close()
-            told = f"stopped by {preemption.reason} after step {step}, which is saved"
-            raise Preempted(told, together=True)
+            reason = f"stopped by {preemption.reason} after step {step}, which is saved"
+            raise Preempted(reason, together=True)
     progress.close()
 
 

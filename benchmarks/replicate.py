@@ -1,0 +1,198 @@
+"""The paper's experiments, scaled down to two CPU cores, on `shapes`.
+
+    python benchmarks/replicate.py equivalence [--steps=50]
+    python benchmarks/replicate.py batch_size [--samples=32000]
+
+`equivalence`: the loss and zero-shot curves of four methods on 1 and 8 devices, drawn over each
+other. `batch_size`: four batch sizes at equal epochs, three seeds each, with the spread. Results
+are written to docs/results, as JSON, with the command, and as a picture.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from disco_jax.mesh import use_fake_devices  # noqa: E402
+
+METHODS = ("reference", "disco", "stream", "ring")
+DEVICES = (1, 8)
+BATCHES = (32, 64, 128, 256)
+SEEDS = (0, 1, 2)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", choices=("equivalence", "batch_size"))
+    parser.add_argument("--steps", type=int, default=50, help="of each curve of `equivalence`")
+    parser.add_argument("--samples", type=int, default=32_000, help="of each run of `batch_size`")
+    parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
+    return parser.parse_args()
+
+
+def config_of(**fields: Any) -> Any:
+    """The demo's config with other fields; loaded in the main process, as steps are short."""
+    from configs.shapes import get_config
+
+    config = get_config()
+    config.eval.baseline_name, config.eval.retrieval_split = "", ""
+    config.data.num_workers = 0
+    for name, value in fields.items():
+        section, _, field = name.rpartition("__")
+        (config[section] if section else config)[field] = value
+    return config
+
+
+class Trainer:
+    """A run without a folder: its state, its step, its evaluation."""
+
+    def __init__(self, config: Any, devices: int):
+        import jax
+
+        from disco_jax.evaluation.evaluator import Evaluator
+        from disco_jax.mesh import make_mesh
+        from disco_jax.training.build import model_config
+        from disco_jax.training.optimizer import make_optimizer
+        from disco_jax.training.state import init_state
+        from disco_jax.training.step import make_train_step
+
+        self._mesh, model = make_mesh(jax.devices()[:devices]), model_config(config)
+        self._state = init_state(model, make_optimizer(config), self._mesh, config.seed)
+        self._step = make_train_step(config, model, self._mesh)
+        self._evaluator = Evaluator(config, model, self._mesh)
+
+    def step(self, arrays: dict[str, np.ndarray]) -> float:
+        """The loss of a batch, before the update it leads to."""
+        from disco_jax.mesh import place_batch
+
+        self._state, values = self._step(self._state, place_batch(arrays, self._mesh))
+        return float(values["train/loss"])
+
+    def accuracy(self) -> dict[str, float]:
+        """Zero-shot top-1, on seen and unseen classes."""
+        found = self._evaluator.run(self._state.params)
+        return {name: value for name, value in found.items() if name.endswith("/top1")}
+
+
+def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of each step, as train.py has them."""
+    from disco_jax.data.load import Load
+    from disco_jax.data.pipeline import Collate, train_batches
+    from disco_jax.data.sources import open_source
+    from disco_jax.tokenizer import make_tokenizer
+    from disco_jax.training.build import model_config
+
+    model = model_config(config)
+    source = open_source(config.data, config.data.name, config.data.split)
+    load = Load(source, config.data, model.vision.image_size, config.seed)
+    options = {"batch_size": config.batch_size, "seed": config.seed, "start": 0, "num_workers": 0}
+    for batch in train_batches(source, load, Collate(make_tokenizer(model.text)), **options):
+        yield batch.arrays
+
+
+def equivalence(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Curves of each method on each number of devices, of the very same batches."""
+    config = config_of(batch_size=64, num_steps=arguments.steps, optimizer__warmup_steps=10)
+    stream = batches(config)
+    arrays = [next(stream) for _ in range(arguments.steps)]
+    curves: dict[str, Any] = {}
+    for method in METHODS:
+        for devices in DEVICES:
+            config.loss.method = method
+            run, losses, accuracies = Trainer(config, devices), [], {}
+            for i, batch in enumerate(arrays):
+                losses.append(run.step(batch))
+                if (i + 1) % arguments.every == 0:
+                    accuracies[i + 1] = run.accuracy()["zeroshot/top1"]
+            name = f"{method}, {devices} device{'s' if devices > 1 else ''}"
+            curves[name] = {"loss": losses, "top1": accuracies}
+            print(f"{name}: loss {losses[0]:.6f} to {losses[-1]:.6f}", flush=True)
+    first = np.array(curves["reference, 1 device"]["loss"])
+    off = {n: float(np.abs(np.array(c["loss"]) / first - 1).max()) for n, c in curves.items()}
+    return {"batch_size": 64, "largest_relative_difference": off, "curves": curves}
+
+
+def batch_size(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Zero-shot top-1 after as many samples, by batch size and seed; nothing else differs."""
+    rows = []
+    for size in BATCHES:
+        for seed in SEEDS:
+            steps = arguments.samples // size
+            config = config_of(
+                batch_size=size,
+                num_steps=steps,
+                seed=seed,
+                loss__method="ring",
+                optimizer__warmup_steps=steps // 25,
+            )
+            run, stream = Trainer(config, 2), batches(config)
+            for _ in range(steps):
+                loss = run.step(next(stream))
+            rows.append({"batch_size": size, "seed": seed, "steps": steps, "loss": loss})
+            rows[-1] |= run.accuracy()
+            print(json.dumps(rows[-1]), flush=True)
+    return {"samples": arguments.samples, "rows": rows}
+
+
+def draw_equivalence(found: dict[str, Any], path: Path) -> None:
+    from disco_jax.plots import plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, (name, curve) in enumerate(found["curves"].items()):
+        style = {"lw": 6 - 0.7 * i, "alpha": 0.6, "color": f"C{i}", "label": name}
+        left.plot(range(1, len(curve["loss"]) + 1), curve["loss"], **style)
+        right.plot(
+            [int(s) for s in curve["top1"]], [100 * v for v in curve["top1"].values()], **style
+        )
+    left.set(xlabel="step", ylabel="contrastive loss", title="Training loss")
+    right.set(xlabel="step", ylabel="top-1 (%)", title="Zero-shot accuracy")
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_batch_size(found: dict[str, Any], path: Path) -> None:
+    from disco_jax.plots import plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in ("zeroshot/top1", "zeroshot_heldout/top1"):
+        values = np.array(
+            [
+                [100 * row[name] for row in found["rows"] if row["batch_size"] == size]
+                for size in BATCHES
+            ]
+        )
+        axis.errorbar(
+            BATCHES, values.mean(1), values.std(1, ddof=1), marker="o", capsize=4, label=name
+        )
+    axis.set(xscale="log", xlabel="batch", ylabel="top-1 (%)", title="Equal epochs, three seeds")
+    axis.set_xticks(BATCHES, [str(size) for size in BATCHES])
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    use_fake_devices(8)
+    run, draw = {
+        "equivalence": (equivalence, draw_equivalence),
+        "batch_size": (batch_size, draw_batch_size),
+    }[arguments.experiment]
+    found = {"command": " ".join(["python", "benchmarks/replicate.py", *sys.argv[1:]])}
+    found |= run(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{arguments.experiment}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, path.with_suffix(".png"))
+    print(f"written: {path}, {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
