@@ -67,6 +67,8 @@ def start(arguments: argparse.Namespace, shards: Path, workdir: Path) -> list[su
             subprocess.Popen(
                 [*command, *fields, *where],
                 cwd=ROOT,
+                # Compiling is most of a start; how well it is done does not matter here.
+                env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
@@ -90,8 +92,13 @@ def disturb(jobs: list[subprocess.Popen], workdir: Path, at: int, moments: rando
     if moments.random() < 0.5 and at > 0:
         victim.send_signal(signal.SIGTERM)
         codes = [job.wait(timeout=120) for job in jobs]
-        # At the start of a run the others are not asked yet: for them it is lost.
-        if not set(codes) <= {EXIT_PREEMPTED, EXIT_PEER_LOST}:
+        # At the start of a run the others are not asked yet: for them it is lost, and JAX aborts
+        # them where it was the first process.
+        if codes[jobs.index(victim)] != EXIT_PREEMPTED or not set(codes) <= {
+            EXIT_PREEMPTED,
+            EXIT_PEER_LOST,
+            -signal.SIGABRT,
+        }:
             raise SystemExit(f"after SIGTERM at step {at} the run ended with {codes}")
         return f"SIGTERM (codes {', '.join(map(str, codes))})"
     what = "kill -9 of all" if moments.random() < 0.5 else "kill -9 of one"
