@@ -15,13 +15,4 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """The run was told to stop, and has saved where it is, or has not begun.
-
-    Args:
-      told: by what, and when.
-      together: whether all of its processes stop at the same step, and know it.
-    """
-
-    def __init__(self, told: str, together: bool = False):
-        super().__init__(told)
-        self.together = together
+    """The run was told to stop, and has saved where it is, all of its processes at the same step."""

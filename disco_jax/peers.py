@@ -32,8 +32,8 @@ def watched(workdir: Path, index: int, count: int, timeout: float) -> Iterator["
     watch = Watch(workdir, index, count, timeout)
     try:
         yield watch
-    except Preempted as preempted:
-        watch.leave("" if preempted.together else str(preempted))
+    except Preempted:  # all stop at the same step
+        watch.leave("")
         raise
     except BaseException as error:
         watch.leave(f"{error}".splitlines()[0] if f"{error}" else type(error).__name__)

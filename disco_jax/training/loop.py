@@ -147,8 +147,7 @@ def _run_steps(
         if stops and not last:
             checkpoints.wait()
             progress.close()
-            reason = f"stopped by {preemption.reason} after step {step}, which is saved"
-            raise Preempted(reason, together=True)
+            raise Preempted(f"stopped by {preemption.reason} after step {step}, which is saved")
     progress.close()
 
 
