@@ -15,4 +15,4 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """The run was told to stop, and has saved where it is, all of its processes at the same step."""
+    """The run was told to stop, and is saved; all of its processes stop at the same step."""
