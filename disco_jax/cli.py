@@ -53,33 +53,34 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
         launch = cluster.find(
             _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, cluster.has_tpu()
         )
-        # The planner's verdicts count on this share of a GPU's memory; JAX's default is 0.75.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-        from disco_jax import mesh  # after --help, which needs no JAX
-        from disco_jax.training import progress
-
-        mesh.ignore_absent_accelerators()
-        if config.fake_devices:
-            mesh.use_fake_devices(config.fake_devices)
         index, count = 0, 1
         if launch and launch.index is not None and launch.count is not None:
             index, count = launch.index, launch.count
-        elif launch:
-            cluster.start(launch)
-            index, count = mesh.processes()
-        if index:
-            progress.console.quiet = True
         with contextlib.ExitStack() as stack:
+            # From here on, before the seconds that JAX takes to start, a lost process is noticed.
             if writes and index == 0:
                 stack.enter_context(locked(workdir))
             if writes and count > 1:
                 watch = stack.enter_context(watched(workdir, index, count, config.peer_timeout))
                 stack.enter_context(_blaming_peers(watch))
-            if launch and launch.count is not None:  # watched already: one may die meanwhile
-                cluster.start(launch)
+            _set_up_jax(config.fake_devices, launch)
             main(config, workdir)
 
     guard(call)
+
+
+def _set_up_jax(fake_devices: int, launch: cluster.Launch | None) -> None:
+    # The planner's verdicts count on this share of a GPU's memory; JAX's default is 0.75.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    from disco_jax import mesh  # after --help, which needs no JAX
+    from disco_jax.training import progress
+
+    mesh.ignore_absent_accelerators()
+    if fake_devices:
+        mesh.use_fake_devices(fake_devices)
+    if launch:
+        cluster.start(launch)
+    progress.console.quiet = mesh.processes()[0] > 0
 
 
 def _stop_at_signals() -> None:

@@ -16,7 +16,8 @@ INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for each other at th
 class Launch:
     """What `jax.distributed.initialize` is told; None is left to its own detection.
 
-    `count` and `index` are None on a TPU alone.
+    `count` and `index` are None on a TPU alone, whose processes do not watch each other: JAX ends
+    them some 100 s after one is lost.
     """
 
     source: str  # where it was found, for messages

@@ -202,6 +202,21 @@ def until_training(workdir: Path, jobs: list[subprocess.Popen]) -> None:
         time.sleep(0.05)
 
 
+def test_a_process_that_dies_while_starting_ends_the_other(made, tmp_path):
+    """Before it has come to jax.distributed, which would wait five minutes for it."""
+    jobs = pair(made, tmp_path)
+    end = time.monotonic() + 60
+    while not all((tmp_path / "processes" / f"{i}.json").exists() for i in (0, 1)):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(0.6)  # a heartbeat, for the other to see
+    jobs[0].kill()
+    _, told = jobs[1].communicate(timeout=60)
+    jobs[0].communicate()
+    assert jobs[1].returncode not in (0, None)
+    assert f"process 0 (host {socket.gethostname()}, pid {jobs[0].pid}) has stopped" in told
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
     """The coordinator too, at whose death JAX aborts before anything can be said."""

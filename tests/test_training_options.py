@@ -101,7 +101,10 @@ def test_the_last_blocks_alone_are_trained(microbatch):
     inputs = (params, batch, jnp.int32(0))
     expected = trained(part, gradient(model)(*inputs)[1])
     got = gradient(part)(*inputs)[1]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), got, expected)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), got, expected
+    )
     assert "patch_embed" not in got["visual"]
     done, whole = (
         matmul_flops(jax.make_jaxpr(gradient(m))(*inputs))["float32"] for m in (part, model)
