@@ -3,7 +3,10 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiling takes most of the tests' time, and LLVM's optimisations most of that: they are left out.
+# XLA's own, which decide memory and collectives, are not.
+FAST = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST}"
 # Every way to promote silently is an error: so is a warning (pyproject.toml).
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from disco_jax.interop.store import flatten, save_model
 from disco_jax.models import CLIP, CLIPConfig, TextConfig, VisionConfig
+from tests.conftest import FAST
 from tests.small_config import get_config
 
 ROOT = Path(__file__).parent.parent
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-ENV["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling is what takes the time
+ENV["XLA_FLAGS"] = FAST
 SIZES = CLIPConfig(
     embed_dim=16,
     vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),

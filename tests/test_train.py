@@ -12,8 +12,11 @@ from pathlib import Path
 import grain
 import pytest
 
+from tests.conftest import FAST
+
 ROOT = Path(__file__).parent.parent
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+ENV["XLA_FLAGS"] = FAST
 SMALL = (
     "--config.batch_size=16",
     "--config.num_steps=6",
