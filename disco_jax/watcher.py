@@ -62,11 +62,15 @@ class _Peer:
     def __init__(self, path: Path, index: int, timeout: float):
         self._path, self._index, self._timeout = path, index, timeout
         self._seen: Any = _read(path)  # an earlier run's, until it changes
+        self._earlier_pid = self._seen and self._seen["pid"]
         self._changed, self._alive = time.monotonic(), False
 
     def lost(self, now: float) -> str:
         """What happened to it; empty while it is well, or is not there yet."""
         found = _read(self._path)
+        late = found and "left" in found and found["pid"] == self._earlier_pid
+        if late and not (self._alive and self._seen["pid"] == self._earlier_pid):
+            found = None  # the last word of an earlier run's watcher
         if found is not None and found != self._seen:
             self._seen, self._changed, self._alive = found, now, True
         if not self._alive:  # starting: jax.distributed has a time limit of its own

@@ -5,8 +5,9 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes most of the tests' time, and LLVM's optimisations most of that: they are left out.
 # XLA's own, which decide memory and collectives, are not.
-FAST = "--xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST}"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 # Every way to promote silently is an error: so is a warning (pyproject.toml).
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 
 from disco_jax.mesh import make_mesh
 
+FAST = "--xla_backend_optimization_level=0"  # for other processes' XLA_FLAGS
 GOLDEN = Path(__file__).parent / "golden"
 
 

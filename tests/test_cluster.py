@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from disco_jax import watcher
 from disco_jax.cluster import Launch, find
 from disco_jax.errors import EXIT_PREEMPTED, UserError
 from tests import small_run
@@ -102,6 +103,30 @@ def test_what_is_missing_is_named(flags, env, message):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     return small_run.make(tmp_path_factory.mktemp("small"))
+
+
+def test_an_earlier_runs_last_word_ends_nobody(tmp_path):
+    """Its watcher may write it when the next run has begun, or has been seen alive."""
+    path = tmp_path / "0.json"
+
+    def write(pid: int, **told) -> None:
+        path.write_text(json.dumps({"host": "h", "pid": pid, **told}))
+
+    write(1, beat=5)
+    peer = watcher._Peer(path, 0, 1.0)
+    write(1, left="it died")
+    assert peer.lost(time.monotonic()) == ""
+    write(2, beat=1)
+    assert peer.lost(time.monotonic()) == ""
+    write(1, left="it died")
+    assert peer.lost(time.monotonic()) == ""
+    write(2, left="it died")
+    assert peer.lost(time.monotonic()) == "process 0 (host h, pid 2) has stopped: it died"
+    silent = watcher._Peer(path, 0, 1.0)
+    write(3, beat=1)
+    now = time.monotonic()
+    assert silent.lost(now) == ""
+    assert "no sign of life for 1 s" in silent.lost(now + 1.5)
 
 
 def free_port() -> int:
