@@ -3,11 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes most of the tests' time, and LLVM's optimisations most of that: they are left out.
-# XLA's own, which decide memory and collectives, are not.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # Every way to promote silently is an error: so is a warning (pyproject.toml).
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -20,7 +16,8 @@ from jax.sharding import Mesh
 
 from disco_jax.mesh import make_mesh
 
-FAST = "--xla_backend_optimization_level=0"  # for other processes' XLA_FLAGS
+# For the XLA_FLAGS of short runs in other processes: compiling is what takes them their time.
+FAST = "--xla_backend_optimization_level=0"
 GOLDEN = Path(__file__).parent / "golden"
 
 
