@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -106,9 +105,9 @@ def _blaming_peers(watch: Watch) -> Any:
         yield
     except (UserError, Preempted, KeyboardInterrupt):
         raise
-    except Exception:
-        traceback.print_exc()
-        print("waiting for word of the other processes", file=sys.stderr, flush=True)
+    except Exception as error:
+        first = str(error).partition("\n")[0]
+        print(f"{first}; waiting for word of the others", file=sys.stderr, flush=True)
         watch.wait_for_verdict()
         raise
 

@@ -1,6 +1,5 @@
 """How the processes of a run find each other: by flags, or by what started them."""
 
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,8 +143,3 @@ def start(launch: Launch) -> None:
 def has_tpu() -> bool:
     """Whether the device files of a TPU are there."""
     return any(Path("/dev").glob("accel*")) or any(Path("/dev").glob("vfio/*"))
-
-
-def environment() -> dict[str, str]:
-    """This process's environment."""
-    return dict(os.environ)

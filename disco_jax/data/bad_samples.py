@@ -71,6 +71,14 @@ def total_counts(counts: Counter[str]) -> dict[str, int]:
     return {kind: int(n) for kind, n in zip(KINDS, every.sum(axis=0), strict=True) if n}
 
 
+def own_share(counts: dict[str, int], index: int, processes: int) -> dict[str, int]:
+    """What process `index` takes up of all processes' counts, however many there were then.
+
+    About as much each: a process compares its count with the samples it has seen itself.
+    """
+    return {kind: n // processes + (index < n % processes) for kind, n in counts.items()}
+
+
 def describe(counts: Counter[str]) -> str:
     """`3 broken_image, 1 empty_caption`: the commonest first."""
     return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())

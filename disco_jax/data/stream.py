@@ -7,7 +7,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from disco_jax.data.bad_samples import BadSamples, check_problems, describe, total_counts
+from disco_jax.data.bad_samples import (
+    BadSamples,
+    check_problems,
+    describe,
+    own_share,
+    total_counts,
+)
 from disco_jax.data.load import Load
 from disco_jax.data.pipeline import Batch, Collate, train_batches
 from disco_jax.data.source import Joined
@@ -53,8 +59,7 @@ class TrainStream:
             process_file(workdir, "bad_samples"),
             config.data.max_bad_fraction,
             step,
-            # Counts are kept of all processes together; the first one takes them up.
-            position.get("bad", {}) if jax.process_index() == 0 else {},
+            own_share(position.get("bad", {}), jax.process_index(), jax.process_count()),
         )
         keys = config.data.record_keys
         self._keys = JsonLines(process_file(workdir, "keys"), step) if keys else None

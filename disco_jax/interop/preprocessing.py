@@ -26,7 +26,8 @@ def read_preprocessing(folder: Path, library: str, config: CLIPConfig) -> CLIPCo
     spec = read_object(path)
     if library == "hf":
         mean, std, resample = (spec.get(k) for k in ("image_mean", "image_std", "resample"))
-        squash = "height" in (spec.get("size") or {}) and not spec.get("do_center_crop")
+        size = spec.get("size")  # a number, in older files: the short side
+        squash = isinstance(size, dict) and "height" in size and not spec.get("do_center_crop")
         known = resample in (None, BICUBIC)
     else:
         spec = spec.get("preprocess_cfg", {})

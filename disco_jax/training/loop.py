@@ -3,19 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from disco_jax.checkpoint import Checkpoints
-from disco_jax.data.source import Joined
 from disco_jax.data.stream import TrainStream
 from disco_jax.errors import Preempted
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.mesh import first_then_all, place_batch
-from disco_jax.models import CLIPConfig
 from disco_jax.plots import plot_curves
 from disco_jax.training.health import Health
 from disco_jax.training.host_step import HostStep
@@ -23,8 +20,7 @@ from disco_jax.training.metrics import MetricWriter, read_metrics
 from disco_jax.training.preemption import Preemption
 from disco_jax.training.profile import Profiler
 from disco_jax.training.progress import Stopwatch, TrainProgress, console
-from disco_jax.training.setup import prepare
-from disco_jax.training.state import TrainState
+from disco_jax.training.setup import Run, prepare
 from disco_jax.training.step import Metrics, make_train_step
 
 
@@ -47,33 +43,25 @@ def train(config: ConfigDict, workdir: Path) -> None:
       Preempted: a signal asked to stop; the run is saved.
     """
     run = prepare(config, workdir)
-    start = int(run.state.step)
-    _announce(config, run.mesh, run.state, run.source, start)
-    with _opened(config, run.model, run.source, workdir, start, run.position, run.checkpoints) as p:
+    _announce(config, run)
+    with _opened(config, run, workdir) as parts:
         evaluator = first_then_all(lambda: Evaluator(config, run.model, run.mesh))
-        _run_steps(config, run.model, run.mesh, run.state, evaluator, p)
+        _run_steps(config, run, evaluator, parts)
     if jax.process_index() == 0:
         plot_curves(read_metrics(workdir), workdir / "curves.png")
     console.print(f"done: {workdir / 'curves.png'}")
 
 
 @contextmanager
-def _opened(
-    config: ConfigDict,
-    model: CLIPConfig,
-    source: Joined,
-    workdir: Path,
-    start: int,
-    position: dict[str, Any],
-    checkpoints: Checkpoints,
-) -> Iterator[Parts]:
+def _opened(config: ConfigDict, run: Run, workdir: Path) -> Iterator[Parts]:
+    start = int(run.state.step)
     parts = Parts(
-        TrainStream(config, model, source, workdir, start, position),
-        Health(workdir, config.max_bad_steps, start, position.get("health", {})),
+        TrainStream(config, run.model, run.source, workdir, start, run.position),
+        Health(workdir, config.max_bad_steps, start, run.position.get("health", {})),
         MetricWriter(workdir, resume_from=start),
         Preemption(),
         Profiler(config.profile_steps, workdir),
-        checkpoints,
+        run.checkpoints,
     )
     try:
         yield parts
@@ -84,17 +72,11 @@ def _opened(
             part.close()
 
 
-def _run_steps(
-    config: ConfigDict,
-    model: CLIPConfig,
-    mesh: Mesh,
-    state: TrainState,
-    evaluator: Evaluator,
-    parts: Parts,
-) -> None:
+def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts) -> None:
+    state, mesh = run.state, run.mesh
     stream, health, metrics, preemption, profiler, checkpoints = parts
     by_host = config.microbatch and config.microbatch_mode == "host"
-    train_step = (HostStep if by_host else make_train_step)(config, model, mesh)
+    train_step = (HostStep if by_host else make_train_step)(config, run.model, mesh)
     start = int(state.step)
     progress = TrainProgress(start, config.num_steps, config.batch_size)
     watch = Stopwatch()
@@ -151,15 +133,14 @@ def _run_steps(
     progress.close()
 
 
-def _announce(
-    config: ConfigDict, mesh: Mesh, state: TrainState, source: Joined, start: int
-) -> None:
-    count = sum(x.size for x in jax.tree.leaves(state.params))
+def _announce(config: ConfigDict, run: Run) -> None:
+    start = int(run.state.step)
+    count = sum(x.size for x in jax.tree.leaves(run.state.params))
     origin = f"going on from step {start}" if start else "from scratch"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     console.print(
-        f"{config.model.name}, {count / 1e6:.1f} M parameters, on {mesh.devices.size} "
-        f"{jax.devices()[0].platform} devices{processes}; {len(source):,} samples, batch "
+        f"{config.model.name}, {count / 1e6:.1f} M parameters, on {run.mesh.devices.size} "
+        f"{jax.devices()[0].platform} devices{processes}; {len(run.source):,} samples, batch "
         f"{config.batch_size:,}, "
         f"{config.num_steps:,} steps, loss method {config.loss.method}; {origin}",
         soft_wrap=True,
