@@ -21,8 +21,9 @@ import disco_jax
 from disco_jax.errors import UserError
 from disco_jax.interop import export_model, import_model, load_model
 from disco_jax.interop.convert import resize_positions
+from disco_jax.interop.preprocessing import read_preprocessing
 from disco_jax.interop.store import flatten
-from disco_jax.models import CLIP, PRESETS
+from disco_jax.models import CLIP, PRESETS, CLIPConfig
 from disco_jax.tokenizer import merges, vocabulary
 from disco_jax.training.setup import begin_from
 from disco_jax.training.state import init_state
@@ -77,6 +78,27 @@ def test_out_and_in_again_is_bitwise_the_same(library, openclip, tmp_path):
         assert given.keys() == back.keys()
         for name, value in given.items():
             assert (value.shape, value.tobytes()) == (back[name].shape, back[name].tobytes()), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "squash"),
+    [
+        ({"size": 224, "do_center_crop": True}, False),  # as in openai/clip-vit-base-patch32
+        ({"size": {"shortest_edge": 224}}, False),
+        ({"size": {"height": 224, "width": 224}, "do_center_crop": None}, True),  # as SigLIP's
+        ({"size": {"height": 224, "width": 224}, "do_center_crop": True}, False),
+        ({}, False),
+    ],
+)
+def test_preprocessing_is_read_as_older_and_newer_files_have_it(changes, squash, tmp_path):
+    spec = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "resample": 3, **changes}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(spec))
+    vision = read_preprocessing(tmp_path, "hf", CLIPConfig()).vision
+    assert (vision.mean, vision.std, vision.squash) == ((0.1, 0.2, 0.3), (1, 1, 1), squash)
+    spec["resample"] = 2
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="only bicubic resizing"):
+        read_preprocessing(tmp_path, "hf", CLIPConfig())
 
 
 def test_the_command_and_a_model_without_a_configuration(openclip, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from disco_jax.config import default
 from disco_jax.data import tar_source
-from disco_jax.data.bad_samples import BadSamples
+from disco_jax.data.bad_samples import BadSamples, own_share
 from disco_jax.data.load import Load
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import KINDS, BadSample, Joined
@@ -311,3 +311,14 @@ def test_workers_restarts_and_processes_see_the_same_samples(tmp_path):
         for get in (lambda b: b.keys, lambda b: b.arrays["images"]):
             np.testing.assert_array_equal(get(halves[0][step]), get(batch)[0::2])
             np.testing.assert_array_equal(get(halves[1][step]), get(batch)[1::2])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_bad_counts_are_shared_out_among_the_processes(processes):
+    """As much each, so that the share of bad samples is right in every one; none is lost."""
+    counts = {"broken_image": 20, "empty_caption": 1}
+    shares = [own_share(counts, i, processes) for i in range(processes)]
+    for kind, total in counts.items():
+        each = [share[kind] for share in shares]
+        assert sum(each) == total
+        assert max(each) - min(each) <= 1

@@ -5,6 +5,7 @@ from typing import Any
 
 from disco_jax.errors import UserError
 from disco_jax.interop import siglip_config
+from disco_jax.interop.transformers_sizes import text_from, text_to, vision_from, vision_to
 from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
 
 Spec = dict[str, Any]
@@ -106,27 +107,10 @@ def from_huggingface(spec: Spec) -> CLIPConfig:
             )
         # What is left out of the file has the defaults of transformers, which are ViT-B/32's.
         base, (act,) = CLIPConfig(), activations
-        width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 512)
         return CLIPConfig(
             embed_dim=spec.get("projection_dim", base.embed_dim),
-            vision=VisionConfig(
-                image_size=vision.get("image_size", 224),
-                patch_size=vision.get("patch_size", 32),
-                width=width,
-                layers=vision.get("num_hidden_layers", 12),
-                heads=vision.get("num_attention_heads", 12),
-                mlp_ratio=vision.get("intermediate_size", 3072) / width,
-                activation=act,
-            ),
-            text=TextConfig(
-                context_length=text.get("max_position_embeddings", 77),
-                vocab_size=text.get("vocab_size", 49408),
-                width=text_width,
-                layers=text.get("num_hidden_layers", 12),
-                heads=text.get("num_attention_heads", 8),
-                mlp_ratio=text.get("intermediate_size", 2048) / text_width,
-                activation=act,
-            ),
+            vision=dataclasses.replace(vision_from(vision, base.vision), activation=act),
+            text=dataclasses.replace(text_from(text, base.text), activation=act),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"this is no configuration of a CLIPModel: {error}") from error
@@ -142,12 +126,7 @@ def to_huggingface(config: CLIPConfig) -> Spec:
         return siglip_config.to_huggingface(config)
     if config.logit_bias is not None:
         raise UserError("transformers' CLIPModel has no logit_bias, which this model has")
-    common = {
-        "hidden_act": _activation(config),
-        "layer_norm_eps": 1e-5,
-        "projection_dim": config.embed_dim,
-    }
-    vision, text = config.vision, config.text
+    common = {"hidden_act": _activation(config), "projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -155,22 +134,12 @@ def to_huggingface(config: CLIPConfig) -> Spec:
         "logit_scale_init_value": 2.6592,
         "vision_config": {
             "model_type": "clip_vision_model",
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_size": vision.width,
-            "intermediate_size": int(vision.width * vision.mlp_ratio),
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
+            **vision_to(config.vision),
             **common,
         },
         "text_config": {
             "model_type": "clip_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "hidden_size": text.width,
-            "intermediate_size": int(text.width * text.mlp_ratio),
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
+            **text_to(config.text),
             "bos_token_id": 49406,
             "eos_token_id": 49407,
             "pad_token_id": 0,

@@ -7,8 +7,9 @@ import re
 from typing import Any
 
 from disco_jax.errors import UserError
+from disco_jax.interop.transformers_sizes import text_from, text_to, vision_from, vision_to
 from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
-from disco_jax.models.presets import siglip
+from disco_jax.models.presets import PRESETS, siglip
 
 Spec = dict[str, Any]
 
@@ -57,7 +58,7 @@ def to_openclip(config: CLIPConfig) -> Spec:
       UserError: timm has no such image tower.
     """
     vision, text = config.vision, config.text
-    sizes = (vision.width, vision.layers, vision.heads, int(vision.width * vision.mlp_ratio))
+    sizes = (vision.width, vision.layers, vision.heads, vision.mlp_width)
     names = [n for n, (w, *rest, r, _) in TIMM.items() if (w, *rest, int(w * r)) == sizes]
     if not names:
         raise UserError(
@@ -108,25 +109,9 @@ def from_huggingface(spec: Spec) -> CLIPConfig:
     for act in acts:
         if act not in ours:
             raise UserError(f"hidden_act is {act}, and must be one of {', '.join(ours)}")
-    width, text_width = vision.get("hidden_size", 768), text.get("hidden_size", 768)
+    base = PRESETS["ViT-B-16-SigLIP"]
     return siglip(
-        VisionConfig(
-            image_size=vision.get("image_size", 224),
-            patch_size=vision.get("patch_size", 16),
-            width=width,
-            layers=vision.get("num_hidden_layers", 12),
-            heads=vision.get("num_attention_heads", 12),
-            mlp_ratio=vision.get("intermediate_size", 3072) / width,
-        ),
-        TextConfig(
-            context_length=text.get("max_position_embeddings", 64),
-            vocab_size=text.get("vocab_size", 32_000),
-            width=text_width,
-            layers=text.get("num_hidden_layers", 12),
-            heads=text.get("num_attention_heads", 12),
-            mlp_ratio=text.get("intermediate_size", 3072) / text_width,
-        ),
-        (ours[acts[0]], ours[acts[1]]),
+        vision_from(vision, base.vision), text_from(text, base.text), (ours[acts[0]], ours[acts[1]])
     )
 
 
@@ -134,31 +119,18 @@ def to_huggingface(config: CLIPConfig) -> Spec:
     """The inverse of `from_huggingface`."""
     acts = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
     vision, text = config.vision, config.text
-
-    def tower(c: VisionConfig | TextConfig) -> Spec:
-        return {
-            "hidden_size": c.width,
-            "intermediate_size": int(c.width * c.mlp_ratio),
-            "num_hidden_layers": c.layers,
-            "num_attention_heads": c.heads,
-            "hidden_act": acts[c.activation],
-            "layer_norm_eps": c.norm_eps,
-        }
-
     return {
         "architectures": ["SiglipModel"],
         "model_type": "siglip",
         "vision_config": {
             "model_type": "siglip_vision_model",
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            **tower(vision),
+            "hidden_act": acts[vision.activation],
+            **vision_to(vision),
         },
         "text_config": {
             "model_type": "siglip_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
+            "hidden_act": acts[text.activation],
             "projection_size": config.embed_dim,
-            **tower(text),
+            **text_to(text),
         },
     }

@@ -7,7 +7,6 @@ from jax.nn.initializers import normal
 
 from disco_jax.models.config import CLIPConfig
 from disco_jax.models.transformer import (
-    ACTIVATIONS,
     Transformer,
     clip_text_init,
     layer_norm,
@@ -37,24 +36,9 @@ class TextTransformer(nnx.Module):
                 rngs.params(), (c.context_length, c.width), jnp.float32
             )
         )
-        self.transformer = Transformer(
-            c.width,
-            c.layers,
-            c.heads,
-            int(c.width * c.mlp_ratio),
-            causal=clips,
-            activation=ACTIVATIONS[c.activation],
-            init=clip_text_init(c.width, c.layers) if clips else siglip_init(),
-            norm_eps=c.norm_eps,
-            remat=c.remat,
-            dropout=c.dropout,
-            trained=c.trained_blocks,
-            unroll=config.unroll,
-            attention=config.attention,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.ln_final = layer_norm(c.width, c.norm_eps, dtype, rngs)
+        init = clip_text_init(c.width, c.layers) if clips else siglip_init()
+        self.transformer = Transformer(c, config, causal=clips, init=init, rngs=rngs)
+        self.ln_final = layer_norm(c, config, rngs)
         self.proj = nnx.Param(
             normal(width_std)(rngs.params(), (c.width, config.embed_dim), jnp.float32)
         )

@@ -8,7 +8,6 @@ twice as fast as one that contracts two dimensions, and which costs nothing else
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, normal, variance_scaling, xavier_uniform, zeros
 
-Array = jax.Array
-Attention = Literal["xla", "cudnn"]  # cuDNN's is flash attention, for 16 bits
+from disco_jax.models.config import CLIPConfig, TowerConfig
 
+Array = jax.Array
 
 BLOCK_INPUT = "block_input"
 # What the backward pass computes again instead of keeping it, from least to most.
@@ -151,9 +150,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def layer_norm(width: int, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm whose statistics are fp32 whatever `dtype`."""
-    return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
+def layer_norm(tower: TowerConfig, config: CLIPConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A tower's LayerNorm, whose statistics are fp32 whatever the compute dtype."""
+    dtype = jnp.dtype(config.dtype)
+    return nnx.LayerNorm(tower.width, epsilon=tower.norm_eps, dtype=dtype, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -161,35 +161,31 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        mlp_width: int,
+        tower: TowerConfig,
+        config: CLIPConfig,
         *,
         causal: bool,
-        activation: Callable[[Array], Array],
         init: BlockInit,
-        norm_eps: float,
-        dropout: float,
-        attention: Attention,
-        dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of its {heads} heads")
-        self.heads, self.causal, self.activation = heads, causal, activation
-        self.dropout, self.attention = dropout, attention
+        width, dtype = tower.width, jnp.dtype(config.dtype)
+        if width % tower.heads:
+            raise ValueError(f"width {width} is not a multiple of its {tower.heads} heads")
+        self.heads, self.causal = tower.heads, causal
+        self.activation = ACTIVATIONS[tower.activation]
+        self.dropout, self.attention = tower.dropout, config.attention
 
         def linear(n_in: int, n_out: int, kernel: Initializer, bias: Initializer) -> nnx.Linear:
             return nnx.Linear(
                 n_in, n_out, kernel_init=kernel, bias_init=bias, dtype=dtype, rngs=rngs
             )
 
-        self.ln_1 = layer_norm(width, norm_eps, dtype, rngs)
+        self.ln_1 = layer_norm(tower, config, rngs)
         self.in_proj = linear(width, 3 * width, init.in_proj, zeros)
         self.out_proj = linear(width, width, init.out_proj, zeros)
-        self.ln_2 = layer_norm(width, norm_eps, dtype, rngs)
-        self.mlp_in = linear(width, mlp_width, init.mlp_in, init.mlp_in_bias)
-        self.mlp_out = linear(mlp_width, width, init.mlp_out, init.mlp_out_bias)
+        self.ln_2 = layer_norm(tower, config, rngs)
+        self.mlp_in = linear(width, tower.mlp_width, init.mlp_in, init.mlp_in_bias)
+        self.mlp_out = linear(tower.mlp_width, width, init.mlp_out, init.mlp_out_bias)
 
     def __call__(self, x: Array, tokens: int, keys: Array | None) -> Array:
         """Maps `[b*n, width]` to the same shape; `tokens` is n, `keys` `[b]` turn dropout on."""
@@ -223,44 +219,23 @@ class Transformer(nnx.Module):
 
     def __init__(
         self,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int,
+        tower: TowerConfig,
+        config: CLIPConfig,
         *,
         causal: bool,
-        activation: Callable[[Array], Array],
         init: BlockInit,
-        norm_eps: float,
-        remat: str,
-        dropout: float,
-        trained: int,
-        unroll: int,
-        attention: Attention,
-        dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
+        trained, layers = tower.trained_blocks, tower.layers
         if trained > layers:
             raise ValueError(f"trained_blocks {trained} is more than the {layers} there are")
-        self.remat, self.unroll = remat, unroll
+        self.remat, self.unroll = tower.remat, config.unroll
         self.layers, self.frozen = layers, layers - trained if trained > 0 else 0
 
         @nnx.split_rngs(splits=layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> Block:
-            return Block(
-                width,
-                heads,
-                mlp_width,
-                causal=causal,
-                activation=activation,
-                init=init,
-                norm_eps=norm_eps,
-                dropout=dropout,
-                attention=attention,
-                dtype=dtype,
-                rngs=rngs,
-            )
+            return Block(tower, config, causal=causal, init=init, rngs=rngs)
 
         self.blocks = stack(rngs)
 

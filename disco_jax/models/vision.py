@@ -46,10 +46,11 @@ class AttentionPool(nnx.Module):
     Source: "MAP head" of Scaling Vision Transformers (Zhai et al., 2022), as in big_vision.
     """
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        width, mlp_width = config.width, int(config.width * config.mlp_ratio)
-        self.heads, self.dtype = config.heads, dtype
-        self.activation = ACTIVATIONS[config.activation]
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+        c, dtype = config.vision, jnp.dtype(config.dtype)
+        width = c.width
+        self.heads, self.dtype = c.heads, dtype
+        self.activation = ACTIVATIONS[c.activation]
         kernel = xavier_uniform()
         self.probe = nnx.Param(kernel(rngs.params(), (1, width), jnp.float32))
 
@@ -57,8 +58,8 @@ class AttentionPool(nnx.Module):
             return nnx.Linear(n_in, n_out, kernel_init=kernel, dtype=dtype, rngs=rngs)
 
         self.in_proj, self.out_proj = linear(width, 3 * width), linear(width, width)
-        self.ln = layer_norm(width, config.norm_eps, dtype, rngs)
-        self.mlp_in, self.mlp_out = linear(width, mlp_width), linear(mlp_width, width)
+        self.ln = layer_norm(c, config, rngs)
+        self.mlp_in, self.mlp_out = linear(width, c.mlp_width), linear(c.mlp_width, width)
 
     def __call__(self, x: Array) -> Array:
         """Maps `[b, n, width]` to `[b, width]`."""
@@ -104,26 +105,10 @@ class VisionTransformer(nnx.Module):
             scale(rngs.params(), (patches + by_class, c.width), jnp.float32)
         )
         if by_class:
-            self.ln_pre = layer_norm(c.width, c.norm_eps, dtype, rngs)
-        mlp_width = int(c.width * c.mlp_ratio)
-        self.transformer = Transformer(
-            c.width,
-            c.layers,
-            c.heads,
-            mlp_width,
-            causal=False,
-            activation=ACTIVATIONS[c.activation],
-            init=clip_vision_init(c.width, mlp_width) if by_class else siglip_init(),
-            norm_eps=c.norm_eps,
-            remat=c.remat,
-            dropout=c.dropout,
-            trained=c.trained_blocks,
-            unroll=config.unroll,
-            attention=config.attention,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.ln_post = layer_norm(c.width, c.norm_eps, dtype, rngs)
+            self.ln_pre = layer_norm(c, config, rngs)
+        init = clip_vision_init(c.width, c.mlp_width) if by_class else siglip_init()
+        self.transformer = Transformer(c, config, causal=False, init=init, rngs=rngs)
+        self.ln_post = layer_norm(c, config, rngs)
         if by_class:
             self.proj = nnx.Param(scale(rngs.params(), (c.width, config.embed_dim), jnp.float32))
         else:
@@ -132,7 +117,7 @@ class VisionTransformer(nnx.Module):
                     f"embed_dim {config.embed_dim} is not vision.width {c.width}: attention "
                     "pooling has no projection"
                 )
-            self.pool = AttentionPool(c, dtype=dtype, rngs=rngs)
+            self.pool = AttentionPool(config, rngs=rngs)
 
     def __call__(self, images: Array, keys: Array | None = None) -> Array:
         """Un-normalised fp32 features `[b, embed_dim]` of `[b, image_size, image_size, 3]`.

@@ -1,0 +1,56 @@
+"""Sizes of towers in the config.json of transformers, whose CLIP and SigLIP call them alike."""
+
+from typing import Any
+
+from disco_jax.models import TextConfig, VisionConfig
+from disco_jax.models.config import TowerConfig
+
+
+def vision_from(spec: dict[str, Any], base: VisionConfig) -> VisionConfig:
+    """An image tower; what is left out is as in `base`."""
+    return VisionConfig(
+        image_size=spec.get("image_size", base.image_size),
+        patch_size=spec.get("patch_size", base.patch_size),
+        **_tower_from(spec, base),
+    )
+
+
+def text_from(spec: dict[str, Any], base: TextConfig) -> TextConfig:
+    """A text tower; what is left out is as in `base`."""
+    return TextConfig(
+        context_length=spec.get("max_position_embeddings", base.context_length),
+        vocab_size=spec.get("vocab_size", base.vocab_size),
+        **_tower_from(spec, base),
+    )
+
+
+def _tower_from(spec: dict[str, Any], base: TowerConfig) -> dict[str, Any]:
+    width = spec.get("hidden_size", base.width)
+    return {
+        "width": width,
+        "layers": spec.get("num_hidden_layers", base.layers),
+        "heads": spec.get("num_attention_heads", base.heads),
+        "mlp_ratio": spec.get("intermediate_size", base.mlp_width) / width,
+    }
+
+
+def vision_to(vision: VisionConfig) -> dict[str, Any]:
+    """The inverse of `vision_from`."""
+    sizes = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    return sizes | _tower_to(vision)
+
+
+def text_to(text: TextConfig) -> dict[str, Any]:
+    """The inverse of `text_from`."""
+    sizes = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
+    return sizes | _tower_to(text)
+
+
+def _tower_to(tower: TowerConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_width,
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads,
+        "layer_norm_eps": tower.norm_eps,
+    }
