@@ -177,7 +177,7 @@ def kubernetes(index: int, count: int, port: int) -> dict[str, str]:
 
 
 def slurm_port() -> int:
-    """A free one among those that JAX takes under Slurm, which are above the system's own choice."""
+    """A free one of those that JAX takes under Slurm; the system never picks any of them."""
     for port in range(SLURM_PORTS, 65536):
         with socket.socket() as opened:
             if opened.connect_ex(("127.0.0.1", port)):
