@@ -242,7 +242,6 @@ def test_the_hosts_loop_compiles_once_and_donates_its_state():
         ({"microbatch": 3}, "microbatch 3 does not divide a device's share of the batch, 8 sampl"),
         ({"batch_size": 30}, "batch_size 30 does not divide by the 4 devices; 28 or 32 would"),
         ({"fsdp": 3}, "fsdp 3 does not divide the 4 devices"),
-        ({"microbatch_mode": "host"}, "microbatch_mode 'host' needs microbatch"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_told(changes, says):

@@ -112,8 +112,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tm
     shutil.copytree(calm, workdir)
     config = config_of(made)
     newest = workdir / "checkpoints" / "8"
-    data = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
-    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    for data in newest.glob("state/d/*"):
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(UserError, match="/checkpoints/8 can't be restored: ") as told:
         train(config, workdir)
     hint = "python -m disco_jax.checkpoint"

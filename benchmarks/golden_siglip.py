@@ -1,7 +1,7 @@
 """Makes siglip_tiny.*: a random SiglipModel of transformers, its outputs and timm's names.
 
 pip install -r requirements-bench.txt
-PYTHONPATH=. python tests/golden/make_siglip.py
+PYTHONPATH=. python benchmarks/golden_siglip.py
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import SiglipConfig, SiglipModel
 
-HERE = Path(__file__).parent
+GOLDEN = Path("tests/golden")
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 72,
@@ -34,12 +34,12 @@ def main() -> None:
         images, tokens = torch.randn(3, 3, 24, 24), torch.randint(0, 64, (3, 8))
         image = model.get_image_features(images).pooler_output
         text = model.get_text_features(tokens).pooler_output
-    model.save_pretrained(HERE / "siglip_tiny")
+    model.save_pretrained(GOLDEN / "siglip_tiny")
     io = {"images_nchw": images, "tokens": tokens, "image_features": image, "text_features": text}
-    save_file(io, HERE / "siglip_tiny.io.safetensors")
+    save_file(io, GOLDEN / "siglip_tiny.io.safetensors")
     peer = open_clip.create_model("ViT-B-16-SigLIP")
     shapes = {name: list(value.shape) for name, value in peer.state_dict().items()}
-    (HERE / "siglip_b16_openclip_shapes.json").write_text(json.dumps(shapes, indent=0) + "\n")
+    (GOLDEN / "siglip_b16_openclip_shapes.json").write_text(json.dumps(shapes, indent=0) + "\n")
 
 
 if __name__ == "__main__":
