@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -61,6 +62,20 @@ def test_imported_features_equal_openclips(openclip, tmp_path):
     image, text = features(tmp_path / "ours")
     np.testing.assert_allclose(image, io["image_features"], atol=1e-4)
     np.testing.assert_allclose(text, io["text_features"], atol=1e-4)
+
+
+def test_weights_of_half_precision_come_in_as_float32(openclip, tmp_path):
+    """Cast by hand: a bfloat16 is the upper half of a float32's bits."""
+    import_model(str(openclip), "openclip", tmp_path / "ours")
+    path = openclip / "open_clip_model.safetensors"
+    halves = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(path).items()}
+    save_file(halves, path)
+    import_model(str(openclip), "openclip", tmp_path / "halves")
+    one, other = (flatten(load_model(tmp_path / name)[1]) for name in ("ours", "halves"))
+    for name, value in other.items():
+        assert value.dtype == np.float32
+        assert not (value.view(np.uint32) & 0xFFFF).any()
+        np.testing.assert_allclose(value, one[name], rtol=2**-8, err_msg=name)
 
 
 @pytest.mark.parametrize("library", ["openclip", "hf"])

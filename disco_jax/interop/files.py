@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (bfloat16 is a type of NumPy's once this is imported)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -43,16 +44,10 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         return _read_torch(path)
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: _fp32(file, name, path) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            return {name: file.get_tensor(name).astype(np.float32) for name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _fp32(file: Any, name: str, path: Path) -> np.ndarray:
-    try:
-        return file.get_tensor(name).astype(np.float32)
-    except TypeError as error:  # NumPy has no bfloat16
-        raise UserError(f"{path}: {name} is of a type that NumPy does not have: {error}") from error
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
