@@ -1,6 +1,9 @@
 """Eight fake devices for every test, set before JAX starts, and the strictest of its settings."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -16,8 +19,15 @@ from jax.sharding import Mesh
 
 from disco_jax.mesh import make_mesh
 
-# For the XLA_FLAGS of short runs in other processes: compiling is what takes them their time.
-FAST = "--xla_backend_optimization_level=0"
+# The environment of short runs in other processes. Compiling is what takes them their time: it is
+# done without optimisations, and the runs of a test, often of one program, share what it gives.
+CACHE = tempfile.mkdtemp(prefix="disco_jax_tests_")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))} | {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_COMPILATION_CACHE_DIR": CACHE,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from disco_jax.interop.store import flatten, save_model
 from disco_jax.models import CLIP, CLIPConfig, TextConfig, VisionConfig
-from tests.conftest import FAST
+from tests.conftest import ENV
 from tests.small_config import get_config
 
 ROOT = Path(__file__).parent.parent
-ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-ENV["XLA_FLAGS"] = FAST
 SIZES = CLIPConfig(
     embed_dim=16,
     vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),

@@ -148,7 +148,7 @@ if launch:
 import jax
 from disco_jax.training.loop import train
 from tests.small_run import config_of
-for method in ("ring",):
+for method in ("disco", "stream", "ring"):
     fields = dict(num_steps=20, checkpoint_every=20, loss__method=method)
     train(config_of(made, **fields), out / method)
 print(jax.process_count(), jax.device_count(), len(jax.local_devices()))
@@ -207,7 +207,7 @@ def test_processes_give_the_curve_of_one(made, tmp_path):
             said, told = job.communicate(timeout=240)
             assert job.returncode == 0, told[-2000:]
             assert said.splitlines()[-1] == f"{count} 4 {4 // count}"
-        curves[count] = {m: losses(out / m) for m in ("ring",)}
+        curves[count] = {m: losses(out / m) for m in ("disco", "stream", "ring")}
     for method, expected in curves[1].items():
         assert len(expected) == 20
         assert expected[-1] < expected[0]

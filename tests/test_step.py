@@ -4,17 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs.shapes import get_config
 from disco_jax.losses import METHODS
 from disco_jax.mesh import place_batch
-from disco_jax.models import PRESETS
-from disco_jax.training.build import model_config
 from disco_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from disco_jax.training.state import abstract_model, init_state
 from disco_jax.training.step import clamp_logit_scale, make_train_step
 from tests.conftest import mesh_of
-
-MODEL = PRESETS["tiny"]
+from tests.test_microbatch import random_batch, small
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,35 +20,14 @@ def standard_promotion():
         yield
 
 
-def small_config(method: str = "disco"):
-    config = get_config()
-    config.loss.method = method
-    config.batch_size = 32
-    config.num_steps = 20
-    config.optimizer.warmup_steps = 5
-    return config
-
-
-def random_batches(count: int):
-    rng = np.random.default_rng(0)
-    for _ in range(count):
-        tokens = rng.integers(1, 49000, (32, MODEL.text.context_length)).astype(np.int32)
-        tokens[:, -1] = 49407
-        yield {
-            "images": rng.integers(0, 256, (32, 48, 48, 3)).astype(np.uint8),
-            "tokens": tokens,
-        }
-
-
 def curve(method: str, devices: int, steps: int = 20, kind: str = "softmax") -> np.ndarray:
-    config, mesh = small_config(method), mesh_of(devices)
-    config.loss.kind = kind
-    model = model_config(config)
+    config, model = small(kind, method, drop=(0.0, 0.0))
+    mesh = mesh_of(devices)
     step = make_train_step(config, model, mesh)
     state = init_state(model, make_optimizer(config), mesh, seed=0)
     losses = []
-    for batch in random_batches(steps):
-        state, metrics = step(state, place_batch(batch, mesh))
+    for seed in range(steps):
+        state, metrics = step(state, place_batch(random_batch(seed), mesh))
         losses.append(float(metrics["train/loss"]))
     return np.array(losses)
 
@@ -77,16 +52,16 @@ def test_the_sigmoid_loss_trains_as_well():
 
 
 def test_compiles_once_and_donates_its_state():
-    config, mesh = small_config(), mesh_of(4)
+    (config, model), mesh = small(method="disco"), mesh_of(4)
     compilations = []
 
     def listener(event, duration, **kwargs):
         if event == "/jax/core/compile/backend_compile_duration":
             compilations.append(duration)
 
-    step = make_train_step(config, MODEL, mesh)
-    state = init_state(MODEL, make_optimizer(config), mesh, seed=0)
-    batches = [place_batch(batch, mesh) for batch in random_batches(4)]
+    step = make_train_step(config, model, mesh)
+    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    batches = [place_batch(random_batch(seed), mesh) for seed in range(4)]
     before = state
     state, _ = step(state, batches[0])
     assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
@@ -103,16 +78,16 @@ def test_compiles_once_and_donates_its_state():
 
 
 def test_state_begins_on_every_device():
-    mesh = mesh_of(8)
-    state = init_state(MODEL, make_optimizer(small_config()), mesh, seed=0)
+    (config, model), mesh = small(), mesh_of(8)
+    state = init_state(model, make_optimizer(config), mesh, seed=0)
     assert all(x.sharding.device_set == set(mesh.devices.flat) for x in jax.tree.leaves(state))
-    other = init_state(MODEL, make_optimizer(small_config()), mesh_of(1), seed=0)
+    other = init_state(model, make_optimizer(config), mesh_of(1), seed=0)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_norms_biases_and_the_scale_do_not_decay():
-    _, params = abstract_model(MODEL)
+    _, params = abstract_model(small()[1])
     mask = decay_mask(params)
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="."): decays
@@ -150,7 +125,8 @@ def test_the_scale_stays_between_1_and_100(raw, kept):
 
 
 def test_schedule_warms_up_and_ends_at_zero():
-    config = small_config()
+    config, _ = small()
+    config.optimizer.warmup_steps = 5
     schedule = make_schedule(config)
     peak = config.optimizer.learning_rate
     assert float(schedule(0)) == 0
@@ -161,7 +137,8 @@ def test_schedule_warms_up_and_ends_at_zero():
 
 def test_clipping_bounds_the_update():
     """With plain gradients ten thousand times as large, a clipped AdamW step is the same."""
-    config = small_config()
+    config, _ = small()
+    config.optimizer.grad_clip_norm = 1.0
     optimizer = make_optimizer(config)
     params = {"kernel": np.ones((2, 2), np.float32)}
     big, bigger = ({"kernel": np.full((2, 2), v, np.float32)} for v in (1e2, 1e6))

@@ -12,11 +12,9 @@ from pathlib import Path
 import grain
 import pytest
 
-from tests.conftest import FAST
+from tests.conftest import ENV
 
 ROOT = Path(__file__).parent.parent
-ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-ENV["XLA_FLAGS"] = FAST
 SMALL = (
     "--config.batch_size=16",
     "--config.num_steps=6",
@@ -79,12 +77,12 @@ def lines_of(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, data_dir) -> Path:
-    """An undisturbed run, on 8 devices."""
+    """An undisturbed run, on 4 devices."""
     workdir = tmp_path_factory.mktemp("run")
-    result = run(*command("train.py", workdir, data_dir, "--config.fake_devices=8"))
+    result = run(*command("train.py", workdir, data_dir, "--config.fake_devices=4"))
     assert result.returncode == 0, result.stderr
     assert "step 6/6" in result.stdout
-    assert "8 cpu devices" in result.stdout
+    assert "4 cpu devices" in result.stdout
     return workdir
 
 
@@ -110,7 +108,7 @@ def test_eval_prints_a_table_and_json(finished, data_dir):
     ways = ("image_to_text", "text_to_image")
     names |= {f"retrieval/{way}_recall@{k}" for way in ways for k in (1, 5, 10)}
     assert names <= metrics.keys()
-    # The same parameters, on 2 devices instead of 8, give what training logged at its end.
+    # The same parameters, on 2 devices instead of 4, give what training logged at its end.
     assert metrics["zeroshot/top1"] == rows(finished)[-1]["zeroshot/top1"]
     assert json.loads((finished / "eval" / "6.json").read_text()) == metrics
     assert (finished / "predictions.png").read_bytes()[:4] == b"\x89PNG"
@@ -144,7 +142,7 @@ def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, 
 
     And as the undisturbed run on the TFDS form.
     """
-    args = command("train.py", tmp_path, data_dir, "--config.fake_devices=8", config="tars")
+    args = command("train.py", tmp_path, data_dir, "--config.fake_devices=4", config="tars")
     args += [f"--config.data.name={shards}", "--config.data.record_keys"]
     args += ["--config.data.num_workers=4"]
     with subprocess.Popen(
