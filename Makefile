@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/shapes
 
-.PHONY: demo test lint plan clean
+.PHONY: demo test lint plan docs-check clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=configs/shapes.py --workdir=$(RUN)
@@ -26,6 +26,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Runs the commands of README.md and docs/, shortened where they would take hours.
+docs-check: $(VENV)/dev.stamp
+	$(BIN)/python scripts/check_docs.py
 
 clean:
 	rm -rf $(RUN)

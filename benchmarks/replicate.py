@@ -1,21 +1,25 @@
-"""The paper's experiments, scaled down to two CPU cores, on `shapes`.
+"""The paper's experiments, scaled down to two CPU cores.
 
-    python benchmarks/replicate.py equivalence [--steps=50]
-    python benchmarks/replicate.py batch_size [--samples=32000]
+    python benchmarks/replicate.py equivalence    # four methods, 1 and 8 devices: the same curve
+    python benchmarks/replicate.py batch_size     # accuracy against batch at equal epochs
+    python benchmarks/replicate.py memory         # of the losses on 8 A100s, from the planner
+    python benchmarks/replicate.py time           # of the losses here
 
-`equivalence`: the loss and zero-shot curves of four methods on 1 and 8 devices, drawn over each
-other. `batch_size`: four batch sizes at equal epochs, three seeds each, with the spread. Results
-are written to docs/results, as JSON, with the command, and as a picture.
+Each writes docs/results/EXPERIMENT.json, with its command, and .png; --out=FOLDER, elsewhere.
+`memory` needs requirements-plan.txt.
 """
 
 import argparse
+import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,14 +30,16 @@ METHODS = ("reference", "disco", "stream", "ring")
 DEVICES = (1, 8)
 BATCHES = (32, 64, 128, 256)
 SEEDS = (0, 1, 2)
+LOSSES = ("auto", "disco", "stream", "ring")  # of `memory` and `time`
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=("equivalence", "batch_size"))
+    parser.add_argument("experiment", choices=("equivalence", "batch_size", "memory", "time"))
     parser.add_argument("--steps", type=int, default=50, help="of each curve of `equivalence`")
-    parser.add_argument("--samples", type=int, default=32_000, help="of each run of `batch_size`")
-    parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
+    parser.add_argument("--every", type=int, default=10, help="steps between its evaluations")
+    parser.add_argument("--samples", type=int, default=40_000, help="of each run of `batch_size`")
+    parser.add_argument("--batches", help="of `memory` and `time`, with commas")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
     return parser.parse_args()
 
@@ -98,22 +104,44 @@ def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
         yield batch.arrays
 
 
+def drawn_batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Samples of `shapes` as they are drawn, one after the other, without a data set on a disk."""
+    from disco_jax.data.shapes.builder import make_example
+    from disco_jax.tokenizer import make_tokenizer
+    from disco_jax.training.build import model_config
+
+    tokenize = make_tokenizer(model_config(config).text)
+    for step in range(config.num_steps):
+        first = step * config.batch_size
+        examples = [make_example("train", first + i) for i in range(config.batch_size)]
+        images = [np.asarray(Image.open(io.BytesIO(e["image"])).convert("RGB")) for e in examples]
+        yield {"images": np.stack(images), "tokens": tokenize([e["caption"] for e in examples])}
+
+
+def equivalence_config(steps: int) -> Any:
+    """A run of `equivalence`, but for its loss method."""
+    return config_of(batch_size=64, num_steps=steps, optimizer__warmup_steps=10)
+
+
+def curve(config: Any, devices: int, steps: int, every: int = 0) -> dict[str, Any]:
+    """Losses of the first steps, and zero-shot top-1 after `every` so many of them (0: never)."""
+    run, losses, accuracies = Trainer(config, devices), [], {}
+    for i, batch in zip(range(1, steps + 1), drawn_batches(config), strict=False):
+        losses.append(run.step(batch))
+        if every and i % every == 0:
+            accuracies[i] = run.accuracy()["zeroshot/top1"]
+    return {"loss": losses, "top1": accuracies}
+
+
 def equivalence(arguments: argparse.Namespace) -> dict[str, Any]:
     """Curves of each method on each number of devices, of the very same batches."""
-    config = config_of(batch_size=64, num_steps=arguments.steps, optimizer__warmup_steps=10)
-    stream = batches(config)
-    arrays = [next(stream) for _ in range(arguments.steps)]
-    curves: dict[str, Any] = {}
+    config, curves = equivalence_config(arguments.steps), {}
     for method in METHODS:
         for devices in DEVICES:
             config.loss.method = method
-            run, losses, accuracies = Trainer(config, devices), [], {}
-            for i, batch in enumerate(arrays):
-                losses.append(run.step(batch))
-                if (i + 1) % arguments.every == 0:
-                    accuracies[i + 1] = run.accuracy()["zeroshot/top1"]
             name = f"{method}, {devices} device{'s' if devices > 1 else ''}"
-            curves[name] = {"loss": losses, "top1": accuracies}
+            curves[name] = curve(config, devices, arguments.steps, arguments.every)
+            losses = curves[name]["loss"]
             print(f"{name}: loss {losses[0]:.6f} to {losses[-1]:.6f}", flush=True)
     first = np.array(curves["reference, 1 device"]["loss"])
     off = {n: float(np.abs(np.array(c["loss"]) / first - 1).max()) for n, c in curves.items()}
@@ -140,6 +168,42 @@ def batch_size(arguments: argparse.Namespace) -> dict[str, Any]:
             rows[-1] |= run.accuracy()
             print(json.dumps(rows[-1]), flush=True)
     return {"samples": arguments.samples, "rows": rows}
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the planner says of loss and gradients, ViT-B/32's width, on 8 A100s."""
+    options = [
+        "--loss_only",
+        "--dim=512",
+        "--topology=a100-40gb:8",
+        f"--compare={','.join(LOSSES)}",
+    ]
+    batches = arguments.batches or "8192,16384,32768,65536,131072"
+    command = ["-m", "disco_jax.plan", *options, f"--batch_size={batches}", "--json"]
+    return {"rows": json_of(command)}
+
+
+def time(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of loss and gradients on two CPU devices, interleaved."""
+    batches = arguments.batches or "1024,2048,4096,8192"
+    command = ["benchmarks/loss.py", f"--batch={batches}", "--json"]
+    found = json_of(command)
+    return found if "batches" in found else {"batches": [found]}
+
+
+def json_of(command: list[str]) -> Any:
+    """The last line that a command of this project prints; the lines before it are shown."""
+    lines = []
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as job:
+        for line in job.stdout or ():
+            lines.append(line)
+            if not line.startswith(("[", "{")):
+                print(line, end="", flush=True)
+    if job.returncode:
+        sys.exit(job.returncode)
+    return json.loads(lines[-1])
 
 
 def draw_equivalence(found: dict[str, Any], path: Path) -> None:
@@ -178,13 +242,30 @@ def draw_batch_size(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_memory(found: dict[str, Any], path: Path) -> None:
+    from disco_jax.plan.show import draw
+
+    draw(found["rows"], path)
+
+
+def draw_time(found: dict[str, Any], path: Path) -> None:
+    from benchmarks.loss import draw
+
+    draw(found["batches"], path)
+
+
+EXPERIMENTS = {
+    "equivalence": (equivalence, draw_equivalence),
+    "batch_size": (batch_size, draw_batch_size),
+    "memory": (memory, draw_memory),
+    "time": (time, draw_time),
+}
+
+
 def main() -> None:
     arguments = parse_arguments()
     use_fake_devices(8)
-    run, draw = {
-        "equivalence": (equivalence, draw_equivalence),
-        "batch_size": (batch_size, draw_batch_size),
-    }[arguments.experiment]
+    run, draw = EXPERIMENTS[arguments.experiment]
     found = {"command": " ".join(["python", "benchmarks/replicate.py", *sys.argv[1:]])}
     found |= run(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ def default() -> ConfigDict:
     c.loss.kind = (
         "softmax"  # CLIP's; or sigmoid, SigLIP's, with a learnable bias that begins at -10
     )
-    c.loss.method = "disco"  # auto, reference, disco, stream or ring (disco_jax/losses)
+    c.loss.method = "ring"  # auto, reference, disco, stream or ring (docs/losses.md)
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw, lion, adafactor or muon (disco_jax/training/optimizer.py)

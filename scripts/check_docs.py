@@ -1,0 +1,179 @@
+"""Runs what README.md and docs/*.md tell people to type, in a fresh copy of the repository.
+
+    python scripts/check_docs.py [--only=TEXT] [--list]
+
+A command is an indented line that begins with a program; consecutive lines are one script. What
+would take hours runs shortened (SHORTER), what needs a cluster, an account or another library is
+checked otherwise (ELSEWHERE); both are told. Blocks of Python are run as well (NAMES).
+Needs requirements-dev.txt, and a checkout whose commits are what is to be checked.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = ("python ", "make ", "pip ", "sbatch ", "kubectl ", "PLAN=", "$PLAN ", "PYTHONPATH=")
+# The hub's repositories and people's own files are stood in for by what FILES makes.
+OPENCLIP = "stand_ins/openclip"
+FILES = f"""
+import io, json, shutil, tarfile
+from pathlib import Path
+from PIL import Image
+from disco_jax.interop import export_model, import_model
+golden, folder = Path("tests/golden"), Path("{OPENCLIP}")
+folder.mkdir(parents=True)
+weights, sizes = (golden / f"openclip_tiny_gelu.{{end}}" for end in ("weights.safetensors", "json"))
+shutil.copy(weights, folder / "open_clip_model.safetensors")
+spec = {{"model_cfg": json.loads(sizes.read_text()), "preprocess_cfg": {{}}}}
+(folder / "open_clip_config.json").write_text(json.dumps(spec))
+import_model(str(folder), "openclip", Path("stand_ins/ours"))
+export_model(Path("stand_ins/ours"), "hf", Path("stand_ins/hf"))
+Path("photos").mkdir()
+for name in ("cat.jpg", "dog.jpg", "photos/cat.jpg"):
+    shutil.copy(golden / "preprocess_0_in.png", name.replace(".jpg", ".png"))
+    Image.open(golden / "preprocess_0_in.png").convert("RGB").save(name)
+with tarfile.open("stand_ins/00000.tar", "w") as tar:
+    for i in range(64):
+        data = Path("cat.jpg").read_bytes()
+        for end, member in (("jpg", data), ("txt", b"a cat"), ("json", b'{{"caption": "a cat"}}')):
+            info = tarfile.TarInfo(f"{{i:05d}}.{{end}}")
+            info.size = len(member)
+            tar.addfile(info, io.BytesIO(member))
+"""
+SHORT = " ".join(
+    f"--config.{field}"
+    for field in ("num_steps=4", "batch_size=16", "eval.every=0", "checkpoint_every=2")
+)
+# What is run instead, told in the output. In their order; each may rewrite what another left.
+SHORTER = (
+    (r"^make demo.*", "python train.py --config=configs/shapes.py --workdir=runs/shapes"),
+    (r"^make test.*", "python -m pytest tests/test_collectives.py"),
+    (r"^make plan.*", "make -n plan"),
+    (r"--config=\.\.\.", "--config=configs/shapes.py --workdir=runs/finetuned"),
+    (r"'?/data/\{00000\.\.00999\}\.tar'?|'?/data/\*\.tar'?", "stand_ins/00000.tar"),
+    (r"(data\.name=stand_ins\S*)", r"\1 --config.data.num_workers=0 --config.model.dtype=float32"),
+    (r"( train\.py.*?| eval\.py.*?)( &)?$", rf"\1 {SHORT}\2"),
+    (r"(train\.py --config=configs/pairs\.py(?!.*model\.name).*)", r"\1 --config.model.name=tiny"),
+    (r"openai/clip-vit-base-patch32", "stand_ins/hf"),
+    (r"PATH_OR_REPO", OPENCLIP),
+    (r"(chaos\.py) --kills=30", r"\1 --kills=2 --steps=20"),
+    (r"(replicate\.py equivalence)", r"\1 --steps=2 --every=2 --out=runs/results"),
+    (r"(replicate\.py batch_size)", r"\1 --samples=512 --out=runs/results"),
+    (r"(replicate\.py memory)", r"\1 --batches=8192 --out=runs/results"),
+    (r"(replicate\.py time)", r"\1 --batches=512 --out=runs/results"),
+    (r"(loss\.py .*)--batch[= ][0-9,]+", r"\1--batch 512"),
+    (r"(step\.py .*)--batch 1024 --microbatch 128", r"\1--batch 64 --microbatch 8"),
+    (r"benchmarks/eval\.py", "benchmarks/eval.py --classes=8 --images=100"),
+    (r"input\.py --index=1000 --entries=10000", "input.py --index=2 --entries=100"),
+    (r"(disco_jax\.plan.*--batch_size=[0-9]+),[0-9,]+", r"\1"),
+    (r"--go_back_to=STEP", "--go_back_to=2"),
+    (r"checkpoint WORKDIR", "checkpoint runs/shapes"),
+)
+# What can't run on any machine, and what is done instead.
+ELSEWHERE = (
+    (r"^sbatch (\S+)", r"bash -n \1"),
+    (r"^kubectl apply -f (\S+)", r"python -c 'import json, sys; text = open(sys.argv[1]).read(); "
+     r"assert \"kind: \" in text' \1"),
+    (r"^pip install", "true"),
+    (r"--peer openclip|parity\.py", "true"),  # needs requirements-bench.txt
+)  # fmt: skip
+# What the examples in Python may take for granted.
+NAMES = """
+import jax, numpy as np
+from disco_jax.config import default
+from disco_jax.mesh import make_mesh, use_fake_devices
+config = default()
+use_fake_devices(2)
+mesh = make_mesh(jax.devices())
+rows = np.random.default_rng(0).normal(size=(2, 8, 4)).astype(np.float32)
+image, text = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+logit_scale = np.float32(10)
+"""
+
+
+def blocks(text: str) -> tuple[list[list[str]], list[str]]:
+    """Scripts of shell commands, and blocks of Python, of one document."""
+    python = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    shell: list[list[str]] = []
+    inside = False
+    for line in re.sub(r"^```.*?^```", "", text, flags=re.M | re.S).splitlines():
+        command = line[4:].split("   #")[0].rstrip() if line.startswith("    ") else ""
+        if command.startswith(PROGRAMS):
+            shell.append([*shell.pop(), command] if inside else [command])
+        inside = command.startswith(PROGRAMS)
+    return shell, python
+
+
+def runnable(command: str) -> tuple[str, str]:
+    """What is run for a command, and what to say of it."""
+    for pattern, instead in ELSEWHERE:
+        if found := re.search(pattern, command):
+            return found.expand(instead), "elsewhere"
+    short = command
+    for pattern, instead in SHORTER:
+        short = re.sub(pattern, instead, short)
+    return short, "as it is" if short == command else "shortened"
+
+
+def run(script: str, where: Path) -> str:
+    """What a script printed if it failed, else nothing."""
+    path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
+    job = subprocess.run(
+        ["bash", "-ec", script],
+        cwd=where,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(where), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    return "" if job.returncode == 0 else f"{job.stdout[-1500:]}\n{job.stderr[-3000:]}"
+
+
+def main() -> None:
+    """Ends with 1 where anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="commands that contain this text")
+    parser.add_argument("--list", action="store_true", help="tell what would be run")
+    arguments = parser.parse_args()
+    done: set[str] = set()
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder) / "copy"
+        subprocess.run(["git", "clone", "--quiet", ROOT, where], check=True)
+        (where / "data").symlink_to(ROOT / "data")
+        if not arguments.list and (told := run(f"python - <<'END'{FILES}END", where)):
+            sys.exit(told)
+        for document in (where / "README.md", *sorted((where / "docs").glob("*.md"))):
+            shutil.rmtree(where / "runs/mine", ignore_errors=True)
+            shell, python = blocks(document.read_text())
+            scripts = [("\n".join(c), [runnable(line) for line in c]) for c in shell]
+            scripts += [
+                (code, [(f"python - <<'END'{NAMES}{code}END", "as it is")]) for code in python
+            ]
+            for shown, lines in scripts:
+                script = "\n".join(command for command, _ in lines) + "\nwait"
+                if arguments.only not in shown or script in done:
+                    continue
+                done.add(script)
+                how = ", ".join(dict.fromkeys(how for _, how in lines))
+                print(f"{document.name}: {shown}\n  [{how}]", flush=True)
+                if arguments.list:
+                    print("  " + "\n  ".join(command for command, _ in lines))
+                    continue
+                begun = time.monotonic()
+                if told := run(script, where):
+                    failed += 1
+                    print(f"  FAILED: {script}\n{told}")
+                print(f"  {time.monotonic() - begun:.0f} s", flush=True)
+    print(f"{len(done)} scripts, {failed} failed")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

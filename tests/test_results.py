@@ -1,0 +1,71 @@
+"""What docs/results holds is what its commands give: a small part of it is made again."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.replicate import EXPERIMENTS, curve, equivalence_config
+from disco_jax.config import default
+from disco_jax.plan.accelerators import parse_topology
+from disco_jax.plan.compiler import Compiler
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs/results"
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_each_has_its_command_and_picture(name):
+    words = shlex.split(result(name)["command"])
+    assert words[:3] == ["python", "benchmarks/replicate.py", name]
+    assert (RESULTS / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_equivalence_is_to_rounding():
+    found = result("equivalence")
+    assert len(found["curves"]) == 8
+    assert {len(curve["loss"]) for curve in found["curves"].values()} == {50}
+    assert max(found["largest_relative_difference"].values()) < 1e-5
+
+
+def test_equivalence_begins_as_it_was_written():
+    config = equivalence_config(50)
+    config.loss.method = "stream"
+    with jax.numpy_dtype_promotion("standard"):
+        losses = curve(config, devices=2, steps=3)["loss"]
+    expected = result("equivalence")["curves"]["reference, 1 device"]["loss"][:3]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the compilers are Linux wheels")
+def test_memory_is_as_it_was_written(monkeypatch):
+    """As the compiler at hand has it: other versions of XLA differ by a few percent."""
+    for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    rows = {(row["method"], row["batch_size"]): row for row in result("memory")["rows"]}
+    row = rows["ring", 32_768]
+    with Compiler(parse_topology("a100-40gb:8")) as compiler:
+        config = default()
+        config.batch_size, config.loss.method = 32_768, "ring"
+        again = compiler.compile(config, loss_only=True, dim=512)
+    assert again["temp_bytes"] == pytest.approx(row["temp_bytes"], rel=0.1)
+    assert rows["disco", 131_072]["temp_bytes"] > 50 * rows["ring", 131_072]["temp_bytes"]
+
+
+def test_batch_sizes_have_three_seeds_each():
+    rows = result("batch_size")["rows"]
+    sizes = sorted({row["batch_size"] for row in rows})
+    assert len(sizes) == 4
+    assert sizes[-1] == 8 * sizes[0]
+    for size in sizes:
+        assert sorted(row["seed"] for row in rows if row["batch_size"] == size) == [0, 1, 2]
+        for row in rows:
+            assert row["steps"] == result("batch_size")["samples"] // row["batch_size"]
