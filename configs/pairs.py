@@ -2,7 +2,7 @@
 
     python train.py --config=configs/pairs.py --workdir=runs/pairs --config.data.name='/data/*.tar'
 
-For one GPU of 24 GB or more; other sizes: python -m disco_jax.plan --config=configs/pairs.py ...
+Fits one GPU of 24 GB; other sizes: python -m disco_jax.plan --config=configs/pairs.py ...
 Fields that are not here have the defaults of disco_jax/config.py, where each is explained.
 """
 
@@ -18,6 +18,8 @@ def get_config() -> ConfigDict:
     config.num_steps = 20_000  # samples times epochs, by batch_size
     config.model.name = "ViT-B-32"  # a preset, or a model folder
     config.model.dtype = "bfloat16"
+    config.model.image_remat = "full"  # computed again instead of kept: a third more work, and
+    config.model.text_remat = "full"  # a tenth of the memory
     config.loss.method = "ring"
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 1_000
