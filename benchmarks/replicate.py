@@ -211,14 +211,14 @@ def draw_equivalence(found: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, (name, curve) in enumerate(found["curves"].items()):
-        style = {"lw": 6 - 0.7 * i, "alpha": 0.6, "color": f"C{i}", "label": name}
+        style = {"lw": 16 - 2 * i, "color": f"C{i}", "label": name}  # each within the one before
         left.plot(range(1, len(curve["loss"]) + 1), curve["loss"], **style)
         right.plot(
             [int(s) for s in curve["top1"]], [100 * v for v in curve["top1"].values()], **style
         )
     left.set(xlabel="step", ylabel="contrastive loss", title="Training loss")
     right.set(xlabel="step", ylabel="top-1 (%)", title="Zero-shot accuracy")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, handlelength=1.5)
     figure.savefig(path, dpi=120)
 
 
