@@ -58,6 +58,14 @@ def test_any_mode_becomes_rgb(mode):
     assert to_random_pixels(image, 4, 0.9, rng, "key").min() > 250
 
 
+def test_grey_of_16_bits_keeps_its_shades():
+    shades = np.array([[0, 1, 2, 3], [64, 65, 66, 67], [128, 129, 130, 131], [252, 253, 254, 255]])
+    encoded = io.BytesIO()
+    Image.fromarray((257 * shades).astype(np.uint16)).save(encoded, "PNG")
+    got = pixels(encoded.getvalue(), 4)
+    np.testing.assert_array_equal(got, np.repeat(shades[:, :, None], 3, axis=2))
+
+
 class Numbered:
     """A source whose sample k has the label k."""
 

@@ -125,6 +125,8 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # grey of 16 bits, of which Pillow would keep the lowest 8
+        image = image.point(lambda value: value * (1 / 257)).convert("L")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
