@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -84,6 +85,18 @@ def test_a_signal_saves_and_the_same_command_goes_on(made, tmp_path):
     job.kill()
     said, _ = job.communicate()
     assert f"going on from step {step}" in said
+
+
+def test_only_steps_in_a_row_stop_a_run(tmp_path):
+    health = Health(tmp_path, max_bad_steps=3, step=0, saved={})
+    for step, skipped in enumerate([True, True, False, True, True], 1):
+        health.begin(step, np.array([f"key {step}"]))
+        health.see(step, math.nan if skipped else 1.0, 1.0, skipped)
+    assert health.metrics() == {"train/skipped_steps": 4.0}
+    health.begin(6, np.array(["key 6"]))
+    with pytest.raises(UserError, match=r"step 6: .* last of 3 in a row.* begin key 6"):
+        health.see(6, 1.0, math.inf, True)
+    health.close()
 
 
 def test_metrics_say_where_the_time_went(calm):

@@ -10,7 +10,7 @@ import pytest
 from configs import vit_b32_laion100m
 from disco_jax.config import default, zeroshot_set
 from disco_jax.errors import UserError
-from disco_jax.report import read_run, report, table
+from disco_jax.report import PAPER, read_run, report, table
 from disco_jax.validation import problems_of
 from disco_jax.workdir import stored_config
 
@@ -99,6 +99,17 @@ def test_what_is_no_run_is_named(tmp_path):
 
 def test_a_stored_config_has_its_labelled_sets(runs):
     assert stored_config(runs[1]).eval.sets.pets.source == "pets"
+
+
+def test_the_papers_numbers():
+    """Table of batch sizes: ImageNet, V2, R, Sketch."""
+    assert PAPER == {
+        8192: (48.76, 41.28, 56.67, 36.65),
+        16384: (50.95, 43.07, 59.24, 38.74),
+        32768: (51.64, 43.85, 60.07, 39.25),
+        65536: (51.91, 44.19, 60.52, 39.76),
+    }
+    assert tuple(PAPER) == vit_b32_laion100m.BATCHES
 
 
 @pytest.mark.parametrize("batch", vit_b32_laion100m.BATCHES)
