@@ -41,6 +41,8 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], sets: Sequence[str], path: 
         left.plot(*_series(rows, "train/loss", "epoch"), color=f"C{i}", label=name, alpha=0.8)
         for k, of in enumerate(sets):
             epochs, accuracies = _series(rows, f"{of}/top1", "epoch")
+            if not epochs:
+                continue
             style = ("-", "--", ":", "-.")[k % 4]
             told = name if len(sets) == 1 else f"{name}, {of}"
             right.plot(
