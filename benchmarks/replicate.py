@@ -238,6 +238,7 @@ def draw_batch_size(found: dict[str, Any], path: Path) -> None:
         )
     axis.set(xscale="log", xlabel="batch", ylabel="top-1 (%)", title="Equal epochs, three seeds")
     axis.set_xticks(BATCHES, [str(size) for size in BATCHES])
+    axis.minorticks_off()
     axis.legend()
     figure.savefig(path, dpi=120)
 
