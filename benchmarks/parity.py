@@ -48,13 +48,13 @@ def config_of(name: str, library: str) -> CLIPConfig:
     if library == "hf":
         act = "gelu_tanh" if config.vision.pool == "map" else "quick_gelu"
         changes["activation"] = act
+    less = {"layers": 2} if config.vision.layers > 24 else {}
     # timm's towers have their layers by name: they are taken whole.
-    if config.vision.layers > 24 and not (library == "openclip" and config.vision.pool == "map"):
-        changes["layers"] = 2
+    whole = library == "openclip" and config.vision.pool == "map"
     return dataclasses.replace(
         config,
-        vision=dataclasses.replace(config.vision, **changes),
-        text=dataclasses.replace(config.text, **changes),
+        vision=dataclasses.replace(config.vision, **changes, **({} if whole else less)),
+        text=dataclasses.replace(config.text, **changes, **less),
     )
 
 
