@@ -79,7 +79,7 @@ SHORTER = (
 # What can't run on any machine, and what is done instead.
 ELSEWHERE = (
     (r"^sbatch (\S+)", r"bash -n \1"),
-    (r"^kubectl apply -f (\S+)", r"python -c 'import sys, yaml; yaml.safe_load(sys.stdin)' < \1"),
+    (r"^kubectl apply -f (\S+)", r"python -c 'import sys, yaml; list(yaml.safe_load_all(sys.stdin))' < \1"),
     (r"^pip install", "true"),
     (r"--peer openclip|parity\.py", "true"),  # needs requirements-bench.txt
 )  # fmt: skip
@@ -146,7 +146,8 @@ def main() -> None:
         where = Path(folder) / "copy"
         subprocess.run(["git", "clone", "--quiet", ROOT, where], check=True)
         (where / "data").mkdir()
-        (where / "data/shapes").symlink_to(ROOT / "data/shapes")
+        if (ROOT / "data/shapes").is_dir():  # else the first command draws it
+            (where / "data/shapes").symlink_to(ROOT / "data/shapes")
         if not arguments.list and (told := run(f"python - <<'END'{FILES}END", where)):
             sys.exit(told)
         for document in (where / "README.md", *sorted((where / "docs").glob("*.md"))):
