@@ -76,10 +76,11 @@ SHORTER = (
     (r"--go_back_to=STEP", "--go_back_to=2"),
     (r"checkpoint WORKDIR", "checkpoint runs/shapes"),
 )
+YAML = "import sys, yaml; list(yaml.safe_load_all(sys.stdin))"
 # What can't run on any machine, and what is done instead.
 ELSEWHERE = (
     (r"^sbatch (\S+)", r"bash -n \1"),
-    (r"^kubectl apply -f (\S+)", r"python -c 'import sys, yaml; list(yaml.safe_load_all(sys.stdin))' < \1"),
+    (r"^kubectl apply -f (\S+)", rf"python -c '{YAML}' < \1"),
     (r"^pip install", "true"),
     (r"--peer openclip|parity\.py", "true"),  # needs requirements-bench.txt
 )  # fmt: skip
