@@ -152,7 +152,8 @@ def main() -> None:
         if not arguments.list and (told := run(f"python - <<'END'{FILES}END", where)):
             sys.exit(told)
         for document in (where / "README.md", *sorted((where / "docs").glob("*.md"))):
-            shutil.rmtree(where / "runs/mine", ignore_errors=True)
+            for left in ("runs/mine", "runs/pairs", "models"):  # each document begins anew
+                shutil.rmtree(where / left, ignore_errors=True)
             shell, python = blocks(document.read_text())
             scripts = [("\n".join(c), [runnable(line) for line in c]) for c in shell]
             scripts += [
