@@ -161,7 +161,8 @@ def main() -> None:
             ]
             for shown, lines in scripts:
                 script = "\n".join(command for command, _ in lines) + "\nwait"
-                if arguments.only not in shown or script in done:
+                # The first one trains what others evaluate and export.
+                if script in done or (done and arguments.only not in shown):
                     continue
                 done.add(script)
                 how = ", ".join(dict.fromkeys(how for _, how in lines))
