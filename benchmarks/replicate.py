@@ -10,6 +10,7 @@ Each writes docs/results/EXPERIMENT.json, with its command, and .png; --out=FOLD
 """
 
 import argparse
+import functools
 import io
 import json
 import subprocess
@@ -73,7 +74,7 @@ class Trainer:
         self._mesh, model = make_mesh(jax.devices()[:devices]), model_config(config)
         self._state = init_state(model, make_optimizer(config), self._mesh, config.seed)
         self._step = make_train_step(config, model, self._mesh)
-        self._evaluator = Evaluator(config, model, self._mesh)
+        self._evaluator = functools.cache(lambda: Evaluator(config, model, self._mesh))
 
     def step(self, arrays: dict[str, np.ndarray]) -> float:
         """The loss of a batch, before the update it leads to."""
@@ -84,7 +85,7 @@ class Trainer:
 
     def accuracy(self) -> dict[str, float]:
         """Zero-shot top-1, on seen and unseen classes."""
-        found = self._evaluator.run(self._state.params)
+        found = self._evaluator().run(self._state.params)
         return {name: value for name, value in found.items() if name.endswith("/top1")}
 
 
