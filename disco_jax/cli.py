@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,8 @@ from disco_jax.overrides import check_overrides
 from disco_jax.peers import Watch, watched
 from disco_jax.validation import problems_of
 from disco_jax.workdir import locked
+
+LEAVING = 30  # seconds that processes which were told to stop wait for each other at the end
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/shapes.py say.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, curves.")
@@ -128,6 +131,10 @@ def guard(function: Callable[[], None]) -> None:
 def _exit(told: str, code: int) -> None:
     print(told, file=sys.stderr, flush=True)
     if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        if code == EXIT_PREEMPTED:  # so do all the others, whom the first's end would abort
+            leave = threading.Thread(target=sys.modules["jax"].distributed.shutdown, daemon=True)
+            leave.start()
+            leave.join(LEAVING)
         # At a regular exit JAX waits for the other processes, which may wait for this one.
         sys.stdout.flush()
         os._exit(code)
