@@ -166,7 +166,7 @@ def test_a_flipped_bit_is_noticed(made, calm, tmp_path, monkeypatch):
     checkpoints.close()
 
 
-@pytest.mark.parametrize(("devices", "fsdp"), [(2, 2), (8, 4)])
+@pytest.mark.parametrize(("devices", "fsdp"), [(4, 1), (2, 2), (1, 1), (8, 4)])
 def test_a_checkpoint_goes_on_elsewhere(devices, fsdp, made, calm):
     """Other devices, another (data, fsdp) shape: the same loss from there on."""
     config = config_of(made)

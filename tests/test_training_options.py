@@ -82,7 +82,7 @@ def last_blocks(model, count):
     )
 
 
-@pytest.mark.parametrize("microbatch", [4])
+@pytest.mark.parametrize("microbatch", [0, 4])
 def test_the_last_blocks_alone_are_trained(microbatch):
     """Their gradients are those of the whole model, for less work; the rest stays as it is."""
     config, model = small(microbatch=microbatch, drop=(0.0, 0.0))
