@@ -146,6 +146,7 @@ def equivalence(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: loss {losses[0]:.6f} to {losses[-1]:.6f}", flush=True)
     first = np.array(curves["reference, 1 device"]["loss"])
     off = {n: float(np.abs(np.array(c["loss"]) / first - 1).max()) for n, c in curves.items()}
+    print(f"losses differ by at most {max(off.values()):.1e} of their value")
     return {"batch_size": 64, "largest_relative_difference": off, "curves": curves}
 
 
@@ -168,7 +169,21 @@ def batch_size(arguments: argparse.Namespace) -> dict[str, Any]:
             rows.append({"batch_size": size, "seed": seed, "steps": steps, "loss": loss})
             rows[-1] |= run.accuracy()
             print(json.dumps(rows[-1]), flush=True)
+    print("\n".join(batch_size_table(rows)))
     return {"samples": arguments.samples, "rows": rows}
+
+
+def batch_size_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line of Markdown a batch: updates, mean and standard deviation over seeds of top-1 in %."""
+    lines = []
+    for size in sorted({row["batch_size"] for row in rows}):
+        runs = [row for row in rows if row["batch_size"] == size]
+        cells = [str(size), f"{runs[0]['steps']:,}"]
+        for name in ("zeroshot/top1", "zeroshot_heldout/top1"):
+            values = 100 * np.array([run[name] for run in runs])
+            cells.append(f"{values.mean():.1f} ± {values.std(ddof=1):.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:

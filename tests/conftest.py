@@ -9,7 +9,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Most tests compile more than they compute.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true"
 )
 # Every way to promote silently is an error: so is a warning (pyproject.toml).
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"

@@ -1,6 +1,5 @@
 """Mistakes in a config: one line each, with the field's name and what would be right."""
 
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +9,9 @@ import pytest
 
 from disco_jax.config import default, zeroshot_set
 from disco_jax.validation import problems_of
+from tests.conftest import ENV
 
 ROOT = Path(__file__).parent.parent
-ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
 
 # What is given after --config., and what the message must hold.
 CASES = [

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.replicate import EXPERIMENTS, curve, equivalence_config
+from benchmarks.replicate import EXPERIMENTS, batch_size_table, curve, equivalence_config
 from disco_jax.config import default
 from disco_jax.plan.accelerators import parse_topology
 from disco_jax.plan.compiler import Compiler
@@ -67,5 +67,14 @@ def test_batch_sizes_have_three_seeds_each():
     assert sizes[-1] == 8 * sizes[0]
     for size in sizes:
         assert sorted(row["seed"] for row in rows if row["batch_size"] == size) == [0, 1, 2]
-        for row in rows:
-            assert row["steps"] == result("batch_size")["samples"] // row["batch_size"]
+    for row in rows:
+        assert row["steps"] == result("batch_size")["samples"] // row["batch_size"]
+
+
+def test_readme_has_the_results_numbers():
+    readme = (ROOT / "README.md").read_text()
+    for line in batch_size_table(result("batch_size")["rows"]):
+        assert line in readme
+    off = max(result("equivalence")["largest_relative_difference"].values())
+    assert f"at most {off:.1e} of their value".replace("e-0", "e-") in readme
+    assert len({str(c["top1"]) for c in result("equivalence")["curves"].values()}) == 1
