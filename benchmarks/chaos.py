@@ -53,6 +53,7 @@ def start(arguments: argparse.Namespace, shards: Path, workdir: Path) -> list[su
         "eval.every": 0,
         "fake_devices": 2 // arguments.processes,
         "peer_timeout": 10.0,
+        "start_timeout": 60.0,
     }
     fields = [f"--config.{name}={value}" for name, value in options.items()]
     command = [sys.executable, "train.py", "--config=configs/tars.py", f"--workdir={workdir}"]
@@ -83,7 +84,8 @@ def disturb(jobs: list[subprocess.Popen], workdir: Path, at: int, moments: rando
     Soon: within half a second, so in the middle of a step or a save; step 0 is taken at the start,
     so in the midst of restoring.
     """
-    while last_step(workdir) < at:
+    begun = starts(workdir)
+    while last_step(workdir) < at or (at > 0 and starts(workdir) == begun):
         if all(job.poll() is not None for job in jobs):
             return ""
         time.sleep(0.01)
@@ -105,10 +107,15 @@ def disturb(jobs: list[subprocess.Popen], workdir: Path, at: int, moments: rando
     for job in jobs if what == "kill -9 of all" else [victim]:
         os.killpg(job.pid, signal.SIGKILL)
     for job in jobs:
-        # One that dies before it was seen is waited for by jax.distributed, for 300 s.
-        if job.wait(timeout=400) == 0:
+        if job.wait(timeout=120) == 0:
             raise SystemExit(f"a process went on to its end after {what} at step {at}")
     return what
+
+
+def starts(workdir: Path) -> int:
+    """How many of them the run's folder has a record of."""
+    path = workdir / "starts.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def last_step(workdir: Path) -> int:

@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ def main() -> None:
     use_fake_devices(8)
     run, draw = EXPERIMENTS[arguments.experiment]
     found = {"command": " ".join(["python", "benchmarks/replicate.py", *sys.argv[1:]])}
-    found |= run(arguments)
+    found |= {"jax": version("jax")} | run(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.experiment}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -63,25 +63,25 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
             if writes and index == 0:
                 stack.enter_context(locked(workdir))
             if writes and count > 1:
-                watch = stack.enter_context(watched(workdir, index, count, config.peer_timeout))
+                watch = stack.enter_context(watched(workdir, index, count, config))
                 stack.enter_context(_blaming_peers(watch))
-            _set_up_jax(config.fake_devices, launch)
+            _set_up_jax(config, launch)
             main(config, workdir)
 
     guard(call)
 
 
-def _set_up_jax(fake_devices: int, launch: cluster.Launch | None) -> None:
+def _set_up_jax(config: ConfigDict, launch: cluster.Launch | None) -> None:
     # The planner's verdicts count on this share of a GPU's memory; JAX's default is 0.75.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     from disco_jax import mesh  # after --help, which needs no JAX
     from disco_jax.training import progress
 
     mesh.ignore_absent_accelerators()
-    if fake_devices:
-        mesh.use_fake_devices(fake_devices)
+    if config.fake_devices:
+        mesh.use_fake_devices(config.fake_devices)
     if launch:
-        cluster.start(launch)
+        cluster.start(launch, config.start_timeout)
     progress.console.quiet = mesh.processes()[0] > 0
 
 

@@ -1,5 +1,6 @@
 """How the processes of a run find each other: by flags, or by what started them."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 from disco_jax.errors import UserError
 
-INITIALIZATION_TIMEOUT = 300  # seconds that processes wait for each other at the start
+WATCHERS_FIRST = 30  # seconds more that JAX waits: they name who is missing, it would only abort
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,19 @@ def _slurm_devices(env: Mapping[str, str]) -> tuple[int, ...] | None:
     return tuple(range(int(gpus))) if alone and gpus.isdigit() and int(gpus) else None
 
 
-def start(launch: Launch) -> None:
+def start(launch: Launch, timeout: float = 300.0) -> None:
     """Connects this process with the others; only before JAX's first use.
+
+    Args:
+      launch: how it was started.
+      timeout: seconds for all of them to be there.
 
     Raises:
       UserError: they did not come together.
     """
     import jax
 
-    options: dict[str, Any] = {"initialization_timeout": INITIALIZATION_TIMEOUT}
+    options: dict[str, Any] = {"initialization_timeout": math.ceil(timeout) + WATCHERS_FIRST}
     if launch.source in ("slurm", "ompi"):
         options["cluster_detection_method"] = launch.source
     if launch.local_devices is not None:

@@ -106,6 +106,7 @@ def default() -> ConfigDict:
     c.checkpoint_keep = 3  # newest checkpoints kept
     c.max_bad_steps = 10  # in a row whose loss or gradients are not finite, before the run stops
     c.peer_timeout = 30.0  # seconds without a sign of life of another process before this one ends
+    c.start_timeout = 300.0  # seconds for all processes to be there
     c.profile_steps = ""  # a trace of these steps into WORKDIR/profile: "10:15"; "": none
     return c
 

@@ -16,20 +16,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from disco_jax.errors import EXIT_PEER_LOST, Preempted
 
 
 @contextmanager
-def watched(workdir: Path, index: int, count: int, timeout: float) -> Iterator["Watch"]:
+def watched(workdir: Path, index: int, count: int, config: ConfigDict) -> Iterator["Watch"]:
     """While it lasts, the loss of any of `count` processes ends this one with EXIT_PEER_LOST.
 
     Args:
       workdir: the run's folder, which all processes see.
       index: this process.
       count: all of them.
-      timeout: seconds without a heartbeat after which a process is lost.
+      config: `peer_timeout`, seconds without a heartbeat after which a process is lost, and
+        `start_timeout`, those until it must have been there.
     """
-    watch = Watch(workdir, index, count, timeout)
+    watch = Watch(workdir, index, count, config.peer_timeout, config.start_timeout)
     try:
         yield watch
     except Preempted:  # all stop at the same step
@@ -44,10 +47,10 @@ def watched(workdir: Path, index: int, count: int, timeout: float) -> Iterator["
 class Watch:
     """The watcher of this process, and the thread that heeds it."""
 
-    def __init__(self, workdir: Path, index: int, count: int, timeout: float):
+    def __init__(self, workdir: Path, index: int, count: int, timeout: float, start: float):
         self.timeout = timeout
         script = Path(__file__).with_name("watcher.py")
-        numbers = (index, count, timeout, os.getpid(), EXIT_PEER_LOST)
+        numbers = (index, count, timeout, start, os.getpid(), EXIT_PEER_LOST)
         # -I and -S: nothing but the standard library, started in a moment.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", script, workdir, *(str(x) for x in numbers)],

@@ -1,6 +1,6 @@
 """The small process beside each of a run's: tells the others that it lives, and notices their end.
 
-    python -I -S watcher.py WORKDIR INDEX COUNT TIMEOUT PID EXIT_PEER_LOST
+    python -I -S watcher.py WORKDIR INDEX COUNT TIMEOUT START_TIMEOUT PID EXIT_PEER_LOST
 
 Only the standard library, so that it starts at once and weighs nothing. It ends with its process:
 a line on its input is that one's last word, the end of its input its sudden death.
@@ -23,13 +23,14 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # they are meant for the process
     folder = Path(sys.argv[1]) / "processes"
-    index, count, timeout, pid, code = (float(x) for x in sys.argv[2:])
+    index, count, timeout, start, pid, code = (float(x) for x in sys.argv[2:])
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / f"{int(index)}.json"
     me: dict[str, Any] = {"host": platform.node(), "pid": int(pid)}
     words: list[str] = []
     threading.Thread(target=lambda: words.append(sys.stdin.readline()), daemon=True).start()
-    others = [_Peer(folder / f"{i}.json", i, timeout) for i in range(int(count)) if i != index]
+    paths = ((i, folder / f"{i}.json") for i in range(int(count)) if i != index)
+    others = [_Peer(path, i, timeout, start) for i, path in paths]
     beat, died = 0, 0.0
     while not died or time.monotonic() - died < timeout:
         if words and words[0]:  # a regular end, or an error of its own
@@ -59,8 +60,8 @@ def main() -> int:
 class _Peer:
     """Another process, by its heartbeats; clocks of different hosts are not compared."""
 
-    def __init__(self, path: Path, index: int, timeout: float):
-        self._path, self._index, self._timeout = path, index, timeout
+    def __init__(self, path: Path, index: int, timeout: float, start: float):
+        self._path, self._index, self._timeout, self._start = path, index, timeout, start
         self._seen: Any = _read(path)  # an earlier run's, until it changes
         self._earlier_pid = self._seen and self._seen["pid"]
         self._changed, self._alive = time.monotonic(), False
@@ -73,8 +74,10 @@ class _Peer:
             found = None  # the last word of an earlier run's watcher
         if found is not None and found != self._seen:
             self._seen, self._changed, self._alive = found, now, True
-        if not self._alive:  # starting: jax.distributed has a time limit of its own
-            return ""
+        if not self._alive:
+            if now - self._changed < self._start:
+                return ""
+            return f"process {self._index} has not started within {self._start:g} s (start_timeout)"
         name = f"process {self._index} (host {self._seen['host']}, pid {self._seen['pid']})"
         if reason := self._seen.get("left"):
             return f"{name} has stopped: {reason}"

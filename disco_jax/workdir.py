@@ -39,6 +39,7 @@ FREE_FIELDS = (
     "model.text_remat",
     "peer_timeout",
     "profile_steps",
+    "start_timeout",
 )
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

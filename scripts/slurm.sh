@@ -9,7 +9,7 @@
 #SBATCH --requeue
 # Two minutes before the time is up, every task is told: it saves and ends with code 75.
 #SBATCH --signal=USR1@120
-#SBATCH --output=logs/%x-%j.log
+#SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 
 # Folders that all nodes see.

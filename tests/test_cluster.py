@@ -13,7 +13,7 @@ import pytest
 
 from disco_jax import watcher
 from disco_jax.cluster import Launch, find
-from disco_jax.errors import EXIT_PREEMPTED, UserError
+from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, UserError
 from tests import small_run
 from tests.small_run import command, losses, start
 
@@ -114,7 +114,7 @@ def test_an_earlier_runs_last_word_ends_nobody(tmp_path):
         path.write_text(json.dumps({"host": "h", "pid": pid, **told}))
 
     write(1, beat=5)
-    peer = watcher._Peer(path, 0, 1.0)
+    peer = watcher._Peer(path, 0, 1.0, 60.0)
     write(1, left="it died")
     assert peer.lost(time.monotonic()) == ""
     write(2, beat=1)
@@ -123,7 +123,7 @@ def test_an_earlier_runs_last_word_ends_nobody(tmp_path):
     assert peer.lost(time.monotonic()) == ""
     write(2, left="it died")
     assert peer.lost(time.monotonic()) == "process 0 (host h, pid 2) has stopped: it died"
-    silent = watcher._Peer(path, 0, 1.0)
+    silent = watcher._Peer(path, 0, 1.0, 60.0)
     write(3, beat=1)
     now = time.monotonic()
     assert silent.lost(now) == ""
@@ -223,12 +223,30 @@ def pair(made: Path, workdir: Path, *extra: str) -> list[subprocess.Popen]:
     return [start(*args, *where, f"--process_index={i}") for i in range(2)]
 
 
-def until_training(workdir: Path, jobs: list[subprocess.Popen]) -> None:
+def until_training(workdir: Path, jobs: list[subprocess.Popen], steps: int = 3) -> None:
     path, end = workdir / "metrics.jsonl", time.monotonic() + 120
-    while not path.exists() or len(path.read_text().splitlines()) < 3:
+    while not path.exists() or len(path.read_text().splitlines()) < steps:
         assert all(job.poll() is None for job in jobs), jobs[0].communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_process_that_never_starts_is_named(there, made, tmp_path):
+    """One of another run, that was here before, does not count."""
+    (tmp_path / "processes").mkdir()
+    for index, told in ((0, {"beat": 7}), (1, {"left": ""})):
+        path = tmp_path / "processes" / f"{index}.json"
+        path.write_text(json.dumps({"host": "h", "pid": 1, **told}))
+    where = [f"--coordinator=127.0.0.1:{free_port()}", "--process_count=2"]
+    args = command(made, tmp_path, "--config.fake_devices=1", "--config.start_timeout=4", *where)
+    begun = time.monotonic()
+    job = start(*args, f"--process_index={there}")
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == EXIT_PEER_LOST
+    assert time.monotonic() - begun < 30
+    assert f"process {1 - there} has not started within 4 s (start_timeout)" in told
+    assert "Traceback" not in told
 
 
 def test_a_process_that_dies_while_starting_ends_the_other(made, tmp_path):
@@ -277,3 +295,22 @@ def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
     assert len(keys[0]) == len(keys[1]) == int(steps[0])
     seen = [key for row in zip(*keys, strict=True) for part in row for key in part["keys"]]
     assert len(set(seen[:48])) == 48  # the first epoch, each sample once between the two
+
+
+def test_a_signal_while_going_on_stops_both(made, tmp_path):
+    """It comes while a checkpoint is read or the step compiled: they stop after the first step."""
+    several = ["--config.checkpoint_every=3", "--config.log_every=1"]
+    jobs = pair(made, tmp_path, *several)
+    until_training(tmp_path, jobs, steps=12)
+    assert (tmp_path / "checkpoints" / "3").exists()
+    for job in jobs:
+        job.kill()
+        job.communicate()
+    jobs = pair(made, tmp_path, *several)
+    end = time.monotonic() + 60
+    while len((tmp_path / "starts.jsonl").read_text().splitlines()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    jobs[0].send_signal(signal.SIGTERM)
+    told = [job.communicate(timeout=60)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, told

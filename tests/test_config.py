@@ -40,6 +40,7 @@ CASES = [
     ("checkpoint_keep=0", "checkpoint_keep is 0, and must be 1 or more"),
     ("max_bad_steps=0", "max_bad_steps is 0, and must be 1 or more"),
     ("peer_timeout=0", "peer_timeout is 0.0, and must be more than 0"),
+    ("start_timeout=-1", "start_timeout is -1.0, and must be more than 0"),
     ("peer_timeout=soon", "peer_timeout is 'soon', and must be a number"),
     ("profile_steps=10", "profile_steps is '10', and must be FIRST:LAST"),
     ("profile_steps=20:10", "profile_steps is '20:10', and must be FIRST:LAST"),

@@ -47,7 +47,7 @@ def test_equivalence_begins_as_it_was_written():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the compilers are Linux wheels")
 def test_memory_is_as_it_was_written(monkeypatch):
-    """As the compiler at hand has it: other versions of XLA differ by a few percent."""
+    """Another version of XLA may need less, but not more."""
     for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION", "JAX_PLATFORMS"):
         monkeypatch.delenv(name, raising=False)
     rows = {(row["method"], row["batch_size"]): row for row in result("memory")["rows"]}
@@ -56,7 +56,9 @@ def test_memory_is_as_it_was_written(monkeypatch):
         config = default()
         config.batch_size, config.loss.method = 32_768, "ring"
         again = compiler.compile(config, loss_only=True, dim=512)
-    assert again["temp_bytes"] == pytest.approx(row["temp_bytes"], rel=0.1)
+    ratio = again["temp_bytes"] / row["temp_bytes"]
+    assert ratio < 1.01
+    assert ratio > 0.99 or jax.__version__ != result("memory")["jax"]
     assert rows["disco", 131_072]["temp_bytes"] > 50 * rows["ring", 131_072]["temp_bytes"]
 
 

@@ -106,7 +106,7 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
         profiler.after(step, values)
         row: dict[str, float] = {}
         logs = last or step % config.log_every == 0 or step == start + 1
-        stops = preemption.stops_after(step)
+        stops = preemption.stops()
         saves = last or stops or step % config.checkpoint_every == 0
         if logs or saves:
             see(left=0)
