@@ -1,6 +1,6 @@
 """Kills a training run at random moments, starts it again, and compares with an undisturbed one.
 
-    python benchmarks/chaos.py [--kills=30] [--processes=1] [--workers=2] [--steps=120] [--json]
+    python benchmarks/chaos.py [--kills=30] [--processes=1] [--workers=2] [--steps=400] [--json]
 
 On tar shards made of `shapes`. Half of the kills are kill -9, of one process or of all; half are a
 SIGTERM to one, after which the run must save and end with its documented code. Compared are the
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+NOTICE = 60  # steps of the run's last seconds
 sys.path.insert(0, str(ROOT))
 
 from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED  # noqa: E402
@@ -32,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1, help="of the run")
     parser.add_argument("--workers", type=int, default=2, help="processes that load, of each")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where TFDS sets are kept")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -179,7 +180,9 @@ def main() -> None:
         finish(start(arguments, shards, calm))
         print("undisturbed: done", flush=True)
         # Two kills early, before and while parameters are restored; the others on the way.
-        steps = sorted(moments.sample(range(1, arguments.steps - 3), arguments.kills - 2))
+        # A SIGTERM takes JAX up to a second to hand round, which must not be the run's last.
+        most = arguments.steps - NOTICE
+        steps = sorted(moments.sample(range(1, most), arguments.kills - 2))
         for kill, step in enumerate([0, *steps, 0]):
             what = disturb(start(arguments, shards, shaken), shaken, step, moments)
             if not what:

@@ -4,6 +4,7 @@ Nothing here imports JAX before it must: the planner and data workers never need
 """
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -124,6 +125,10 @@ def guard(function: Callable[[], None]) -> None:
         _exit(f"error: {error}", EXIT_USER)
     except Preempted as preempted:
         _exit(f"{preempted}; the same command goes on", EXIT_PREEMPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _exit(f"error: {error.filename or 'a file'} can't be written: {error.strerror}", EXIT_USER)
     except KeyboardInterrupt:
         _exit("\ninterrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED)
 

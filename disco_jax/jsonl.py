@@ -2,8 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from disco_jax.errors import UserError
 
 
 def process_file(workdir: Path, name: str) -> Path:
@@ -18,25 +21,39 @@ class JsonLines:
     """Appends objects with a `step` to a file; what it holds past step `resume_from` is dropped.
 
     Steps that are taken again write their lines again: without this they would stand twice.
+
+    Raises:
+      UserError: the file can't be written; so do its methods.
     """
 
     def __init__(self, path: Path, resume_from: int):
+        self._path = path
         kept = [row for row in read_lines(path) if row["step"] <= resume_from]
         self.count = len(kept)
         new = path.with_name(path.name + ".new")  # a kill in between must leave the old one
-        new.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        new.replace(path)
-        self._file = path.open("a")
+        with self._told():
+            new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            new.replace(path)
+            self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends `row`, and hands it to the operating system."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with self._told():
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         self.count += 1
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with self._told():
+            self._file.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path} can't be written: {error.strerror}") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from disco_jax import watcher
 from disco_jax.cluster import Launch, find
 from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, UserError
 from tests import small_run
-from tests.small_run import command, losses, start
+from tests.small_run import command, losses, rows, start
 
 SLURM_PORTS = 65535 - 2**12 + 1  # JAX takes this one and the job's number after it
 KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": "8"}
@@ -186,8 +186,15 @@ def slurm_port() -> int:
     pytest.fail("no port is free")
 
 
-def test_processes_give_the_curve_of_one(made, tmp_path):
-    """2 x 2 and 4 x 1 devices, by three methods, against 1 x 4 by one: 20 steps of training."""
+def test_processes_give_the_curve_of_one(tmp_path):
+    """2 x 2 and 4 x 1 devices, by three methods, against 1 x 4 by one: 20 steps of training.
+
+    Two samples are bad: the same ones take their places, and all processes' are counted.
+    """
+    (tmp_path / "data").mkdir()
+    made = small_run.make(tmp_path / "data")
+    for bad in ("5.png", "17.png"):
+        (made / bad).write_bytes(b"?")
     every = ("disco", "stream", "ring")
     for count, variables, methods in (
         (1, None, ("ring",)),
@@ -210,9 +217,14 @@ def test_processes_give_the_curve_of_one(made, tmp_path):
     expected = losses(tmp_path / "1" / "ring")
     assert len(expected) == 20
     assert expected[-1] < expected[0]
+    bad = [row["data/bad"] for row in rows(tmp_path / "1" / "ring") if "data/bad" in row]
+    (told,) = (tmp_path / "1" / "ring").glob("bad_samples*.jsonl")
+    assert bad[-1] == len(told.read_text().splitlines()) >= 12  # in 6 epochs and two thirds
     for count in (2, 4):
         for method in every:
-            np.testing.assert_allclose(losses(tmp_path / str(count) / method), expected, rtol=1e-5)
+            workdir = tmp_path / str(count) / method
+            np.testing.assert_allclose(losses(workdir), expected, rtol=1e-5)
+            assert [row["data/bad"] for row in rows(workdir) if "data/bad" in row] == bad
 
 
 def pair(made: Path, workdir: Path, *extra: str) -> list[subprocess.Popen]:

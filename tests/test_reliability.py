@@ -271,8 +271,14 @@ def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(made, tmp_path):
 def test_a_disk_that_is_too_small_is_told_before(made, calm, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
     with pytest.raises(UserError, match=r"\(it takes 0.00 GB, and 0.00 are free\); there is no"):
-        train(config_of(made, num_steps=4), tmp_path)
+        train(config_of(made, num_steps=4, checkpoint_every=1), tmp_path)
     assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_disk_without_room_for_metrics_is_told(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=15 << 20))
+    with pytest.raises(UserError, match=f"the disk of workdir {tmp_path} is full"):
+        train(config_of(made, num_steps=4), tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_named(made):

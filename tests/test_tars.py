@@ -14,7 +14,7 @@ from PIL import Image
 
 from disco_jax.config import default
 from disco_jax.data import tar_source
-from disco_jax.data.bad_samples import BadSamples, own_share
+from disco_jax.data.bad_samples import BadSamples, as_metrics, own_share
 from disco_jax.data.load import Load
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import KINDS, BadSample, Joined
@@ -207,7 +207,11 @@ def test_counts_go_on_and_too_many_stop_the_run(tmp_path):
     bad.close()
     again = BadSamples(path, 0.05, step=1, counts=dict(bad.counts))
     again.add([("too_small", "k", "1 x 1")] * 20, step=2, samples=200)
-    assert again.metrics() == {"data/bad": 50, "data/bad_empty_image": 30, "data/bad_too_small": 20}
+    assert as_metrics(again.counts) == {
+        "data/bad": 50,
+        "data/bad_empty_image": 30,
+        "data/bad_too_small": 20,
+    }
     with pytest.raises(
         UserError, match=r"51 of 351 samples are bad \(30 empty_image, 21 too_small"
     ):

@@ -49,26 +49,25 @@ class BadSamples:
                 f"than data.max_bad_fraction = {self._max_fraction} allows; see {self._path}"
             )
 
-    def metrics(self) -> dict[str, float]:
-        """`data/bad`, and `data/bad_KIND` of each kind there was."""
-        if not self.counts:
-            return {}
-        kinds = {f"data/bad_{kind}": float(n) for kind, n in sorted(self.counts.items())}
-        return {"data/bad": float(self.counts.total()), **kinds}
-
     def close(self) -> None:
         """Closes the file."""
         self._lines.close()
 
 
-def total_counts(counts: Counter[str]) -> dict[str, int]:
+def total_counts(counts: Counter[str]) -> Counter[str]:
     """The counts of all processes together; all must call it."""
     import jax  # here: data workers import this file, and have no use for it
     from jax.experimental.multihost_utils import process_allgather
 
     own = np.array([counts[kind] for kind in KINDS], np.int32)
     every = process_allgather(own) if jax.process_count() > 1 else own[None]
-    return {kind: int(n) for kind, n in zip(KINDS, every.sum(axis=0), strict=True) if n}
+    return Counter({kind: int(n) for kind, n in zip(KINDS, every.sum(axis=0), strict=True) if n})
+
+
+def as_metrics(counts: Counter[str]) -> dict[str, float]:
+    """`data/bad`, and `data/bad_KIND` of each kind there was; nothing where there was none."""
+    kinds = {f"data/bad_{kind}": float(n) for kind, n in sorted(counts.items())}
+    return {"data/bad": float(counts.total()), **kinds} if kinds else {}
 
 
 def own_share(counts: dict[str, int], index: int, processes: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from disco_jax.data.bad_samples import (
     BadSamples,
+    as_metrics,
     check_problems,
     describe,
     own_share,
@@ -61,6 +62,7 @@ class TrainStream:
             step,
             own_share(position.get("bad", {}), jax.process_index(), jax.process_count()),
         )
+        self._total: Counter[str] = Counter()
         keys = config.data.record_keys
         self._keys = JsonLines(process_file(workdir, "keys"), step) if keys else None
         self._batches = train_batches(
@@ -93,19 +95,27 @@ class TrainStream:
         return {
             "samples_seen": self._step * self._batch_size,
             "data": self._source.fingerprint,
-            "bad": total_counts(self._bad.counts),
+            "bad": dict(total_counts(self._bad.counts)),
         }
 
     def metrics(self) -> dict[str, float]:
-        """Bad samples so far, in all and by kind; nothing where there were none."""
-        return self._bad.metrics()
+        """Bad samples so far, in all and by kind; nothing where there were none.
+
+        To be called by all processes.
+        """
+        self._total = total_counts(self._bad.counts)
+        return as_metrics(self._total)
 
     def report(self) -> str:
-        """What was bad, in one line; empty where nothing was."""
+        """What was bad, in one line; empty where nothing was.
+
+        Of several processes' samples those that the metrics have told.
+        """
+        bad = self._bad.counts if jax.process_count() == 1 else self._total
         told = [
             f"{where}: {describe(Counter(counts))}"
             for where, counts in (
-                ("bad samples, replaced", self._bad.counts),
+                ("bad samples, replaced", bad),
                 ("left out of the index", self._source.problems),
             )
             if counts

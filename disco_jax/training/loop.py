@@ -1,7 +1,7 @@
 """Training from a config: open, restore or begin, step, evaluate, save, draw."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,13 +63,14 @@ def _opened(config: ConfigDict, run: Run, workdir: Path) -> Iterator[Parts]:
         Profiler(config.profile_steps, workdir),
         run.checkpoints,
     )
-    try:
-        yield parts
-    finally:
-        if report := parts.stream.report():
-            console.print(report, soft_wrap=True)
-        for part in parts:
-            part.close()
+    with ExitStack() as stack:  # all are closed, whatever one of them raises
+        for part in reversed(parts):
+            stack.callback(part.close)
+        try:
+            yield parts
+        finally:
+            if report := parts.stream.report():
+                console.print(report, soft_wrap=True)
 
 
 def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts) -> None:

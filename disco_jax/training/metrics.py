@@ -1,14 +1,17 @@
 """Where a run's numbers go: `metrics.jsonl` and TensorBoard, one line and one event a step."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
 
+from disco_jax.errors import UserError
 from disco_jax.jsonl import JsonLines, read_lines
 
 METRICS_FILE = "metrics.jsonl"
+LEAST_FREE = 16 << 20  # bytes; TensorBoard's thread would end in a stack trace
 
 
 class MetricWriter:
@@ -18,16 +21,25 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, resume_from: int):
-        self._writes = jax.process_index() == 0
+        self._workdir, self._writes = workdir, jax.process_index() == 0
         if not self._writes:
             return
         self._lines = JsonLines(workdir / METRICS_FILE, resume_from)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_from + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One JSON object a line: `step`, and names such as `train/loss`."""
+        """One JSON object a line: `step`, and names such as `train/loss`.
+
+        Raises:
+          UserError: the disk is full.
+        """
         if not self._writes:
             return
+        if shutil.disk_usage(self._workdir).free < LEAST_FREE:
+            raise UserError(
+                f"the disk of workdir {self._workdir} is full: less than {LEAST_FREE >> 20} MiB "
+                "are free; the same command goes on from the last checkpoint"
+            )
         self._lines.write({"step": step, **values})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
