@@ -1,6 +1,6 @@
 """Kills a training run at random moments, starts it again, and compares with an undisturbed one.
 
-    python benchmarks/chaos.py [--kills=30] [--processes=1] [--workers=2] [--steps=400] [--json]
+    python benchmarks/chaos.py [--kills=30] [--processes=1] [--workers=2] [--steps=1200] [--json]
 
 On tar shards made of `shapes`. Half of the kills are kill -9, of one process or of all; half are a
 SIGTERM to one, after which the run must save and end with its documented code. Compared are the
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-NOTICE = 60  # steps of the run's last seconds
+NOTICE = 200  # steps of a run's last seconds
 sys.path.insert(0, str(ROOT))
 
 from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED  # noqa: E402
@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1, help="of the run")
     parser.add_argument("--workers", type=int, default=2, help="processes that load, of each")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where TFDS sets are kept")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -179,11 +179,13 @@ def main() -> None:
         subprocess.run([*make, f"--dir={arguments.data.absolute()}"], cwd=ROOT, check=True)
         finish(start(arguments, shards, calm))
         print("undisturbed: done", flush=True)
-        # Two kills early, before and while parameters are restored; the others on the way.
-        # A SIGTERM takes JAX up to a second to hand round, which must not be the run's last.
-        most = arguments.steps - NOTICE
-        steps = sorted(moments.sample(range(1, most), arguments.kills - 2))
-        for kill, step in enumerate([0, *steps, 0]):
+        most = max(arguments.steps - NOTICE, arguments.kills)
+        for kill in range(arguments.kills):
+            # Two kills early, before and while parameters are restored; the others on the way. A
+            # SIGTERM takes JAX seconds to hand round, which must not be the run's last.
+            early = kill in (0, arguments.kills - 1)
+            forward = moments.randint(1, most // arguments.kills)
+            step = 0 if early else min(last_step(shaken) + forward, most)
             what = disturb(start(arguments, shards, shaken), shaken, step, moments)
             if not what:
                 raise SystemExit("the run was done before it was killed: ask for more steps")
