@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 NOTICE = 200  # steps of a run's last seconds
@@ -72,11 +72,23 @@ def start(arguments: argparse.Namespace, shards: Path, workdir: Path) -> list[su
                 # Compiling is most of a start; how well it is done does not matter here.
                 env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=log(workdir, index).open("ab"),
                 start_new_session=True,
             )
         )
     return jobs
+
+
+def log(workdir: Path, index: int) -> Path:
+    """What a process of the run has to say."""
+    return workdir.with_name(f"{workdir.name}-{index}.log")
+
+
+def fail(told: str, workdir: Path) -> NoReturn:
+    """Ends with the processes' last words."""
+    for path in sorted(workdir.parent.glob(f"{workdir.name}-*.log")):
+        print(f"{path.name}: {path.read_text(errors='replace')[-2000:]}", file=sys.stderr)
+    raise SystemExit(told)
 
 
 def disturb(jobs: list[subprocess.Popen], workdir: Path, at: int, moments: random.Random) -> str:
@@ -102,14 +114,14 @@ def disturb(jobs: list[subprocess.Popen], workdir: Path, at: int, moments: rando
             EXIT_PEER_LOST,
             -signal.SIGABRT,
         }:
-            raise SystemExit(f"after SIGTERM at step {at} the run ended with {codes}")
+            fail(f"after SIGTERM at step {at} the run ended with {codes}", workdir)
         return f"SIGTERM (codes {', '.join(map(str, codes))})"
     what = "kill -9 of all" if moments.random() < 0.5 else "kill -9 of one"
     for job in jobs if what == "kill -9 of all" else [victim]:
         os.killpg(job.pid, signal.SIGKILL)
     for job in jobs:
         if job.wait(timeout=120) == 0:
-            raise SystemExit(f"a process went on to its end after {what} at step {at}")
+            fail(f"a process went on to its end after {what} at step {at}", workdir)
     return what
 
 
@@ -164,9 +176,9 @@ def parameters(workdir: Path, step: int) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): jax.device_get(x).tobytes() for path, x in leaves}
 
 
-def finish(jobs: list[subprocess.Popen]) -> None:
-    if any(job.wait() for job in jobs):
-        raise SystemExit(f"training ended with codes {[job.returncode for job in jobs]}")
+def finish(jobs: list[subprocess.Popen], workdir: Path) -> None:
+    if any(codes := [job.wait() for job in jobs]):
+        fail(f"training ended with codes {codes}", workdir)
 
 
 def main() -> None:
@@ -177,7 +189,7 @@ def main() -> None:
         shards, calm, shaken = (Path(folder) / name for name in ("shards", "calm", "shaken"))
         make = [sys.executable, "-m", "disco_jax.data.make_tars", "shapes", f"--out={shards}"]
         subprocess.run([*make, f"--dir={arguments.data.absolute()}"], cwd=ROOT, check=True)
-        finish(start(arguments, shards, calm))
+        finish(start(arguments, shards, calm), calm)
         print("undisturbed: done", flush=True)
         most = max(arguments.steps - NOTICE, arguments.kills)
         for kill in range(arguments.kills):
@@ -191,7 +203,7 @@ def main() -> None:
                 raise SystemExit("the run was done before it was killed: ask for more steps")
             done[what] += 1
             print(f"{kill + 1}: {what} at step {last_step(shaken)}", flush=True)
-        finish(start(arguments, shards, shaken))
+        finish(start(arguments, shards, shaken), shaken)
         same = {
             "keys": files(calm, "keys") == files(shaken, "keys"),
             "metrics": rows(calm / "metrics.jsonl") == rows(shaken / "metrics.jsonl"),

@@ -63,18 +63,17 @@ class _Peer:
     def __init__(self, path: Path, index: int, timeout: float, start: float):
         self._path, self._index, self._timeout, self._start = path, index, timeout, start
         self._seen: Any = _read(path)  # an earlier run's, until it changes
-        self._earlier_pid = self._seen and self._seen["pid"]
-        self._changed, self._alive = time.monotonic(), False
+        self._pid: int | None = None  # once a heartbeat was seen
+        self._changed = time.monotonic()
 
     def lost(self, now: float) -> str:
         """What happened to it; empty while it is well, or is not there yet."""
         found = _read(self._path)
-        late = found and "left" in found and found["pid"] == self._earlier_pid
-        if late and not (self._alive and self._seen["pid"] == self._earlier_pid):
+        if found and "left" in found and found["pid"] != self._pid:
             found = None  # the last word of an earlier run's watcher
-        if found is not None and found != self._seen:
-            self._seen, self._changed, self._alive = found, now, True
-        if not self._alive:
+        if found and found != self._seen:
+            self._seen, self._changed, self._pid = found, now, found["pid"]
+        if self._pid is None:
             if now - self._changed < self._start:
                 return ""
             return f"process {self._index} has not started within {self._start:g} s (start_timeout)"

@@ -117,6 +117,8 @@ def test_an_earlier_runs_last_word_ends_nobody(tmp_path):
     peer = watcher._Peer(path, 0, 1.0, 60.0)
     write(1, left="it died")
     assert peer.lost(time.monotonic()) == ""
+    write(4, left="it was killed at its start, by when this one was there")
+    assert peer.lost(time.monotonic()) == ""
     write(2, beat=1)
     assert peer.lost(time.monotonic()) == ""
     write(1, left="it died")
