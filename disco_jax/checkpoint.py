@@ -20,13 +20,24 @@ from disco_jax.errors import UserError
 from disco_jax.workdir import locked
 
 
+class _Manager(ocp.CheckpointManager):
+    """One that leaves JAX's preemption service to training/preemption.py.
+
+    It would ask it as well, with its own count of steps, and a signal could get lost between the
+    two: the service takes the highest number asked with for the last step.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints in `workdir/checkpoints`, one a step, the newest `keep` of them."""
 
     def __init__(self, workdir: Path, keep: int | None = None):
         self.folder = (workdir / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = _Manager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, None where there is none."""
@@ -154,6 +165,8 @@ def checksum(state: Any) -> int:
 
 def _told(error: Exception) -> str:
     """The system's own reason, which stands deep in the storage's message, or its first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     if system := re.search(r": ([^:]+) \[os_error_code=", str(error)):
         return system[1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

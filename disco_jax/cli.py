@@ -32,6 +32,7 @@ from disco_jax.peers import Watch, watched
 from disco_jax.validation import problems_of
 from disco_jax.workdir import locked
 
+LEASE = 120  # seconds that a file system may keep a lock for a host that is gone
 LEAVING = 30  # seconds that processes which were told to stop wait for each other at the end
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/shapes.py say.")
@@ -53,29 +54,61 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
             raise UserError("--workdir=DIR is missing")
         workdir = Path(flags.FLAGS.workdir)
         _stop_at_signals()
+        from disco_jax import mesh  # after --help, which needs no JAX
+
         launch = cluster.find(
-            _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, cluster.has_tpu()
+            _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, mesh.has_tpu()
         )
-        index, count = 0, 1
-        if launch and launch.index is not None and launch.count is not None:
-            index, count = launch.index, launch.count
-        with contextlib.ExitStack() as stack:
-            # From here on, before the seconds that JAX takes to start, a lost process is noticed.
-            if writes and index == 0:
-                stack.enter_context(locked(workdir))
-            if writes and count > 1:
-                watch = stack.enter_context(watched(workdir, index, count, config))
-                stack.enter_context(_blaming_peers(watch))
+        # Watchers come before the seconds that JAX takes to start; but on a TPU it is JAX alone
+        # that knows a process's number.
+        jax_tells = launch is not None and launch.index is None
+        if jax_tells:
             _set_up_jax(config, launch)
+        index, count = _place(launch) if not jax_tells else mesh.processes()
+        with contextlib.ExitStack() as stack:
+            if writes:
+                _hold(stack, workdir, launch, index, count, config)
+            if not jax_tells:
+                _set_up_jax(config, launch)
             main(config, workdir)
 
     guard(call)
 
 
+def _place(launch: cluster.Launch | None) -> tuple[int, int]:
+    """This process's index, and how many there are."""
+    if launch is None:
+        return 0, 1
+    assert launch.index is not None
+    assert launch.count is not None
+    return launch.index, launch.count
+
+
+def _hold(
+    stack: contextlib.ExitStack,
+    workdir: Path,
+    launch: cluster.Launch | None,
+    index: int,
+    count: int,
+    config: ConfigDict,
+) -> None:
+    """Takes the run's folder for this start alone; its processes watch each other from here on."""
+    watch = None
+    if launch is not None and count > 1:
+        watch = stack.enter_context(watched(workdir, launch.name, index, count, config))
+        stack.enter_context(_blaming_peers(watch))
+    if index == 0:
+        # Not for longer than the others wait for this one.
+        patience = min(LEASE, config.start_timeout / 2) if watch else 0
+        stack.enter_context(locked(workdir, patience))
+        if watch:
+            watch.clear_others()
+
+
 def _set_up_jax(config: ConfigDict, launch: cluster.Launch | None) -> None:
     # The planner's verdicts count on this share of a GPU's memory; JAX's default is 0.75.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    from disco_jax import mesh  # after --help, which needs no JAX
+    from disco_jax import mesh
     from disco_jax.training import progress
 
     mesh.ignore_absent_accelerators()

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from disco_jax.errors import UserError
@@ -16,11 +15,11 @@ WATCHERS_FIRST = 30  # seconds more that JAX waits: they name who is missing, it
 class Launch:
     """What `jax.distributed.initialize` is told; None is left to its own detection.
 
-    `count` and `index` are None on a TPU alone, whose processes do not watch each other: JAX ends
-    them some 100 s after one is lost.
+    `count` and `index` are None on a TPU alone, whose processes learn them from JAX.
     """
 
     source: str  # where it was found, for messages
+    name: str  # what all processes of this start have in common, and others' have not
     coordinator: str | None = None  # HOST:PORT of process 0
     count: int | None = None
     index: int | None = None
@@ -55,23 +54,32 @@ def find(
         ]
         if missing:
             raise UserError(f"{' and '.join(missing)} missing: the three flags go together")
-        return _checked(Launch("flags", coordinator, count, index))
+        return _checked(Launch("flags", str(coordinator), coordinator, count, index))
     if address := env.get("JAX_COORDINATOR_ADDRESS"):
         return _checked(
             Launch(
                 "environment",
                 address,
+                address,
                 _number(env, "JAX_NUM_PROCESSES"),
                 _number(env, "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"),
             )
         )
+    told = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name in env]
+    if told and env.get("JAX_NUM_PROCESSES") != "1":
+        raise UserError(
+            f"{' and '.join(told)} set, and JAX_COORDINATOR_ADDRESS=HOST:PORT is not: without it "
+            "each process would train by itself"
+        )
     if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         count, index = _number(env, "SLURM_NTASKS"), _number(env, "SLURM_PROCID")
-        return Launch("slurm", None, count, index, _slurm_devices(env))
+        parts = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        name = ".".join(env.get(part, "0") for part in parts)
+        return Launch("slurm", name, None, count, index, _slurm_devices(env))
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         if "OMPI_MCA_orte_hnp_uri" in env:
             count, index = (_number(env, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
-            return Launch("ompi", None, count, index)
+            return Launch("ompi", env["OMPI_MCA_orte_hnp_uri"].split(";")[0], None, count, index)
         # Open MPI 5 tells no address: ranks it does, so one flag is enough.
         raise UserError(
             "mpirun told no address of process 0: set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
@@ -80,7 +88,7 @@ def find(
         )
     # On a Cloud TPU the workers' names come from the environment, or from its metadata server.
     if has_tpu and len(env.get("TPU_WORKER_HOSTNAMES", ",").split(",")) > 1:
-        return Launch("tpu")
+        return Launch("tpu", "tpu")
     return None
 
 
@@ -143,8 +151,3 @@ def start(launch: Launch, timeout: float = 300.0) -> None:
         raise UserError(
             f"the processes did not come together ({launch.source}): {first}"
         ) from error
-
-
-def has_tpu() -> bool:
-    """Whether the device files of a TPU are there."""
-    return any(Path("/dev").glob("accel*")) or any(Path("/dev").glob("vfio/*"))

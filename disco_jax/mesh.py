@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import sync_global_devices
+from jax._src.distributed import global_state
+from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +18,8 @@ T = TypeVar("T")
 
 # The batch is split over both axes; one copy of the state is split over the devices of `fsdp`.
 BATCH_AXES = ("data", "fsdp")
+DAY = 24 * 60 * 60 * 1000  # milliseconds
+_BARRIERS = count()  # a barrier's name can be used once
 
 
 def ignore_absent_accelerators() -> None:
@@ -31,9 +35,13 @@ def ignore_absent_accelerators() -> None:
     tpu = find_spec("libtpu") is not None
     # The driver's device files, in a container or not; /dev/dxg is Windows' subsystem for Linux.
     has_gpu = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu"))
-    has_tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev").glob("vfio/*"))
-    if (cuda or tpu) and not (has_gpu or has_tpu):
+    if (cuda or tpu) and not (has_gpu or has_tpu()):
         jax.config.update("jax_platforms", "cpu")
+
+
+def has_tpu() -> bool:
+    """Whether the machine has a TPU: JAX's own test, of the devices on its bus."""
+    return num_available_tpu_chips_and_device_id()[0] > 0
 
 
 def processes() -> tuple[int, int]:
@@ -42,11 +50,17 @@ def processes() -> tuple[int, int]:
 
 
 def first_then_all(make: Callable[[], T]) -> T:
-    """Calls `make` in the first process and then in the others, which find what it has written."""
+    """Calls `make` in the first process and then in the others, which find what it has written.
+
+    They may wait for hours, where it reads an index of thousands of shards: at the coordinator, for
+    a collective of the devices gives up after half a minute on CPUs. Lost ones are noticed all the
+    same (peers.py).
+    """
     index, count = processes()
     made = make() if index == 0 else None
     if count > 1:
-        sync_global_devices("the first process is ready")
+        assert global_state.client is not None
+        global_state.client.wait_at_barrier(f"first_then_all_{next(_BARRIERS)}", DAY)
     return make() if made is None else made
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
@@ -45,8 +45,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 @contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path, patience: float = 0.0) -> Iterator[None]:
     """Holds a run's folder, which is made if need be; the system lets go of it whatever happens.
+
+    Args:
+      workdir: the folder.
+      patience: seconds to try again for: a network file system keeps the lock of a host that is
+        gone for a while.
 
     Raises:
       UserError: another run holds it, or it can't be written.
@@ -57,15 +62,25 @@ def locked(workdir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
     with file:
+        _lock(file, workdir, patience)
+        yield
+
+
+def _lock(file: TextIO, workdir: Path, patience: float) -> None:
+    end = time.monotonic() + patience
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            if time.monotonic() < end:
+                time.sleep(min(patience / 10, 5))
+                continue
             raise UserError(
                 f"workdir {workdir} is in use by another run; wait for its end, or choose another"
             ) from error
         except OSError:  # some network file systems have no locks
             print(f"note: {workdir} is on a file system without locks: start one run in it only")
-        yield
+        return
 
 
 def claim(config: ConfigDict, workdir: Path) -> None:

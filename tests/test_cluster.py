@@ -13,7 +13,7 @@ import pytest
 
 from disco_jax import watcher
 from disco_jax.cluster import Launch, find
-from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, UserError
+from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER, UserError
 from tests import small_run
 from tests.small_run import command, losses, rows, start
 
@@ -25,16 +25,16 @@ KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": 
     ("flags", "env", "expected"),
     [
         ((None, None, None), {}, None),
-        (("h:1", 2, 1), {"SLURM_STEP_NODELIST": "a,b"}, Launch("flags", "h:1", 2, 1)),
+        (("h:1", 2, 1), {"SLURM_STEP_NODELIST": "a,b"}, Launch("flags", "h:1", "h:1", 2, 1)),
         (
             (None, None, None),
             {**KUBERNETES, "JOB_COMPLETION_INDEX": "3"},
-            Launch("environment", "job-0.svc:1234", 8, 3),
+            Launch("environment", "job-0.svc:1234", "job-0.svc:1234", 8, 3),
         ),
         (
             (None, None, None),
             {**KUBERNETES, "JOB_COMPLETION_INDEX": "3", "JAX_PROCESS_ID": "5"},
-            Launch("environment", "job-0.svc:1234", 8, 5),
+            Launch("environment", "job-0.svc:1234", "job-0.svc:1234", 8, 5),
         ),
         # A task a node takes all of its GPUs; one of several takes the one that is its own.
         (
@@ -45,8 +45,11 @@ KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": 
                 "SLURM_PROCID": "2",
                 "SLURM_STEP_NUM_NODES": "8",
                 "SLURM_GPUS_ON_NODE": "4",
+                "SLURM_JOB_ID": "77",
+                "SLURM_STEP_ID": "0",
+                "SLURM_RESTART_COUNT": "2",
             },
-            Launch("slurm", None, 8, 2, (0, 1, 2, 3)),
+            Launch("slurm", "77.0.2", None, 8, 2, (0, 1, 2, 3)),
         ),
         (
             (None, None, None),
@@ -55,8 +58,9 @@ KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": 
                 "SLURM_NTASKS": "4",
                 "SLURM_PROCID": "3",
                 "SLURM_STEP_NUM_NODES": "1",
+                "SLURM_JOB_ID": "77",
             },
-            Launch("slurm", None, 4, 3),
+            Launch("slurm", "77.0.0", None, 4, 3),
         ),
         ((None, None, None), {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),
         (
@@ -66,7 +70,7 @@ KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": 
                 "OMPI_COMM_WORLD_RANK": "1",
                 "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3",
             },
-            Launch("ompi", None, 4, 1),
+            Launch("ompi", "1.0", None, 4, 1),
         ),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, None),
     ],
@@ -77,7 +81,7 @@ def test_processes_are_found(flags, env, expected):
 
 def test_a_tpu_pod_is_found():
     env = {"TPU_WORKER_HOSTNAMES": "a,b,c,d"}
-    assert find(None, None, None, env, has_tpu=True) == Launch("tpu")
+    assert find(None, None, None, env, has_tpu=True) == Launch("tpu", "tpu")
     assert find(None, None, None, {"TPU_WORKER_HOSTNAMES": "a"}, has_tpu=True) is None
 
 
@@ -94,6 +98,11 @@ def test_a_tpu_pod_is_found():
             "JAX_PROCESS_ID is 'x', and must be a number",
         ),
         ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun told no address"),
+        (
+            (None, None, None),
+            {"JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "1"},
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID set, and JAX_COORDINATOR_ADDRESS=HOST:PORT is",
+        ),
     ],
 )
 def test_what_is_missing_is_named(flags, env, message):
@@ -106,30 +115,39 @@ def made(tmp_path_factory) -> Path:
     return small_run.make(tmp_path_factory.mktemp("small"))
 
 
-def test_an_earlier_runs_last_word_ends_nobody(tmp_path):
-    """Its watcher may write it when the next run has begun, or has been seen alive."""
+def test_an_earlier_starts_last_word_ends_nobody(tmp_path):
+    """Its watcher may write it when the next start has begun, or has been seen alive."""
     path = tmp_path / "0.json"
 
-    def write(pid: int, **told) -> None:
-        path.write_text(json.dumps({"host": "h", "pid": pid, **told}))
+    def write(start: str, **told) -> None:
+        path.write_text(json.dumps({"start": start, "host": "h", "pid": 1, **told}))
 
-    write(1, beat=5)
-    peer = watcher._Peer(path, 0, 1.0, 60.0)
-    write(1, left="it died")
+    write("a", beat=5)
+    peer = watcher.Peer(path, 0, 1.0, 60.0)
+    write("a", left="it died")
     assert peer.lost(time.monotonic()) == ""
-    write(4, left="it was killed at its start, by when this one was there")
+    write("d", left="it was killed at its start, by when this one was there")
     assert peer.lost(time.monotonic()) == ""
-    write(2, beat=1)
+    write("b", beat=1)
     assert peer.lost(time.monotonic()) == ""
-    write(1, left="it died")
+    write("a", left="it died")
     assert peer.lost(time.monotonic()) == ""
-    write(2, left="it died")
-    assert peer.lost(time.monotonic()) == "process 0 (host h, pid 2) has stopped: it died"
-    silent = watcher._Peer(path, 0, 1.0, 60.0)
-    write(3, beat=1)
+    write("b", left="it died", code=2)
+    assert peer.lost(time.monotonic()) == "process 0 (host h, pid 1) has stopped: it died"
+    assert peer.code == 2
+
+
+def test_a_process_that_is_silent_or_was_started_again_is_lost(tmp_path):
+    """In a container its watcher dies with it, and the next one has the same host and pid."""
+    path = tmp_path / "0.json"
+    path.write_text(json.dumps({"start": "a", "host": "h", "pid": 1, "beat": 1}))
     now = time.monotonic()
+    silent = watcher.Peer(path, 0, 1.0, 60.0)
+    path.write_text(json.dumps({"start": "a", "host": "h", "pid": 1, "beat": 2}))
     assert silent.lost(now) == ""
     assert "no sign of life for 1 s" in silent.lost(now + 1.5)
+    path.write_text(json.dumps({"start": "b", "host": "h", "pid": 1, "beat": 1}))
+    assert "(host h, pid 1) was started again as pid 1 on h" in silent.lost(now)
 
 
 def free_port() -> int:
@@ -247,12 +265,14 @@ def until_training(workdir: Path, jobs: list[subprocess.Popen], steps: int = 3) 
 
 @pytest.mark.parametrize("there", [0, 1])
 def test_a_process_that_never_starts_is_named(there, made, tmp_path):
-    """One of another run, that was here before, does not count."""
-    (tmp_path / "processes").mkdir()
+    """One of an earlier start, that was here before, does not count."""
+    port = free_port()
+    folder = tmp_path / "processes" / f"127.0.0.1_{port}"
+    folder.mkdir(parents=True)
     for index, told in ((0, {"beat": 7}), (1, {"left": ""})):
-        path = tmp_path / "processes" / f"{index}.json"
-        path.write_text(json.dumps({"host": "h", "pid": 1, **told}))
-    where = [f"--coordinator=127.0.0.1:{free_port()}", "--process_count=2"]
+        content = {"start": "a", "host": "h", "pid": 1, **told}
+        (folder / f"{index}.json").write_text(json.dumps(content))
+    where = [f"--coordinator=127.0.0.1:{port}", "--process_count=2"]
     args = command(made, tmp_path, "--config.fake_devices=1", "--config.start_timeout=4", *where)
     begun = time.monotonic()
     job = start(*args, f"--process_index={there}")
@@ -267,14 +287,14 @@ def test_a_process_that_dies_while_starting_ends_the_other(made, tmp_path):
     """Before it has come to jax.distributed, which would wait five minutes for it."""
     jobs = pair(made, tmp_path)
     end = time.monotonic() + 60
-    while not all((tmp_path / "processes" / f"{i}.json").exists() for i in (0, 1)):
+    while len(list(tmp_path.glob("processes/*/*.json"))) < 2:
         assert time.monotonic() < end
         time.sleep(0.02)
     time.sleep(0.6)  # a heartbeat, for the other to see
     jobs[0].kill()
     _, told = jobs[1].communicate(timeout=60)
     jobs[0].communicate()
-    assert jobs[1].returncode not in (0, None)
+    assert jobs[1].returncode in (EXIT_PEER_LOST, -signal.SIGABRT)
     assert f"process 0 (host {socket.gethostname()}, pid {jobs[0].pid}) has stopped" in told
 
 
@@ -287,7 +307,8 @@ def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
     jobs[victim].kill()
     _, told = jobs[1 - victim].communicate(timeout=60)
     jobs[victim].communicate()
-    assert jobs[1 - victim].returncode not in (0, None)
+    aborted = [-signal.SIGABRT] if victim == 0 else []
+    assert jobs[1 - victim].returncode in [EXIT_PEER_LOST, *aborted]
     assert time.monotonic() - begun < 60
     pid = jobs[victim].pid
     assert f"process {victim} (host {socket.gethostname()}, pid {pid}) has stopped" in told
@@ -311,20 +332,43 @@ def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
     assert len(set(seen[:48])) == 48  # the first epoch, each sample once between the two
 
 
+def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
+    """A mistake in one process, which is not to be tried again, is the end of all with its code."""
+    running = pair(made, tmp_path, "--config.checkpoint_every=1000000")
+    until_training(tmp_path, running)
+    second = pair(made, tmp_path, "--config.start_timeout=6", "--config.checkpoint_every=1000000")
+    told = [job.communicate(timeout=60)[1] for job in second]
+    assert [job.returncode for job in second] == [EXIT_USER] * 2, told
+    assert all(f"workdir {tmp_path} is in use by another run" in line for line in told), told
+    time.sleep(6)  # longer than peer_timeout
+    assert [job.poll() for job in running] == [None] * 2
+    for job in running:
+        job.kill()
+        job.communicate()
+
+
 def test_a_signal_while_going_on_stops_both(made, tmp_path):
-    """It comes while a checkpoint is read or the step compiled: they stop after the first step."""
-    several = ["--config.checkpoint_every=3", "--config.log_every=1"]
-    jobs = pair(made, tmp_path, *several)
+    """While a checkpoint is read, where they stop after the first step; and between saves.
+
+    Orbax asks JAX's preemption service as well, unless it is kept from it, with numbers of its own.
+    """
+    several = ["--config.checkpoint_every=1", "--config.log_every=1"]
+    jobs = pair(made, tmp_path, *several, "--config.profile_steps=2:3")
     until_training(tmp_path, jobs, steps=12)
-    assert (tmp_path / "checkpoints" / "3").exists()
+    assert (tmp_path / "checkpoints" / "10").exists()
+    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    assert trace.stat().st_size > 1000
     for job in jobs:
         job.kill()
         job.communicate()
-    jobs = pair(made, tmp_path, *several)
-    end = time.monotonic() + 60
-    while len((tmp_path / "starts.jsonl").read_text().splitlines()) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    jobs[0].send_signal(signal.SIGTERM)
-    told = [job.communicate(timeout=60)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, told
+    for begun, further in ((2, 0), (3, 5)):
+        jobs = pair(made, tmp_path, *several)
+        end = time.monotonic() + 60
+        while len((tmp_path / "starts.jsonl").read_text().splitlines()) < begun:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        if further:
+            until_training(tmp_path, jobs, len(losses(tmp_path)) + further)
+        jobs[0].send_signal(signal.SIGTERM)
+        told = [job.communicate(timeout=60)[1] for job in jobs]
+        assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, told

@@ -18,7 +18,7 @@ from disco_jax.training.build import model_config
 from disco_jax.training.host_step import HostStep
 from disco_jax.training.optimizer import make_optimizer
 from disco_jax.training.state import abstract_batch, abstract_state
-from disco_jax.training.step import make_train_step
+from disco_jax.training.step import batches_on_devices, make_train_step
 
 
 class Job(NamedTuple):
@@ -41,7 +41,7 @@ def step_job(config: ConfigDict, mesh: Mesh) -> Job:
 def measure_step(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """What a step of `config` takes: one program, or the several of the host's loop together."""
     if not (config.microbatch and config.microbatch_mode == "host"):
-        return measure(step_job(config, mesh))
+        return _with_waiting_batch(config, measure(step_job(config, mesh)))
     model = model_config(config)
     phases = HostStep(config, model, mesh).phases()
     total: dict[str, Any] = {"peak_bytes": 0, "step_flops": 0, "compile_seconds": 0.0}
@@ -73,6 +73,16 @@ def measure_step(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
         "step_flops": sum(flops.values()),
         "flops_by_dtype": dict(flops),
         "collectives": moved,
+    }
+
+
+def _with_waiting_batch(config: ConfigDict, row: dict[str, Any]) -> dict[str, Any]:
+    """A step's row with the next batch, where training keeps that on the devices beside it."""
+    waiting = (batches_on_devices(config) - 1) * row["batch_bytes"]
+    peak = row["peak_bytes"]
+    return row | {
+        "batch_bytes": row["batch_bytes"] + waiting,
+        "peak_bytes": peak if peak is None else peak + waiting,
     }
 
 

@@ -84,7 +84,7 @@ def make_parts(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> Parts:
 def _computes_in_dtype(path: tuple[Any, ...]) -> bool:
     """Whether a parameter is used in the compute dtype; norms and the scalars are in fp32."""
     names = [entry.key for entry in path]
-    return names[0] not in SCALARS and not any(name.startswith("ln_") for name in names)
+    return names[0] not in SCALARS and not any(n == "ln" or n.startswith("ln_") for n in names)
 
 
 def split(params: Params) -> tuple[Params, Params]:

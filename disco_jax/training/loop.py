@@ -21,7 +21,7 @@ from disco_jax.training.preemption import Preemption
 from disco_jax.training.profile import Profiler
 from disco_jax.training.progress import Stopwatch, TrainProgress, console
 from disco_jax.training.setup import Run, prepare
-from disco_jax.training.step import Metrics, make_train_step
+from disco_jax.training.step import Metrics, batches_on_devices, make_train_step
 
 
 class Parts(NamedTuple):
@@ -81,6 +81,7 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
     start = int(state.step)
     progress = TrainProgress(start, config.num_steps, config.batch_size)
     watch = Stopwatch()
+    in_flight = batches_on_devices(config) - 1
     unseen: list[tuple[int, Metrics]] = []
 
     def see(left: int) -> None:
@@ -93,17 +94,21 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
             if told := health.see(at, loss, norm, bool(skipped)):
                 console.print(told, soft_wrap=True)
 
+    def save() -> None:
+        with watch.timed("checkpoint"):
+            checkpoints.save(step, state, stream.position() | {"health": health.saved()})
+
     for step in range(start + 1, config.num_steps + 1):
         last = step == config.num_steps
         with watch.timed("data"):
             batch = next(stream)
         health.begin(step, batch.keys)
         profiler.before(step)
+        see(left=in_flight)
         arrays = batch.arrays if by_host else place_batch(batch.arrays, mesh)
         state, values = train_step(state, arrays)
+        del arrays
         unseen.append((step, values))
-        # At most two steps in flight: enough to hide the host's work behind the devices'.
-        see(left=1)
         profiler.after(step, values)
         row: dict[str, float] = {}
         logs = last or step % config.log_every == 0 or step == start + 1
@@ -115,20 +120,21 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
             row = {k: float(v) for k, v in values.items() if k != "train/skipped"}
             row |= progress.update(step, row["train/loss"], row["train/logit_scale"])
             row |= stream.metrics() | health.metrics()
-        if last or (config.eval.every and step % config.eval.every == 0):
+        evaluates = last or (config.eval.every and step % config.eval.every == 0)
+        if stops:  # who told it to stop may not wait for an evaluation
+            save()
+            checkpoints.wait()
+        if evaluates:
             with watch.timed("eval"):
                 row |= evaluator.run(state.params)
             told = [f"{k} {v:.1%}" for k, v in row.items() if k.endswith("top1")]
             console.print(f"step {step}  " + "  ".join(told), soft_wrap=True)
             progress.pause(step)
-        if saves:
-            with watch.timed("checkpoint"):
-                position = stream.position() | {"health": health.saved()}
-                checkpoints.save(step, state, position)
+        if saves and not stops:
+            save()
         if row:
             metrics.write(step, row | watch.read(step - start))
         if stops and not last:
-            checkpoints.wait()
             progress.close()
             raise Preempted(f"stopped by {preemption.reason} after step {step}, which is saved")
     progress.close()

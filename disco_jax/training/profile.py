@@ -9,11 +9,15 @@ from disco_jax.training.progress import console
 
 
 class Profiler:
-    """Writes a trace of the steps that `config.profile_steps` names, "FIRST:LAST" or ""."""
+    """Writes a trace of the steps that `config.profile_steps` names, "FIRST:LAST" or "".
+
+    Of the first process alone: all do the same, and one folder holds one process's trace.
+    """
 
     def __init__(self, steps: str, workdir: Path):
         first, _, last = steps.partition(":")
-        self._first, self._last = (int(first), int(last)) if steps else (0, 0)
+        traced = steps and jax.process_index() == 0
+        self._first, self._last = (int(first), int(last)) if traced else (0, 0)
         self._folder, self._running = workdir / "profile", False
 
     def before(self, step: int) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -61,10 +63,19 @@ def _restore_or_init(
     config: ConfigDict, model: CLIPConfig, mesh: Mesh, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any]]:
     optimizer = make_optimizer(config)
-    if checkpoints.latest_step() is not None:
-        return checkpoints.restore(abstract_state(model, optimizer, mesh))
+    step = _of_first(checkpoints.latest_step())
+    if step is not None:
+        return checkpoints.restore(abstract_state(model, optimizer, mesh), step)
     state = init_state(model, optimizer, mesh, config.seed)
     return (begin_from(Path(config.init_from), model, state) if config.init_from else state), {}
+
+
+def _of_first(step: int | None) -> int | None:
+    """What the first process sees: a network file system may show another an older list."""
+    if jax.process_count() == 1:
+        return step
+    told = int(broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if told < 0 else told
 
 
 def begin_from(source: Path, model: CLIPConfig, state: TrainState) -> TrainState:

@@ -47,6 +47,16 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
     )
 
 
+def batches_on_devices(config: ConfigDict) -> int:
+    """How many batches of images the devices hold at once, for the loop and for the planner.
+
+    Two: the next one is sent while a step runs, which hides it. By microbatches one: such a step is
+    long beside the sending, and its images may be most of what a device holds. (In the host's
+    memory, `microbatch_mode = "host"`, they are two microbatches: training/host_step.py.)
+    """
+    return 1 if config.microbatch else 2
+
+
 def make_update(
     config: ConfigDict, model: CLIPConfig
 ) -> Callable[[TrainState, Array, Params], tuple[TrainState, Metrics]]:
@@ -67,6 +77,8 @@ def make_update(
             (changed, opt_state),
             (changing, state.opt_state),
         )
+        # Time goes on all the same: the schedule's count is the run's, also after such a step.
+        opt_state = optax.tree.set(opt_state, _of_schedule, count=state.step + 1)
         params = with_trained(model, state.params, changed)
         metrics = {
             "train/loss": loss,
@@ -78,6 +90,11 @@ def make_update(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return update
+
+
+def _of_schedule(path: tuple[Any, ...], value: Any) -> bool:
+    """Whether a number of the optimiser's state counts the updates for the learning rate."""
+    return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
 
 
 def state_shardings(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> TrainState:
