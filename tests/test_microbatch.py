@@ -15,13 +15,15 @@ from disco_jax.mesh import place_batch
 from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
 from disco_jax.models.vision import drop_patches
 from disco_jax.plan.flops import matmul_flops
-from disco_jax.training import gradients
+from disco_jax.training import gradients, loop
 from disco_jax.training.gradients import by_microbatches, make_parts, split, whole_batch
+from disco_jax.training.health import Health
 from disco_jax.training.host_step import HostStep
 from disco_jax.training.optimizer import make_optimizer
 from disco_jax.training.state import init_state
-from disco_jax.training.step import state_shardings
+from disco_jax.training.step import batches_on_devices, state_shardings
 from disco_jax.validation import check_division
+from tests import small_run
 from tests.conftest import mesh_of
 
 BATCH = 32
@@ -250,3 +252,29 @@ def test_what_does_not_divide_is_told(changes, says):
     config.update(changes)
     with pytest.raises(UserError, match=says):
         check_division(config, devices=4)
+
+
+@pytest.mark.parametrize(("microbatch", "batches"), [(0, 2), (2, 1)])
+def test_batches_on_the_devices(microbatch, batches, tmp_path, monkeypatch):
+    """As many as the planner counts: those of steps not yet waited for, and the one placed."""
+    held, seen, see = [], [], Health.see
+
+    def place(batch, mesh):
+        placed = place_batch(batch, mesh)
+        arrays = [x for x in jax.live_arrays() if x.shape == placed["images"].shape]
+        assert len(arrays) == 1  # the loop's own: what a step in flight holds is not listed
+        held.append(1 + len(held) - len(seen))
+        return placed
+
+    def finished(self, step, *args):
+        seen.append(step)
+        return see(self, step, *args)
+
+    monkeypatch.setattr(loop, "place_batch", place)
+    monkeypatch.setattr(Health, "see", finished)
+    made = small_run.make(tmp_path)
+    config = small_run.config_of(made, batch_size=32, microbatch=microbatch, log_every=1000)
+    config.checkpoint_every = 1000
+    loop.train(config, tmp_path / "run")
+    assert len(held) == 8
+    assert max(held) == batches == batches_on_devices(config)

@@ -10,9 +10,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from disco_jax.config import default
 from disco_jax.models import CLIP, PRESETS, CLIPConfig, TextConfig, VisionConfig, preset
 from disco_jax.models.transformer import gelu
 from disco_jax.models.vision import normalize_pixels
+from disco_jax.training.gradients import make_parts, split
+from disco_jax.training.state import abstract_model
+from tests.conftest import mesh_of
 
 
 def openclip_config(spec: dict, **changes) -> CLIPConfig:
@@ -245,3 +249,16 @@ def test_mistakes_in_sizes_are_named():
         clip.encode_image(np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="texts are 9 tokens, the model takes 8"):
         clip.encode_text(np.zeros((1, 9), np.int32))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_norms_and_scalars_stay_in_fp32(name):
+    """Whatever the towers compute in; `scale` is what Flax calls a norm's gain."""
+    config = dataclasses.replace(preset(name), dtype="bfloat16")
+    towers, _ = split(abstract_model(config)[1])
+    parts = make_parts(default(), config, mesh_of(1))
+    cast = jax.tree_util.tree_leaves_with_path(jax.eval_shape(parts.prepare, towers))
+    norms = {path[:-1] for path, _ in cast if path[-1].key == "scale"}
+    assert len(norms) == 7  # 2 of each tower's blocks; 2 more of images, 1 of texts
+    for path, x in cast:
+        assert x.dtype == ("float32" if path[:-1] in norms else "bfloat16"), path

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from disco_jax import checkpoint
@@ -23,9 +24,9 @@ from disco_jax.mesh import place_batch
 from disco_jax.training.build import model_config
 from disco_jax.training.health import Health
 from disco_jax.training.loop import train
-from disco_jax.training.optimizer import make_optimizer
+from disco_jax.training.optimizer import make_optimizer, make_schedule
 from disco_jax.training.state import abstract_state, init_state
-from disco_jax.training.step import make_train_step
+from disco_jax.training.step import make_train_step, make_update, of_schedule
 from disco_jax.workdir import locked
 from tests import small_run
 from tests.conftest import mesh_of
@@ -211,7 +212,34 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert float(metrics["train/skipped"]) == 1
     assert int(after.step) == int(before.step) + 1
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
-    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+    adam, *_ = after.opt_state
+    jax.tree.map(np.testing.assert_array_equal, adam, before.opt_state[0])
+
+
+def test_the_learning_rate_follows_the_steps_past_those_left_out():
+    """By Lion, whose update of a bias is the learning rate itself, or its opposite."""
+    config, model = small(drop=(0.0, 0.0))
+    config.optimizer.name = "lion"
+    state = init_state(model, make_optimizer(config), mesh_of(1), seed=0)
+    update = jax.jit(make_update(config, model))
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), state.params)
+    for loss in (1.0, np.nan, np.nan, 1.0):
+        before = state.params["visual"]["ln_post"]["bias"]
+        state, metrics = update(state, np.float32(loss), grads)
+        moved = np.abs(state.params["visual"]["ln_post"]["bias"] - before)
+    expected = make_schedule(config)(3)
+    assert float(metrics["train/learning_rate"]) == pytest.approx(float(expected))
+    np.testing.assert_allclose(moved, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_every_optimizer_has_a_schedule_that_is_found(name):
+    config, model = small()
+    config.optimizer.name, config.optimizer.grad_clip_norm = name, 1.0
+    state = abstract_state(model, make_optimizer(config), mesh_of(1))
+    counts = optax.tree.get_all_with_path(state.opt_state, "count", filtering=of_schedule)
+    assert len(counts) == (2 if name == "muon" else 1)
 
 
 def test_a_run_that_blows_up_stops_and_keeps_its_checkpoints(made, tmp_path):

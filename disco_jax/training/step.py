@@ -78,7 +78,7 @@ def make_update(
             (changing, state.opt_state),
         )
         # Time goes on all the same: the schedule's count is the run's, also after such a step.
-        opt_state = optax.tree.set(opt_state, _of_schedule, count=state.step + 1)
+        opt_state = optax.tree.set(opt_state, of_schedule, count=state.step + 1)
         params = with_trained(model, state.params, changed)
         metrics = {
             "train/loss": loss,
@@ -92,7 +92,7 @@ def make_update(
     return update
 
 
-def _of_schedule(path: tuple[Any, ...], value: Any) -> bool:
+def of_schedule(path: tuple[Any, ...], value: Any) -> bool:
     """Whether a number of the optimiser's state counts the updates for the learning rate."""
     return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
 
