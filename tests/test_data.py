@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import time
 from collections import Counter
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from disco_jax.config import default
 from disco_jax.data.load import Load
-from disco_jax.data.pipeline import Collate, eval_batches, train_batches
+from disco_jax.data.pipeline import Collate, eval_batches, piece_size, train_batches
 from disco_jax.data.shapes import vocabulary as words
 from disco_jax.data.shapes.builder import SPLITS, make_example
 from disco_jax.data.shapes.captions import caption
@@ -111,6 +112,41 @@ def test_resuming_goes_on_with_the_same_samples(step):
 
 def test_workers_change_nothing():
     np.testing.assert_array_equal(order(6, num_workers=2), order(6))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_several_pieces_are_whole(workers):
+    """96 samples are two pieces of 48; the order of samples does not depend on the batch size."""
+    seen = order(2, 100, batch_size=96, num_workers=workers)
+    np.testing.assert_array_equal(seen, order(48, 100))
+
+
+@pytest.mark.parametrize(
+    ("share", "piece"), [(8192, 64), (1000, 50), (96, 48), (20, 20), (7, 7), (97, 97), (202, 202)]
+)
+def test_pieces(share, piece):
+    assert piece_size(share) == piece
+
+
+def test_two_batches_are_in_memory_and_some_pieces():
+    loaded = []
+
+    class Counted(Numbered):
+        def __getitem__(self, i):
+            loaded.append(i)
+            return super().__getitem__(i)
+
+    source = Joined([Counted(5000)])
+    load = Load(source, default().data, 4)
+    options = {"batch_size": 1280, "seed": 0, "start": 0, "num_workers": 0}
+    batches = train_batches(source, load, Collate(CLIPTokenizer(8)), **options)
+    next(batches)
+    before = -1
+    while len(loaded) != before:  # until nothing more is read ahead
+        before = len(loaded)
+        time.sleep(0.5)
+    batches.close()
+    assert 2 * 1280 <= len(loaded) <= 2 * 1280 + 4 * 64
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -7,9 +7,10 @@ seen, whatever the number of workers, processes or devices.
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
-from functools import cache
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -64,8 +65,11 @@ def train_batches(
     weights: Sequence[float] = (),
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
+) -> "WholeBatches":
     """This process's share of the batches, from global sample `start` on.
+
+    Workers hand over pieces of at most 64 samples, of which each holds a few: large batches do not
+    wait in every one of them. Two whole batches are in memory, the one in use and the next.
 
     Args:
       source: the samples.
@@ -88,20 +92,69 @@ def train_batches(
     placed = order.map_with_index(lambda position, index: (position, int(index)))
     own = placed.slice(slice(start + process_index, None, process_count))
 
-    def train(place: tuple[int, int]) -> Loaded:
-        if num_workers:
-            _end_with_parent()
-        return load.train(*place)
-
-    loaded = own.map(train)
-    batches = loaded.batch(batch_size // process_count, batch_fn=collate)
+    loaded = own.map(lambda place: load.train(*place))
+    share = batch_size // process_count
+    piece = piece_size(share)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    stream = batches.to_iter_dataset(options)
+    stream = loaded.batch(piece, batch_fn=collate).to_iter_dataset(options)
     if num_workers:
         stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
+            worker_init_fn=_start_worker,
         )
-    return iter(stream)
+    return WholeBatches(iter(stream), share // piece)
+
+
+def piece_size(share: int) -> int:
+    """Samples in a piece: a divisor of a process's share of the batch, from 8 to 64, or all."""
+    return max((n for n in range(8, 65) if share % n == 0), default=share)
+
+
+class WholeBatches:
+    """Puts `count` pieces together to a batch, the next one while the last is in use.
+
+    In a thread: a step by the host's loop leaves the main one no time.
+    """
+
+    def __init__(self, pieces: grain.DatasetIterator[Batch], count: int):
+        self._pieces, self._count, self._closed = pieces, count, False
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._next = self._thread.submit(self._assemble)
+
+    def __iter__(self) -> "WholeBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self._next.result()
+        self._next = self._thread.submit(self._assemble)
+        return batch
+
+    def _assemble(self) -> Batch:
+        whole: dict[str, np.ndarray] = {}
+        pieces = []
+        for i in range(self._count):
+            if self._closed:
+                raise CancelledError
+            piece = next(self._pieces)
+            # Copied at once: to keep all pieces until the last is there would take twice as much.
+            for name, rows in piece.arrays.items():
+                n = len(rows)
+                if name not in whole:
+                    whole[name] = np.empty((self._count * n, *rows.shape[1:]), rows.dtype)
+                whole[name][i * n : (i + 1) * n] = rows
+            pieces.append(piece._replace(arrays={}))
+        return Batch(
+            whole,
+            np.concatenate([piece.labels for piece in pieces]),
+            np.concatenate([piece.keys for piece in pieces]),
+            [failure for piece in pieces for failure in piece.failures],
+        )
+
+    def close(self) -> None:
+        """Ends the workers; waits for a piece at most."""
+        self._closed = True
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._pieces.close()
 
 
 class EvalBatch(NamedTuple):
@@ -159,9 +212,13 @@ def eval_batches(
     return iter(loaded.batch(own, batch_fn=collate))
 
 
-@cache
-def _end_with_parent() -> None:
-    """Makes a worker end when its run is killed; it would wait for ever to be asked for more."""
+def _start_worker(index: int, count: int) -> None:
+    """Makes a worker end when its run is killed; it would wait for ever to be asked for more.
+
+    But not before: signals that tell the run to stop may reach all of its processes.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
