@@ -17,15 +17,29 @@ CODE=$HOME/disco-jax
 WORKDIR=/scratch/$USER/runs/vit_b32_laion400m
 SHARDS='/scratch/laion400m/{00000..41407}.tar'
 
+newest_checkpoint() {
+    find "$WORKDIR/checkpoints" -maxdepth 1 -name '[0-9]*' -printf '%f\n' 2>/dev/null | sort -n | tail -1
+}
+
 cd "$CODE" || exit 1
-# Tasks are found through Slurm's variables; a dead one ends the others within seconds.
-srun --kill-on-bad-exit=0 .venv/bin/python train.py \
+before=$(newest_checkpoint)
+# Tasks are found through Slurm's variables; a dead one ends the others within seconds. srun does not
+# take --cpus-per-task from the batch job.
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/python train.py \
     --config=configs/vit_b32_laion400m.py --workdir="$WORKDIR" \
     --config.data.name="$SHARDS" --config.data.caption_key=caption
 code=$?
 
-# 75: it was told to stop and has saved. 76: a peer was lost. Others die by signals, 128 and above.
-if [ "$code" -eq 75 ] || [ "$code" -eq 76 ] || [ "$code" -ge 128 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+# 75: it was told to stop and has saved. 0: done. 2: a mistake, which starting again does not mend.
+# Whatever else, a lost peer (76) or a signal (128 and above) say, is tried again as long as there
+# are new checkpoints, and three times without one.
+case $code in
+    75) scontrol requeue "$SLURM_JOB_ID" ;;
+    0 | 2) ;;
+    *)
+        if [ "$(newest_checkpoint)" != "$before" ] || [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
+        ;;
+esac
 exit "$code"

@@ -59,6 +59,21 @@ def test_a_weight_of_zero_is_a_sample_that_is_not_there(kind, method):
     assert max(relative_errors(got, expected)) < 1e-5
 
 
+@pytest.mark.parametrize("placed", [None, P("data"), P(), P(None, "data")])
+@pytest.mark.parametrize("method", METHODS)
+def test_meshes_with_explicit_axes(method, placed):
+    """What `jax.make_mesh` makes by itself; features on it in any way, or not yet."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    assert mesh.axis_types == (AxisType.Explicit,)
+    image, text, scale = arguments("softmax")
+    expected = dense("softmax", (image, text, scale), **(extra := labels(48)))
+    if placed is not None:
+        image, text = jax.device_put((image, text), NamedSharding(mesh, placed))
+    with jax.set_mesh(mesh):
+        got = sharded((image, text, scale), mesh, method=method, **extra)
+    assert max(relative_errors(got, expected)) < 1e-5
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_all_weights_zero_is_a_loss_of_zero(method):
     got = sharded(arguments("softmax"), mesh_of(4), method=method, weights=np.zeros(48, np.float32))

@@ -1,12 +1,14 @@
 """The losses' two front doors: over global arrays on a mesh, and over local shards."""
 
 import difflib
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 
 from disco_jax.collectives import AxisName, replicated_axes, to_varying
@@ -47,7 +49,8 @@ def contrastive_loss(
       text: `[B, D]`, of the same dtype; row k and row k of image are a pair.
       logit_scale: scalar that multiplies the cosines, `exp` of the learned parameter.
       logit_bias: scalar added to the logits; for the sigmoid kind only.
-      mesh: the devices.
+      mesh: the devices, its axes of type Auto or Explicit (`jax.make_mesh`'s default). With the
+        latter differentiate inside `jit`, or under `jax.set_mesh(mesh)`.
       axis_name: the mesh axis, or axes, to split the batch over; all axes by default.
       kind: `softmax` or `sigmoid`.
       method: `auto`, `reference`, `disco`, `stream` or `ring`: the same number and gradients, at
@@ -66,7 +69,7 @@ def contrastive_loss(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from disco_jax.losses import contrastive_loss
-      >>> mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> mesh = jax.make_mesh((4,), ("data",))
       >>> image = text = jnp.eye(8)
       >>> loss = contrastive_loss(image, text, jnp.float32(10.0), mesh=mesh, method="ring")
       >>> print(f"{loss:.6f}")  # log(1 + 7 exp(-10))
@@ -78,11 +81,22 @@ def contrastive_loss(
     if unknown:
         raise ValueError(f"axis_name {unknown[0]!r} is not an axis of the mesh {mesh.axis_names}")
     _check(image, text, logit_scale, logit_bias, kind, method, tile, weights, group_ids)
+    arguments: tuple[Any, ...] = (image, text, logit_scale, logit_bias, weights, group_ids)
+    rows = P(names)
+    specs = (rows, rows, P(), P(), rows, rows)
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = tuple(name for name, of_axis in types.items() if of_axis == AxisType.Explicit)
+    if explicit:  # there nothing moves unasked
+        arguments = tuple(
+            None if x is None else reshard(x, NamedSharding(mesh, spec))
+            for x, spec in zip(arguments, specs, strict=True)
+        )
     if method == "auto":
-        return _dense(image, text, logit_scale, logit_bias, weights, group_ids)
-    devices = 1
-    for name in names:
-        devices *= mesh.shape[name]
+        dense = _dense
+        if explicit:
+            dense = auto_axes(_dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))
+        return dense(*arguments)
+    devices = math.prod(mesh.shape[name] for name in names)
     if len(image) % devices:
         raise ValueError(f"image has {len(image)} rows, which do not divide by {devices} devices")
 
@@ -100,10 +114,7 @@ def contrastive_loss(
             group_ids=group_ids,
         )
 
-    rows = P(names)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(rows, rows, P(), P(), rows, rows), out_specs=P()
-    )(image, text, logit_scale, logit_bias, weights, group_ids)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(*arguments)
 
 
 def local_contrastive_loss(
