@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from disco_jax import losses
 from disco_jax.config import default, zeroshot_set
-from disco_jax.validation import problems_of
+from disco_jax.models.transformer import ACTIVATIONS
+from disco_jax.training.optimizer import make_optimizer
+from disco_jax.validation import CHOICES, problems_of
 from tests.conftest import ENV
 
 ROOT = Path(__file__).parent.parent
@@ -126,3 +129,14 @@ def test_steps_epochs_and_samples_agree(steps, right):
     assert told == ([] if right else told)
     if not right:
         assert "97,656 steps would be" in told[0]
+
+
+def test_choices_are_those_of_the_code():
+    """Validation needs no JAX, and so has lists of its own."""
+    assert CHOICES["loss.method"] == losses.METHODS
+    assert CHOICES["loss.kind"] == losses.KINDS
+    assert set(CHOICES["model.activation"]) == {"", *ACTIVATIONS}
+    config = default()
+    for name in CHOICES["optimizer.name"]:
+        config.optimizer.name = name
+        make_optimizer(config)

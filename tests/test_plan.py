@@ -1,6 +1,8 @@
 """The planner's counts against hand calculations, and the README's claims about memory."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ from disco_jax.errors import UserError
 from disco_jax.losses import contrastive_loss
 from disco_jax.models import preset
 from disco_jax.plan.accelerators import ACCELERATORS, parse_topology, tpu_grid
-from disco_jax.plan.compiler import MARGIN, Compiler
+from disco_jax.plan.compiler import ENVIRONMENT, MARGIN, Compiler
 from disco_jax.plan.flops import matmul_flops
 from disco_jax.plan.hlo import collectives
 from disco_jax.plan.program import measure, shard_bytes, step_job
@@ -237,6 +239,36 @@ def test_loss_memory_on_a100s(a100s):
         assert row["loss_temp_bytes"] <= mebibytes * MIB, (method, batch)
 
 
+SCHEDULE = """
+from disco_jax.config import default
+from disco_jax.mesh import make_mesh
+from disco_jax.plan.accelerators import parse_topology
+from disco_jax.plan.program import loss_job
+from disco_jax.plan.worker import devices_of
+config = default()
+config.batch_size, config.loss.method = 8192, "ring"
+job = loss_job(config, make_mesh(devices_of(parse_topology("a100-40gb:8"))), 64)
+print(job.function.lower(*job.arguments).compile().as_text())
+"""
+
+
+@needs_linux
+def test_ring_sends_while_it_computes():
+    """In both loops over the hops XLA can put the loop over the tiles between start and end."""
+    flags = f"{ENVIRONMENT['XLA_FLAGS']} --xla_gpu_enable_latency_hiding_scheduler=true"
+    done = run("-c", SCHEDULE, env=os.environ | ENVIRONMENT | {"XLA_FLAGS": flags})
+    assert done.returncode == 0, done.stderr
+    hops = 0
+    for computation in re.split(r"\n(?=\S)", done.stdout):
+        order = re.findall(
+            r" (collective-permute-start|while|collective-permute-done)\(", computation
+        )
+        if order and not computation.startswith("ENTRY"):
+            assert order == ["collective-permute-start", "while", "collective-permute-done"]
+            hops += 1
+    assert hops == 2  # forward, backward
+
+
 @needs_linux
 def test_disco_needs_gigabytes_where_ring_needs_megabytes(a100s):
     """At a million samples; a dense block of logits is B²/N times 4 bytes."""
@@ -319,7 +351,12 @@ def compile_loss(compiler, method, batch):
     return compiler.compile(config, loss_only=True, dim=512)
 
 
-def run(*arguments):
+def run(*arguments, env=None):
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )

@@ -41,6 +41,8 @@ def contrastive_loss(
 ) -> Array:
     """The loss of CLIP (softmax) or SigLIP (sigmoid) of a batch that is split over a mesh.
 
+    softmax: `mean_i(lse_j L_ij + lse_j L_ji - 2 L_ii) / 2` of the logits `L = s I T^t`;
+    sigmoid: `mean_i sum_j softplus(-z_ij (L_ij + bias))`, z = 1 for pairs and -1 for all others.
     Differentiable in image, text, logit_scale and logit_bias, in reverse mode.
 
     Args:

@@ -1,6 +1,6 @@
 """`ring`: the text features travel round the devices, a block at a time, with their outputs.
 
-No device ever holds more than a block that is not its own: no buffer grows with B.
+No device ever holds more than two blocks that are not its own: no buffer grows with B.
 """
 
 from typing import Any
@@ -18,21 +18,24 @@ def walk(
 ) -> tuple[Any, Any]:
     """As `stream.walk`, with the same arguments and results, by N hops instead of a gather.
 
-    On hop k a device meets the columns of the device k before it. Their outputs follow one step
-    behind: they arrive while the tiles are computed, so that sending hides behind work.
+    On hop k a device computes with the columns of the device k before it, while these travel on to
+    the next one, and the outputs of the columns before follow: nothing that is sent waits for what
+    is computed meanwhile. (XLA's schedule makes use of it on TPUs, and on GPUs with
+    `--xla_gpu_enable_latency_hiding_scheduler`: docs/losses.md.)
     """
     n = lax.axis_size(axis_name)
     rank = lax.axis_index(axis_name)
     b = len(jax.tree.leaves(columns)[0])
+    following = ring_shift(columns, axis_name)
     carry, outputs = scan_tiles(tile_fn, carry, columns, rank * b, tile)
 
     def hop(state: Any, k: Any) -> tuple[Any, None]:
         carry, columns, outputs = state
-        columns, outputs = ring_shift((columns, outputs), axis_name)
+        following, outputs = ring_shift((columns, outputs), axis_name)
         carry, own = scan_tiles(tile_fn, carry, columns, (rank - k) % n * b, tile)
-        return (carry, columns, combine.merge(outputs, own)), None
+        return (carry, following, combine.merge(outputs, own)), None
 
     (carry, _, outputs), _ = lax.scan(
-        hop, (carry, columns, outputs), jnp.arange(1, n, dtype=jnp.int32)
+        hop, (carry, following, outputs), jnp.arange(1, n, dtype=jnp.int32)
     )
     return carry, ring_shift(outputs, axis_name)  # the last hop brings them home

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from disco_jax.collectives import AxisName, psum_scatter
+from disco_jax.collectives import AxisName
 from disco_jax.losses.reference import cosines
-from disco_jax.losses.tiles import Combine, Side, Walk, share_of, tile_masks, varying
+from disco_jax.losses.tiles import SUM, Combine, Side, Walk, share_of, tile_masks, varying
 
 Array = jax.Array
-SUM = Combine(jnp.add, psum_scatter)
 NOTHING = Combine(lambda a, b: (), lambda outputs, axis_name: ())
 
 
@@ -27,7 +26,12 @@ def tiled_sigmoid(
     logit_scale: Array,
     logit_bias: Array,
 ) -> Array:
-    """This device's part of the loss: the sum over devices is the loss.
+    """This device's part of the loss, an fp32 scalar: the sum over devices is the loss.
+
+    With the logits `L = s I T^t + bias`, shares `w` (1/B without weights) and z = 1 on the
+    diagonal, -1 elsewhere (SigLIP, Zhai et al., 2023, equation 3),
+
+        loss = sum_ij (w_i + w_j)/2 softplus(-z_ij L_ij)
 
     `rows` are the images and `columns` the texts, `[b, D]` each; `logit_scale` and `logit_bias`
     must be typed as varying over `axis_name`.

@@ -15,7 +15,7 @@ from jax import lax
 
 from disco_jax.collectives import AxisName, psum_scatter, to_varying
 from disco_jax.losses.reference import MASKED, cosines
-from disco_jax.losses.tiles import Combine, Side, Walk, share_of, tile_masks, varying
+from disco_jax.losses.tiles import SUM, Combine, Side, Walk, share_of, tile_masks, varying
 
 Array = jax.Array
 
@@ -46,7 +46,6 @@ def scatter(columns: LogSumExp, axis_name: AxisName) -> LogSumExp:
 
 
 MERGE_LOGSUMEXP = Combine(merge, scatter)
-SUM = Combine(jnp.add, psum_scatter)
 
 
 class Columns(NamedTuple):
@@ -69,10 +68,17 @@ def tiled_softmax(
     columns: Side,
     logit_scale: Array,
 ) -> Array:
-    """This device's part of the loss: the sum over devices is the loss.
+    """This device's part of the loss, an fp32 scalar: the sum over devices is the loss.
+
+    With the logits `L = s I T^t` over all `[B, B]` pairs, and shares `w` (1/B without weights),
+
+        loss = 1/2 sum_i w_i (lse_j L_ij + lse_j L_ji - 2 L_ii)
 
     `rows` are the images and `columns` the texts, `[b, D]` each; `logit_scale` must be typed as
-    varying over `axis_name`.
+    varying over `axis_name`. The gradients are of all devices' parts (docs/losses.md):
+
+        G_ij = w_i exp(L_ij - lse_k L_ik) + w_j exp(L_ij - lse_k L_kj) - 2 w_i [i = j]
+        dI_i = s/2 sum_j G_ij T_j    dT_j = s/2 sum_i G_ij I_i    ds = 1/2 sum_ij G_ij cos_ij
     """
     return _forward(walk, axis_name, tile, rows, columns, logit_scale)[0]
 

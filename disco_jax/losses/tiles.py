@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from disco_jax.collectives import AxisName, to_varying
+from disco_jax.collectives import AxisName, psum_scatter, to_varying
 
 Array = jax.Array
 # (carry, columns of one tile, global index of its first column) -> (carry, outputs a column)
@@ -34,6 +34,9 @@ class Combine(NamedTuple):
 
     merge: Callable[[Any, Any], Any]  # two devices' outputs, as `ring` meets them
     scatter: Callable[[Any, AxisName], Any]  # all devices', `[B, ...]` to the own `[b, ...]`
+
+
+SUM = Combine(jnp.add, psum_scatter)
 
 
 def default_tile(rows: int) -> int:

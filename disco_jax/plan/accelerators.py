@@ -4,12 +4,12 @@ To add a GPU, add a row to `ACCELERATORS` with what its datasheet says and, from
 programming guide's table of compute capabilities, the limits of a multiprocessor.
 """
 
-import difflib
 import math
 import os
 from dataclasses import dataclass, field
 
 from disco_jax.errors import UserError
+from disco_jax.validation import near
 
 GIB = 2**30
 
@@ -131,9 +131,7 @@ def parse_topology(text: str, hosts: int | None = None) -> Topology:
     name, _, count = text.partition(":")
     known = [*ACCELERATORS, "cpu"]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--topology: {name!r} is not one of {', '.join(known)}{hint}")
+        raise UserError(f"--topology: {name!r} is not one of {', '.join(known)}{near(name, known)}")
     if not (count or "1").isdecimal() or int(count or 1) < 1:
         raise UserError(f"--topology: {text!r} is not of the form {name}:8")
     devices = int(count or 1)

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 MARGIN = 0.1
 
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # never touch a device that may be there
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no cuDNN or cuBLAS is needed to compile
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server for a TPU
@@ -60,7 +60,7 @@ class Compiler:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | _ENVIRONMENT,
+            env=os.environ | ENVIRONMENT,
         )
 
     def __enter__(self) -> "Compiler":

@@ -25,7 +25,12 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
     """The jitted step of `config` on `mesh`: (state, batch) to (state, metrics).
 
     The batch holds uint8 `images` `[B, h, w, 3]` and int32 `tokens` `[B, context_length]`, split
-    over the mesh. The state is donated: the one passed in is gone. Metrics are fp32 scalars.
+    over the mesh. The state is donated: the one passed in is gone. Metrics are fp32 scalars:
+    `train/loss`, `train/logit_scale` (the factor), `train/grad_norm`, `train/learning_rate`, and
+    `train/skipped`, 1 where loss or gradients were not finite and the update was left out.
+
+    Raises:
+      ValueError: the config names what is not there, or sizes do not fit the mesh.
     """
     parts = make_parts(config, model, mesh)
     if config.microbatch:
