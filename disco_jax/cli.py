@@ -49,7 +49,11 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
     """
 
     def call() -> None:
-        config = parse(sys.argv, f"{sys.argv[0]} --config=configs/shapes.py --workdir=DIR")
+        config = parse(
+            sys.argv,
+            f"{sys.argv[0]} --config=configs/shapes.py --workdir=DIR\n"
+            "       [--coordinator=HOST:PORT --process_count=N --process_index=I]",
+        )
         if not flags.FLAGS.workdir:
             raise UserError("--workdir=DIR is missing")
         workdir = Path(flags.FLAGS.workdir)
@@ -188,6 +192,7 @@ def parse(argv: list[str], usage: str, config_needed: bool = True) -> Any:
     if any(arg in ("-h", "--help", "--helpshort", "--helpfull") for arg in argv):
         print(f"usage: {usage} [--config.FIELD=VALUE ...]")
         print("Fields, their defaults and meanings: disco_jax/config.py")
+        print(flags.FLAGS.main_module_help())
         sys.exit(0)
     path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
     if path is None and config_needed:

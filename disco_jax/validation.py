@@ -138,8 +138,8 @@ def check_division(config: ConfigDict, devices: int) -> None:
     if batch_size % devices:
         below = batch_size // devices * devices
         raise UserError(
-            f"batch_size {batch_size} does not divide by the {devices} devices; "
-            f"{below or devices} or {below + devices} would"
+            f"batch_size {batch_size} is not divisible by the {devices} devices; "
+            f"{below or devices} or {below + devices} would be"
         )
     share = batch_size // devices
     if microbatch and share % microbatch:

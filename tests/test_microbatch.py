@@ -242,7 +242,7 @@ def test_the_hosts_loop_compiles_once_and_donates_its_state():
     ("changes", "says"),
     [
         ({"microbatch": 3}, "microbatch 3 does not divide a device's share of the batch, 8 sampl"),
-        ({"batch_size": 30}, "batch_size 30 does not divide by the 4 devices; 28 or 32 would"),
+        ({"batch_size": 30}, "batch_size 30 is not divisible by the 4 devices; 28 or 32 would be"),
         ({"fsdp": 3}, "fsdp 3 does not divide the 4 devices"),
     ],
 )  # fmt: skip

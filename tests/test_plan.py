@@ -184,9 +184,13 @@ def test_command_ends_in_rows(tmp_path):
     ("flags", "says"),
     [
         ("--loss_only --topology=a100", "--topology: 'a100' is not one of"),
-        ("--loss_only --topology=cpu:8 --batch_size=100", "does not divide by the 8 devices"),
+        ("--loss_only --topology=cpu:8 --batch_size=100", "is not divisible by the 8 devices"),
         ("--loss_only --topology=cpu:8 --compare=dense", "--compare: 'dense' is not one of"),
         ("--loss_only --config.loss.method=ring", "needs a --config=FILE"),
+        (
+            "--loss_only=True --topology=cpu:8 --find_max_batch --batch_size=8,16",
+            "--find_max_batch begins at one --batch_size",
+        ),
         ("--loss_only", "--topology=NAME:COUNT is missing"),
         ("--topology=cpu:8", "--config=FILE is missing"),
     ],

@@ -191,7 +191,7 @@ def wait_for_the_end_of_all(group: int) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--config.batch_size=17"], "batch_size 17 does not divide by the 2 devices"),
+        (["--config.batch_size=17"], "batch_size 17 is not divisible by the 2 devices"),
         (["--config.batchsize=16"], "unknown config field batchsize; did you mean batch_size?"),
         (["--config.optimizer.lr=1"], "unknown config field optimizer.lr"),
         (["--config.batch_size=many"], "batch_size"),

@@ -66,7 +66,7 @@ def contrastive_loss(
       The loss, an fp32 scalar: a mean over samples.
 
     Raises:
-      ValueError: an argument has the wrong shape, dtype or name; B does not divide by the devices.
+      ValueError: an argument has the wrong shape, dtype or name; B is not divisible by the devices.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,7 +100,7 @@ def contrastive_loss(
         return dense(*arguments)
     devices = math.prod(mesh.shape[name] for name in names)
     if len(image) % devices:
-        raise ValueError(f"image has {len(image)} rows, which do not divide by {devices} devices")
+        raise ValueError(f"image has {len(image)} rows, not divisible by {devices} devices")
 
     def local(image, text, logit_scale, logit_bias, weights, group_ids):
         return local_contrastive_loss(

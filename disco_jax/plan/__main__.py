@@ -1,6 +1,7 @@
 """Will it fit? python -m disco_jax.plan --config=FILE --topology=a100-40gb:8 [--help]."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ USAGE = """python -m disco_jax.plan --config=configs/vit_b32_laion400m.py --topo
 
 def main() -> None:
     """Parses, compiles, shows."""
-    loss_only = any(arg.lstrip("-") in ("loss_only", "loss_only=true") for arg in sys.argv)
+    loss_only = any(re.fullmatch(r"--?loss_only(=true|=1)?", arg, re.I) for arg in sys.argv)
     config = cli.parse(sys.argv, USAGE, config_needed=not loss_only)
     if FLAGS.topology is None:
         raise UserError("--topology=NAME:COUNT is missing, a100-40gb:8 say")
@@ -42,6 +43,8 @@ def main() -> None:
     for method in FLAGS.compare:
         if method not in METHODS:
             raise UserError(f"--compare: {method!r} is not one of {', '.join(METHODS)}")
+    if FLAGS.find_max_batch and len(FLAGS.batch_size) > 1:
+        raise UserError("--find_max_batch begins at one --batch_size, not at several")
     batches = [int(text) for text in FLAGS.batch_size] or [config.batch_size]
     methods = FLAGS.compare or [config.loss.method]
     scope = {"loss_only": FLAGS.loss_only, "dim": FLAGS.dim}

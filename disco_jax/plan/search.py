@@ -17,7 +17,7 @@ def largest_batch(
 
     Args:
       compile_batch: compiles one global batch, divisible by `devices`, and returns its row.
-      devices: what every batch must divide by.
+      devices: by which every batch must be divisible.
       start: where to begin, a guess.
 
     Returns:
