@@ -29,7 +29,7 @@ from disco_jax.errors import (
 )
 from disco_jax.overrides import check_overrides
 from disco_jax.peers import Watch, watched
-from disco_jax.validation import problems_of
+from disco_jax.validation import near, problems_of
 from disco_jax.workdir import locked
 
 LEASE = 120  # seconds that a file system may keep a lock for a host that is gone
@@ -202,14 +202,13 @@ def parse(argv: list[str], usage: str, config_needed: bool = True) -> Any:
     usable, problems = check_overrides(argv)
     whole, sys.argv = sys.argv, usable  # ml_collections looks for overrides there
     try:
-        rest = flags.FLAGS(usable)
+        rest = flags.FLAGS(usable, known_only=True)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        problems.append(_flag_error(error, usable))
+        problems.append(" ".join(str(error).split()))
         raise UserError("; ".join(problems)) from error
     finally:
         sys.argv = whole
-    if len(rest) > 1:
-        problems.append(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    problems += [_unexpected(argument) for argument in rest[1:]]
     config = default() if path is None else _CONFIG.value
     problems += problems_of(config)
     if problems:
@@ -217,8 +216,10 @@ def parse(argv: list[str], usage: str, config_needed: bool = True) -> Any:
     return config
 
 
-def _flag_error(error: Exception, argv: list[str]) -> str:
-    fields = [m[1] for a in argv if (m := re.match(r"--?(?:no)?config\.([^=]+)", a))]
-    if fields and not any(re.match(r"--?config=", a) for a in argv):
-        return f"--config.{fields[0]} needs a --config=FILE whose field it sets"
-    return " ".join(str(error).split())
+def _unexpected(argument: str) -> str:
+    if argument.startswith("-"):
+        name = argument.lstrip("-").partition("=")[0]
+        if name.startswith("config."):
+            return f"--{name} needs a --config=FILE whose field it sets"
+        return f"unknown flag --{name}{near(name, list(flags.FLAGS))}"
+    return f"unexpected argument {argument!r}; flags are written --name=value"

@@ -160,7 +160,8 @@ def main() -> None:
                 (code, [(f"python - <<'END'{NAMES}{code}END", "as it is")]) for code in python
             ]
             for shown, lines in scripts:
-                script = "\n".join(command for command, _ in lines) + "\nwait"
+                script = "\n".join(command for command, _ in lines)
+                script += "\nfor job in $(jobs -p); do wait $job; done"  # a bare wait never fails
                 # The first one trains what others evaluate and export.
                 if script in done or (done and arguments.only not in shown):
                     continue

@@ -104,8 +104,9 @@ def test_every_mistake_is_one_line(tmp_path):
 def test_all_mistakes_are_told_at_once(tmp_path):
     wrong = ("batchsize=3", "num_steps=x", "fsdp=0", "loss.method=rng", "optimizer.eps=0")
     given = [f"--config.{case}" for case in wrong]
-    result = run("--config=configs/shapes.py", f"--workdir={tmp_path}", *given)
+    result = run("--config=configs/shapes.py", f"--workdir={tmp_path}", *given, "--process_cont=2")
     assert result.returncode == 2
+    assert "unknown flag --process_cont; did you mean process_count?" in result.stderr
     for field in ("batchsize", "num_steps", "fsdp", "loss.method", "optimizer.eps"):
         assert f"{field} is" in result.stderr or f"field {field}" in result.stderr
     assert result.stderr.count("; ") >= 4

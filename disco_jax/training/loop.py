@@ -81,18 +81,7 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
     start = int(state.step)
     progress = TrainProgress(start, config.num_steps, config.batch_size)
     watch = Stopwatch()
-    in_flight = batches_on_devices(config) - 1
-    unseen: list[tuple[int, Metrics]] = []
-
-    def see(left: int) -> None:
-        """Waits for all steps but the last `left`, and looks at how they went."""
-        while len(unseen) > left:
-            at, values = unseen.pop(0)
-            loss, norm, skipped = (
-                float(values[f"train/{name}"]) for name in ("loss", "grad_norm", "skipped")
-            )
-            if told := health.see(at, loss, norm, bool(skipped)):
-                console.print(told, soft_wrap=True)
+    steps = InFlight(health)
 
     def save() -> None:
         with watch.timed("checkpoint"):
@@ -104,18 +93,18 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
             batch = next(stream)
         health.begin(step, batch.keys)
         profiler.before(step)
-        see(left=in_flight)
+        steps.wait(left=batches_on_devices(config) - 1)
         arrays = batch.arrays if by_host else place_batch(batch.arrays, mesh)
         state, values = train_step(state, arrays)
         del arrays
-        unseen.append((step, values))
+        steps.add(step, values)
         profiler.after(step, values)
         row: dict[str, float] = {}
         logs = last or step % config.log_every == 0 or step == start + 1
         stops = preemption.stops()
         saves = last or stops or step % config.checkpoint_every == 0
         if logs or saves:
-            see(left=0)
+            steps.wait()
         if logs:
             row = {k: float(v) for k, v in values.items() if k != "train/skipped"}
             row |= progress.update(step, row["train/loss"], row["train/logit_scale"])
@@ -138,6 +127,28 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
             progress.close()
             raise Preempted(f"stopped by {preemption.reason} after step {step}, which is saved")
     progress.close()
+
+
+class InFlight:
+    """Steps that the devices were given, and whose outcome was not looked at yet."""
+
+    def __init__(self, health: Health):
+        self._health = health
+        self._steps: list[tuple[int, Metrics]] = []
+
+    def add(self, step: int, values: Metrics) -> None:
+        """A step, and its metrics to be."""
+        self._steps.append((step, values))
+
+    def wait(self, left: int = 0) -> None:
+        """Until all but the last `left` are done. Raises UserError where too many went wrong."""
+        while len(self._steps) > left:
+            step, values = self._steps.pop(0)
+            loss, norm, skipped = (
+                float(values[f"train/{name}"]) for name in ("loss", "grad_norm", "skipped")
+            )
+            if told := self._health.see(step, loss, norm, bool(skipped)):
+                console.print(told, soft_wrap=True)
 
 
 def _announce(config: ConfigDict, run: Run) -> None:
