@@ -113,7 +113,7 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def measure(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
-    """Seconds (median, least, most) and temporary bytes a device of every method."""
+    """Seconds (median, least, most) and temporary bytes per device of every method."""
     compiled = compile_methods(arguments, batch)
     limit = matmul_limit(batch, arguments.dim)
     for program in compiled["programs"].values():
@@ -156,7 +156,13 @@ def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
         title=f"{arguments.kind}, B = {result['batch']:,}, D = {arguments.dim}, fp32, "
         f"{arguments.devices} CPU devices; 8 B²D at the matmul rate: {limit:.3f} s"
     )
-    for column in ("method", "seconds", "least to most", "of the limit", "temporary MiB a device"):
+    for column in (
+        "method",
+        "seconds",
+        "least to most",
+        "relative to matmuls",
+        "temporary MiB per device",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, row in result["methods"].items():
         memory = row["temp_bytes"]
@@ -189,7 +195,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     limits = [result["matmul_limit_seconds"] for result in results]
     left.plot(batches, limits, "k--", label="8 B²D at the matmul rate")
     left.set(ylabel="seconds", title="Loss and gradients")
-    right.set(ylabel="MiB a device", title="Temporary memory")
+    right.set(ylabel="MiB per device", title="Temporary memory")
     for axis in (left, right):
         axis.set(xlabel="global batch", xscale="log", yscale="log")
         axis.set_xticks(batches, [f"{batch:,}" for batch in batches])

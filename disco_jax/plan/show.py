@@ -24,8 +24,8 @@ def show_one(row: Row, console: Console) -> None:
         ("kept free", "margin_bytes"),
     ):
         if key in row:
-            table.add_row(f"{label}, a device", size(row[key]))
-    table.add_row("headroom, a device", headroom(row))
+            table.add_row(f"{label} per device", size(row[key]))
+    table.add_row("headroom per device", headroom(row))
     table.add_row("verdict", verdict(row))
     table.add_section()
     table.add_row(f"the loss alone ({row['method']}): temporaries", size(row["loss_temp_bytes"]))
@@ -33,11 +33,12 @@ def show_one(row: Row, console: Console) -> None:
     bound = f"{row['bound_seconds']:.4g} s, by {row['bound_by']}" if row["bound_seconds"] else "-"
     table.add_row("lower bound on a step's time, not an estimate", bound)
     for kind, use in row.get("collectives", {}).items():
-        table.add_row(f"{kind}, a device and step", f"{use['count']} x, {size(use['bytes'])}")
+        table.add_row(f"{kind} per device and step", f"{use['count']} x, {size(use['bytes'])}")
     if not row["loss_only"]:
         settings = f"remat {row['image_remat']} (images), {row['text_remat']} (texts)"
         if row["microbatch"]:
-            settings += f"; microbatches of {row['microbatch']} a device, {row['microbatch_mode']}"
+            settings += f"; microbatches of {row['microbatch']} per device"
+            settings += f", {row['microbatch_mode']}"
         if row["fsdp"] > 1:
             settings += f"; state over {row['fsdp']} devices"
         console.print(settings)
@@ -46,7 +47,7 @@ def show_one(row: Row, console: Console) -> None:
 
 def show_many(rows: list[Row], console: Console) -> None:
     """A line a row."""
-    table = Table(title=f"{_title(rows[0])}; memory a device")
+    table = Table(title=f"{_title(rows[0])}; memory per device")
     whole_step = not rows[0]["loss_only"]
     for name in ("batch", "method", *(("remat", "microbatch") if whole_step else ())):
         table.add_column(name, justify="left" if name in ("method", "remat") else "right")
@@ -72,16 +73,25 @@ def draw(rows: list[Row], path: Path) -> None:
     from disco_jax.plots import plt
 
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in rows):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for i, method in enumerate(methods):
         points = [(r["batch_size"], r["peak_bytes"]) for r in rows if r["method"] == method]
         known = sorted((batch, peak / 2**30) for batch, peak in points if peak is not None)
         if known:
-            axis.plot(*zip(*known, strict=True), marker="o", label=method)
+            # Each thinner than the one before: lines that lie on each other are all seen.
+            width = 1.5 + 1.5 * (len(methods) - 1 - i)
+            axis.plot(
+                *zip(*known, strict=True),
+                marker="o",
+                markersize=4 + 1.5 * width,
+                linewidth=width,
+                label=method,
+            )
     capacity, margin = rows[0]["capacity_bytes"] / 2**30, rows[0]["margin_bytes"] / 2**30
     axis.axhline(capacity, color="black", linestyle="--", label="capacity")
     axis.axhspan(capacity - margin, capacity, color="black", alpha=0.1, label="kept free")
     batches = sorted({row["batch_size"] for row in rows})
-    axis.set(xlabel="global batch", ylabel="peak, GiB a device", xscale="log", yscale="log")
+    axis.set(xlabel="global batch", ylabel="peak, GiB per device", xscale="log", yscale="log")
     axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axis.minorticks_off()
     axis.set_title(_title(rows[0]))
