@@ -93,8 +93,8 @@ def default() -> ConfigDict:
     # is learned, to compare with; "": not.
     c.eval.baseline_name = ""
     c.eval.baseline_split = "train"
-    # Images and captions for retrieval: a source as data.name, or "" for data.name itself, and its
-    # split; no split: no retrieval.
+    # Images and captions for retrieval: a source as data.name, or "" for data.name itself; and its
+    # split, of a TFDS data set. Neither: no retrieval.
     c.eval.retrieval_name = ""
     c.eval.retrieval_split = ""
     c.eval.retrieval_image_key = "image"  # of retrieval_name, as in `data`

@@ -20,7 +20,7 @@ from disco_jax.config import default, flatten
 from disco_jax.errors import UserError
 from disco_jax.validation import validate
 
-# What may differ when a run goes on, besides all of `eval`: none of it changes a number.
+# What may differ when a run goes on, besides all of `eval`: none of it changes more than rounding.
 FREE_FIELDS = (
     "data.dir",
     "data.max_bad_fraction",
@@ -31,6 +31,7 @@ FREE_FIELDS = (
     "checkpoint_keep",
     "fake_devices",
     "fsdp",
+    "log_every",
     "max_bad_steps",
     "microbatch",
     "microbatch_mode",

@@ -259,6 +259,8 @@ IMAGE, TEXT, SCALE = arguments("softmax")
         ({"tile": 2.5}, "tile must be"),
         ({"weights": np.ones(47, np.float32)}, "weights must be of shape"),
         ({"group_ids": np.ones(48, np.float32)}, "group_ids must be integers"),
+        ({"image": IMAGE[:0], "text": TEXT[:0]}, r"image must be \[batch, D\], not of shape \(0, "),
+        ({"image": [[1.0, 0.0]]}, "image must be an array, not a list"),
     ],
 )
 def test_bad_arguments_are_named(changed, message):

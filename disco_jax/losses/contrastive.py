@@ -215,7 +215,9 @@ def _check(
     _check_name("kind", kind, KINDS)
     _check_name("method", method, METHODS)
     for name, x in (("image", image), ("text", text)):
-        if jnp.ndim(x) != 2:
+        if not hasattr(x, "dtype"):
+            raise ValueError(f"{name} must be an array, not a {type(x).__name__}")
+        if jnp.ndim(x) != 2 or not len(x):
             raise ValueError(f"{name} must be [batch, D], not of shape {jnp.shape(x)}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, not {x.dtype}")
