@@ -1,6 +1,8 @@
 """Several processes on one machine: how they find each other, compute, stop and die together."""
 
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -111,6 +113,47 @@ def test_a_tpu_pod_is_found():
 def test_what_is_missing_is_named(flags, env, message):
     with pytest.raises(UserError, match=message):
         find(*flags, env)
+
+
+@pytest.mark.parametrize(
+    ("code", "saves", "restarts", "again"),
+    [
+        (0, True, 0, False),
+        (2, True, 0, False),  # a mistake
+        (75, False, 9, True),  # asked to stop
+        (76, True, 9, True),  # a lost peer, and there was progress
+        (134, False, 2, True),
+        (134, False, 3, False),  # the third time without
+        (1, False, 3, False),
+    ],
+)
+def test_the_batch_script_starts_again_what_may_go_on(code, saves, restarts, again, tmp_path):
+    """scripts/slurm.sh with its names changed, and stand-ins for Slurm's commands."""
+    checkpoints, bin_folder = tmp_path / "run/checkpoints", tmp_path / "bin"
+    (checkpoints / "900").mkdir(parents=True)
+    bin_folder.mkdir()
+    saved = f"mkdir {checkpoints}/1000" if saves else ""
+    commands = {
+        "srun": f'echo "$@" > {tmp_path}/srun; {saved}\nexit {code}',
+        "scontrol": f'echo "$@" > {tmp_path}/scontrol',
+    }
+    for name, text in commands.items():
+        (bin_folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin_folder / name).chmod(0o755)
+    script = (small_run.ROOT / "scripts/slurm.sh").read_text()
+    names = {"CODE": small_run.ROOT, "WORKDIR": tmp_path / "run"}
+    for name, value in names.items():
+        script = re.sub(rf"^{name}=.*", f"{name}={value}", script, flags=re.M)
+    env = {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_CPUS_PER_TASK": "64",
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
+    assert subprocess.run(["bash", "-c", script], env=env).returncode == code
+    assert "--cpus-per-task=64 .venv/bin/python train.py" in (tmp_path / "srun").read_text()
+    asked = tmp_path / "scontrol"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 77\n" if again else "")
 
 
 @pytest.fixture(scope="module")
