@@ -69,10 +69,9 @@ def command(folder: Path, workdir: Path, *extra: str) -> list[str]:
     ]
 
 
-def start(*args: str, env: dict[str, str] | None = None, **options: int) -> subprocess.Popen:
+def start(*args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     return subprocess.Popen(
         args,
-        **options,
         cwd=ROOT,
         env=ENV | (env or {}),
         stdout=subprocess.PIPE,

@@ -2,9 +2,11 @@
 
 import csv
 import io
+import multiprocessing
 import os
 import pickle
 import re
+import signal
 import time
 from collections import Counter
 
@@ -126,6 +128,26 @@ def test_batches_of_several_pieces_are_whole(workers):
 )
 def test_pieces(share, piece):
     assert piece_size(share) == piece
+
+
+def test_signals_to_stop_leave_the_workers():
+    """A scheduler may tell all processes of a run: it takes its last step and saves."""
+    source = Joined([Numbered(1000)])
+    load = Load(source, default().data, 4)
+    options = {"batch_size": 8, "seed": 0, "start": 0, "num_workers": 2}
+    batches = train_batches(source, load, Collate(CLIPTokenizer(8)), **options)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    assert all(worker.is_alive() for worker in workers)
+    keys = np.concatenate([next(batches).keys for _ in range(20)])
+    batches.close()
+    assert len(set(keys)) == 160
+    assert not multiprocessing.active_children()
 
 
 def test_two_batches_are_in_memory_and_some_pieces():

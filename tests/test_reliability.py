@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -68,13 +67,12 @@ def has_steps(workdir: Path, count: int):
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(made, tmp_path):
-    """Though it reaches the data workers too, as from a scheduler that tells a whole group."""
     number = signal.SIGTERM
     slow = ["--config.fake_devices=1", "--config.num_steps=400", "--config.log_every=1"]
     args = command(made, tmp_path, *slow, "--config.checkpoint_every=1000")
-    job = start(*args, "--config.data.num_workers=2", process_group=0)
+    job = start(*args)
     until(has_steps(tmp_path, 3))
-    os.killpg(job.pid, number)
+    job.send_signal(number)
     _, told = job.communicate(timeout=60)
     assert job.returncode == EXIT_PREEMPTED, told
     assert f"stopped by {number.name} after step" in told
