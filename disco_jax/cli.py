@@ -4,7 +4,6 @@ Nothing here imports JAX before it must: the planner and data workers never need
 """
 
 import contextlib
-import errno
 import os
 import re
 import signal
@@ -26,6 +25,7 @@ from disco_jax.errors import (
     EXIT_USER,
     Preempted,
     UserError,
+    says_unwritable,
 )
 from disco_jax.overrides import check_overrides
 from disco_jax.peers import Watch, watched
@@ -63,12 +63,12 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
         launch = cluster.find(
             _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, mesh.has_tpu()
         )
-        # Watchers come before the seconds that JAX takes to start; but on a TPU it is JAX alone
-        # that knows a process's number.
+        # Watchers come before the seconds that processes take to meet; but on a TPU it is JAX alone
+        # that knows their numbers.
         jax_tells = launch is not None and launch.index is None
         if jax_tells:
             _set_up_jax(config, launch)
-        index, count = _place(launch) if not jax_tells else mesh.processes()
+        index, count = _place(launch)
         with contextlib.ExitStack() as stack:
             if writes:
                 _hold(stack, workdir, launch, index, count, config)
@@ -83,8 +83,10 @@ def _place(launch: cluster.Launch | None) -> tuple[int, int]:
     """This process's index, and how many there are."""
     if launch is None:
         return 0, 1
-    assert launch.index is not None
-    assert launch.count is not None
+    if launch.index is None or launch.count is None:
+        from disco_jax import mesh
+
+        return mesh.processes()
     return launch.index, launch.count
 
 
@@ -147,6 +149,8 @@ def _blaming_peers(watch: Watch) -> Any:
     except (UserError, Preempted, KeyboardInterrupt):
         raise
     except Exception as error:
+        if says_unwritable(error):
+            raise
         first = str(error).partition("\n")[0]
         print(f"{first}; waiting for word of the others", file=sys.stderr, flush=True)
         watch.wait_for_verdict()
@@ -163,7 +167,7 @@ def guard(function: Callable[[], None]) -> None:
     except Preempted as preempted:
         _exit(f"{preempted}; the same command goes on", EXIT_PREEMPTED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if not says_unwritable(error):
             raise
         _exit(f"error: {error.filename or 'a file'} can't be written: {error.strerror}", EXIT_USER)
     except KeyboardInterrupt:

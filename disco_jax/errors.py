@@ -4,6 +4,8 @@
 the same command goes on. EXIT_INTERRUPTED: by Ctrl-C. Others are bugs.
 """
 
+import errno
+
 EXIT_USER = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 EXIT_PEER_LOST = 76
@@ -12,6 +14,12 @@ EXIT_INTERRUPTED = 130
 
 class UserError(Exception):
     """Something the user can mend: entry points print it as one line and exit with code 2."""
+
+
+def says_unwritable(error: BaseException) -> bool:
+    """Whether the system could not write a file: a full disk, a quota, a read-only file system."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return isinstance(error, OSError) and error.errno in codes
 
 
 class Preempted(Exception):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from disco_jax.errors import EXIT_PEER_LOST, EXIT_USER, Preempted, UserError
+from disco_jax.errors import EXIT_PEER_LOST, EXIT_USER, Preempted, UserError, says_unwritable
 from disco_jax.watcher import BEATS
 
 
@@ -56,8 +56,9 @@ def watched(
         watch.leave()
         raise
     except BaseException as error:
-        reason = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
-        watch.leave(reason, EXIT_USER if isinstance(error, UserError) else EXIT_PEER_LOST)
+        reason = (f"{error}".strip() or type(error).__name__).splitlines()[0]
+        mistake = isinstance(error, UserError) or says_unwritable(error)
+        watch.leave(reason, EXIT_USER if mistake else EXIT_PEER_LOST)
         raise
     watch.leave()
 

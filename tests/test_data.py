@@ -94,6 +94,7 @@ def order(steps: int, *lengths: int, **kwargs) -> np.ndarray:
         source, Load(source, default().data, 4), Collate(CLIPTokenizer(8)), **options
     )
     seen = [next(batches) for _ in range(steps)]
+    batches.close()
     labels = np.concatenate([batch.labels for batch in seen])
     np.testing.assert_array_equal(labels, np.concatenate([b.keys for b in seen]).astype(int))
     return labels
@@ -164,7 +165,7 @@ def test_two_batches_are_in_memory_and_some_pieces():
     batches = train_batches(source, load, Collate(CLIPTokenizer(8)), **options)
     next(batches)
     before = -1
-    while len(loaded) != before:  # until nothing more is read ahead
+    while len(loaded) != before or before < 2 * 1280:  # until nothing more is read ahead
         before = len(loaded)
         time.sleep(0.5)
     batches.close()

@@ -74,6 +74,18 @@ def test_meshes_with_explicit_axes(method, placed):
     assert max(relative_errors(got, expected)) < 1e-5
 
 
+@pytest.mark.parametrize("axis_name", [None, "data", "fsdp"])
+def test_meshes_with_axes_of_both_types(axis_name):
+    types = (AxisType.Auto, AxisType.Explicit)
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), types, devices=jax.devices()[:4])
+    args = arguments("softmax")
+    with jax.set_mesh(mesh):
+        got = sharded(args, mesh, axis_name=axis_name)
+    assert max(relative_errors(got, dense("softmax", args))) < 1e-5
+    with pytest.raises(ValueError, match="'auto' needs mesh axes of one type"):
+        contrastive_loss(*args, mesh=mesh, method="auto")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_all_weights_zero_is_a_loss_of_zero(method):
     got = sharded(arguments("softmax"), mesh_of(4), method=method, weights=np.zeros(48, np.float32))
@@ -261,6 +273,7 @@ IMAGE, TEXT, SCALE = arguments("softmax")
         ({"group_ids": np.ones(48, np.float32)}, "group_ids must be integers"),
         ({"image": IMAGE[:0], "text": TEXT[:0]}, r"image must be \[batch, D\], not of shape \(0, "),
         ({"image": [[1.0, 0.0]]}, "image must be an array, not a list"),
+        ({"weights": [1.0] * 48}, "weights must be an array, not a list"),
     ],
 )
 def test_bad_arguments_are_named(changed, message):

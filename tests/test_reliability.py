@@ -20,11 +20,13 @@ import pytest
 from disco_jax import checkpoint
 from disco_jax.checkpoint import Checkpoints
 from disco_jax.errors import EXIT_PREEMPTED, UserError
+from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.mesh import place_batch
 from disco_jax.training.build import model_config
 from disco_jax.training.health import Health
 from disco_jax.training.loop import train
 from disco_jax.training.optimizer import make_optimizer, make_schedule
+from disco_jax.training.preemption import Preemption
 from disco_jax.training.state import abstract_state, init_state
 from disco_jax.training.step import make_train_step, make_update, of_schedule
 from disco_jax.workdir import locked
@@ -86,6 +88,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(made, tmp_path):
     job.kill()
     said, _ = job.communicate()
     assert f"going on from step {step}" in said
+
+
+def test_a_run_that_stops_is_saved_before_it_is_evaluated(made, tmp_path, monkeypatch):
+    """Whoever asked it to stop may kill it before an evaluation ends."""
+
+    def killed(self, params):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Evaluator, "run", killed)
+    monkeypatch.setattr(Preemption, "stops", lambda self: True)
+    config = config_of(made, checkpoint_every=1000, eval__every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path)
+    saved = Checkpoints(tmp_path)
+    assert saved.steps() == [1]
+    saved.close()
 
 
 def test_only_steps_in_a_row_stop_a_run(tmp_path):

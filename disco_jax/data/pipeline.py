@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -119,13 +119,13 @@ class WholeBatches:
     def __init__(self, pieces: grain.DatasetIterator[Batch], count: int):
         self._pieces, self._count, self._closed = pieces, count, False
         self._thread = ThreadPoolExecutor(1, "batches")
-        self._next = self._thread.submit(self._assemble)
+        self._next: Future[Batch] | None = None  # workers start with the first batch asked for
 
     def __iter__(self) -> "WholeBatches":
         return self
 
     def __next__(self) -> Batch:
-        batch = self._next.result()
+        batch = (self._next or self._thread.submit(self._assemble)).result()
         self._next = self._thread.submit(self._assemble)
         return batch
 
@@ -143,10 +143,12 @@ class WholeBatches:
                     whole[name] = np.empty((self._count * n, *rows.shape[1:]), rows.dtype)
                 whole[name][i * n : (i + 1) * n] = rows
             pieces.append(piece._replace(arrays={}))
+        labels = np.concatenate([piece.labels for piece in pieces])
+        keys = np.concatenate([piece.keys for piece in pieces])
         return Batch(
             whole,
-            np.concatenate([piece.labels for piece in pieces]),
-            np.concatenate([piece.keys for piece in pieces]),
+            labels if len(labels) == len(keys) else labels[:0],
+            keys,
             [failure for piece in pieces for failure in piece.failures],
         )
 

@@ -88,19 +88,22 @@ def contrastive_loss(
     specs = (rows, rows, P(), P(), rows, rows)
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     explicit = tuple(name for name, of_axis in types.items() if of_axis == AxisType.Explicit)
+    devices = math.prod(mesh.shape[name] for name in names)
+    if method != "auto" and len(image) % devices:
+        raise ValueError(f"image has {len(image)} rows, not divisible by {devices} devices")
+
     if explicit:  # there nothing moves unasked
+        split = P(tuple(name for name in names if name in explicit))
         arguments = tuple(
-            None if x is None else reshard(x, NamedSharding(mesh, spec))
+            None if x is None else reshard(x, NamedSharding(mesh, split if spec == rows else P()))
             for x, spec in zip(arguments, specs, strict=True)
         )
     if method == "auto":
-        dense = _dense
-        if explicit:
-            dense = auto_axes(_dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))
-        return dense(*arguments)
-    devices = math.prod(mesh.shape[name] for name in names)
-    if len(image) % devices:
-        raise ValueError(f"image has {len(image)} rows, not divisible by {devices} devices")
+        if not explicit:
+            return _dense(*arguments)
+        if len(explicit) < len(types):
+            raise ValueError("method 'auto' needs mesh axes of one type, all Auto or all Explicit")
+        return auto_axes(_dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))(*arguments)
 
     def local(image, text, logit_scale, logit_bias, weights, group_ids):
         return local_contrastive_loss(
@@ -235,6 +238,8 @@ def _check(
     if tile is not None and (not isinstance(tile, int) or tile < 1):
         raise ValueError(f"tile must be a positive number of columns, not {tile!r}")
     for name, labels in (("weights", weights), ("group_ids", group_ids)):
+        if labels is not None and not hasattr(labels, "dtype"):
+            raise ValueError(f"{name} must be an array, not a {type(labels).__name__}")
         if labels is not None and labels.shape != image.shape[:1]:
             raise ValueError(f"{name} must be of shape {image.shape[:1]}, not {labels.shape}")
     if weights is not None and jnp.issubdtype(weights.dtype, jnp.complexfloating):

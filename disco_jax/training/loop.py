@@ -110,7 +110,7 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
             row |= progress.update(step, row["train/loss"], row["train/logit_scale"])
             row |= stream.metrics() | health.metrics()
         evaluates = last or (config.eval.every and step % config.eval.every == 0)
-        if stops:  # who told it to stop may not wait for an evaluation
+        if stops and not last:  # who told it to stop may not wait for an evaluation
             save()
             checkpoints.wait()
         if evaluates:
@@ -119,7 +119,7 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
             told = [f"{k} {v:.1%}" for k, v in row.items() if k.endswith("top1")]
             console.print(f"step {step}  " + "  ".join(told), soft_wrap=True)
             progress.pause(step)
-        if saves and not stops:
+        if saves and (last or not stops):
             save()
         if row:
             metrics.write(step, row | watch.read(step - start))

@@ -1,0 +1,144 @@
+"""How processes find each other, and what the schedulers' files do at their end."""
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from disco_jax.cluster import Launch, find
+from disco_jax.errors import UserError
+from tests import small_run
+
+KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": "8"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "expected"),
+    [
+        ((None, None, None), {}, None),
+        (("h:1", 2, 1), {"SLURM_STEP_NODELIST": "a,b"}, Launch("flags", "h:1", "h:1", 2, 1)),
+        (
+            (None, None, None),
+            {**KUBERNETES, "JOB_COMPLETION_INDEX": "3"},
+            Launch("environment", "job-0.svc:1234", "job-0.svc:1234", 8, 3),
+        ),
+        (
+            (None, None, None),
+            {**KUBERNETES, "JOB_COMPLETION_INDEX": "3", "JAX_PROCESS_ID": "5"},
+            Launch("environment", "job-0.svc:1234", "job-0.svc:1234", 8, 5),
+        ),
+        # A task a node takes all of its GPUs; one of several takes the one that is its own.
+        (
+            (None, None, None),
+            {
+                "SLURM_STEP_NODELIST": "n[1-8]",
+                "SLURM_NTASKS": "8",
+                "SLURM_PROCID": "2",
+                "SLURM_STEP_NUM_NODES": "8",
+                "SLURM_GPUS_ON_NODE": "4",
+                "SLURM_JOB_ID": "77",
+                "SLURM_STEP_ID": "0",
+                "SLURM_RESTART_COUNT": "2",
+            },
+            Launch("slurm", "77.0.2", None, 8, 2, (0, 1, 2, 3)),
+        ),
+        (
+            (None, None, None),
+            {
+                "SLURM_STEP_NODELIST": "n1",
+                "SLURM_NTASKS": "4",
+                "SLURM_PROCID": "3",
+                "SLURM_STEP_NUM_NODES": "1",
+                "SLURM_JOB_ID": "77",
+            },
+            Launch("slurm", "77.0.0", None, 4, 3),
+        ),
+        ((None, None, None), {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),
+        (
+            (None, None, None),
+            {
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3",
+            },
+            Launch("ompi", "1.0", None, 4, 1),
+        ),
+        ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, None),
+    ],
+)
+def test_processes_are_found(flags, env, expected):
+    assert find(*flags, env) == expected
+
+
+def test_a_tpu_pod_is_found():
+    env = {"TPU_WORKER_HOSTNAMES": "a,b,c,d"}
+    assert find(None, None, None, env, has_tpu=True) == Launch("tpu", "tpu")
+    assert find(None, None, None, {"TPU_WORKER_HOSTNAMES": "a"}, has_tpu=True) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "message"),
+    [
+        (("h:1", None, None), {}, "--process_count=N and --process_index=I missing"),
+        (("h", 2, 0), {}, "the coordinator 'h' must be HOST:PORT"),
+        (("h:1", 2, 2), {}, "process_index is 2, and must be at least 0 and less than"),
+        ((None, None, None), KUBERNETES, "JAX_PROCESS_ID or JOB_COMPLETION_INDEX is not set"),
+        (
+            (None, None, None),
+            {**KUBERNETES, "JAX_PROCESS_ID": "x"},
+            "JAX_PROCESS_ID is 'x', and must be a number",
+        ),
+        ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun told no address"),
+        (
+            (None, None, None),
+            {"JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "1"},
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID set, and JAX_COORDINATOR_ADDRESS=HOST:PORT is",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(flags, env, message):
+    with pytest.raises(UserError, match=message):
+        find(*flags, env)
+
+
+@pytest.mark.parametrize(
+    ("code", "saves", "tries", "again"),
+    [
+        (0, True, 0, False),
+        (2, True, 0, False),  # a mistake
+        (75, False, 9, True),  # asked to stop
+        (76, True, 9, True),  # a lost process, and there was progress
+        (134, False, 2, True),
+        (134, False, 3, False),  # three times without
+        (1, False, 3, False),
+    ],
+)
+def test_the_batch_script_starts_again_what_may_go_on(code, saves, tries, again, tmp_path):
+    """scripts/slurm.sh with its names changed, and stand-ins for Slurm's commands."""
+    checkpoints, bin_folder = tmp_path / "run/checkpoints", tmp_path / "bin"
+    (checkpoints / "900").mkdir(parents=True)
+    (checkpoints / "950.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "run/tries").write_text(f"{tries}\n")
+    bin_folder.mkdir()
+    saved = f"mkdir {checkpoints}/1000" if saves else ""
+    commands = {
+        "srun": f'echo "$@" > {tmp_path}/srun; {saved}\nexit {code}',
+        "scontrol": f'echo "$@" > {tmp_path}/scontrol',
+    }
+    for name, text in commands.items():
+        (bin_folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin_folder / name).chmod(0o755)
+    script = (small_run.ROOT / "scripts/slurm.sh").read_text()
+    names = {"CODE": small_run.ROOT, "WORKDIR": tmp_path / "run"}
+    for name, value in names.items():
+        script = re.sub(rf"^{name}=.*", f"{name}={value}", script, flags=re.M)
+    env = {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_CPUS_PER_TASK": "64",
+    }
+    assert subprocess.run(["bash", "-c", script], env=env).returncode == code
+    assert "--cpus-per-task=64 .venv/bin/python train.py" in (tmp_path / "srun").read_text()
+    asked = tmp_path / "scontrol"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 77\n" if again else "")
