@@ -253,7 +253,7 @@ def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
     told = [job.communicate(timeout=60)[1] for job in second]
     assert [job.returncode for job in second] == [EXIT_USER] * 2, told
     assert all(f"workdir {tmp_path} is in use by another run" in line for line in told), told
-    time.sleep(6)  # longer than peer_timeout
+    time.sleep(2)  # four heartbeats: the second one's last words are there
     assert [job.poll() for job in running] == [None] * 2
     for job in running:
         job.kill()

@@ -59,8 +59,11 @@ def test_a_weight_of_zero_is_a_sample_that_is_not_there(kind, method):
     assert max(relative_errors(got, expected)) < 1e-5
 
 
-@pytest.mark.parametrize("placed", [None, P("data"), P(), P(None, "data")])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "placed"),
+    [(method, P("data")) for method in METHODS]
+    + [(method, p) for method in ("auto", "ring") for p in (None, P(), P(None, "data"))],
+)
 def test_meshes_with_explicit_axes(method, placed):
     """What `jax.make_mesh` makes by itself; features on it in any way, or not yet."""
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
