@@ -20,7 +20,7 @@ def walk(
 
     On hop k a device computes with the columns of the device k before it, while these travel on to
     the next one, and the outputs of the columns before follow: nothing that is sent waits for what
-    is computed meanwhile. (XLA's schedule makes use of it on TPUs, and on GPUs with
+    is computed meanwhile. (On GPUs XLA's schedule makes use of it with
     `--xla_gpu_enable_latency_hiding_scheduler`: docs/losses.md.)
     """
     n = lax.axis_size(axis_name)
