@@ -159,8 +159,9 @@ def parameters(workdir: Path, step: int) -> dict[str, bytes]:
     import jax
 
     from configs.tars import get_config
+    from disco_jax.backend import use_fake_devices
     from disco_jax.checkpoint import Checkpoints
-    from disco_jax.mesh import make_mesh, use_fake_devices
+    from disco_jax.mesh import make_mesh
     from disco_jax.training.build import model_config
     from disco_jax.training.optimizer import make_optimizer
     from disco_jax.training.state import abstract_state

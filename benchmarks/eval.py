@@ -19,11 +19,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from disco_jax.backend import use_fake_devices
 from disco_jax.config import default, zeroshot_set
 from disco_jax.evaluation.classes import load_classes, load_templates
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.evaluation.zeroshot import class_embeddings
-from disco_jax.mesh import make_mesh, use_fake_devices
+from disco_jax.mesh import make_mesh
 from disco_jax.tokenizer import make_tokenizer
 from disco_jax.training.build import model_config
 from disco_jax.training.state import init_state

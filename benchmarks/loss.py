@@ -19,10 +19,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from disco_jax.backend import use_fake_devices
 from disco_jax.collectives import all_gather
 from disco_jax.losses import METHODS, contrastive_loss
 from disco_jax.losses.tiles import default_tile, scan_tiles
-from disco_jax.mesh import BATCH_AXES, batch_sharding, make_mesh, use_fake_devices
+from disco_jax.mesh import BATCH_AXES, batch_sharding, make_mesh
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from disco_jax.backend import use_fake_devices
 from disco_jax.config import default
-from disco_jax.mesh import make_mesh, place_batch, use_fake_devices
+from disco_jax.mesh import make_mesh, place_batch
 from disco_jax.training.build import model_config
 from disco_jax.training.gradients import make_parts, split
 from disco_jax.training.host_step import HostStep
@@ -70,7 +71,8 @@ def forward(config: ConfigDict, batch: dict[str, np.ndarray]) -> Callable[[], No
     mesh, model = make_mesh(), model_config(config)
     state = init_state(model, make_optimizer(config), mesh, seed=0)
     parts = make_parts(config, model, mesh)
-    encode = jax.jit(lambda params, samples: parts.encode(split(params)[0], samples, 0))
+    places = np.arange(config.batch_size, dtype=np.int32)
+    encode = jax.jit(lambda params, samples: parts.encode(split(params)[0], samples, places, 0))
     return lambda: jax.block_until_ready(encode(state.params, place_batch(batch, mesh)))
 
 

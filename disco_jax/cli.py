@@ -58,10 +58,10 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
             raise UserError("--workdir=DIR is missing")
         workdir = Path(flags.FLAGS.workdir)
         _stop_at_signals()
-        from disco_jax import mesh  # after --help, which needs no JAX
+        from disco_jax import backend  # after --help, which needs no JAX
 
         launch = cluster.find(
-            _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, mesh.has_tpu()
+            _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, backend.has_tpu()
         )
         # Watchers come before the seconds that processes take to meet; but on a TPU it is JAX alone
         # that knows their numbers.
@@ -84,9 +84,9 @@ def _place(launch: cluster.Launch | None) -> tuple[int, int]:
     if launch is None:
         return 0, 1
     if launch.index is None or launch.count is None:
-        from disco_jax import mesh
+        from disco_jax import backend
 
-        return mesh.processes()
+        return backend.processes()
     return launch.index, launch.count
 
 
@@ -114,15 +114,15 @@ def _hold(
 def _set_up_jax(config: ConfigDict, launch: cluster.Launch | None) -> None:
     # The planner's verdicts count on this share of a GPU's memory; JAX's default is 0.75.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    from disco_jax import mesh
+    from disco_jax import backend
     from disco_jax.training import progress
 
-    mesh.ignore_absent_accelerators()
+    backend.ignore_absent_accelerators()
     if config.fake_devices:
-        mesh.use_fake_devices(config.fake_devices)
+        backend.use_fake_devices(config.fake_devices)
     if launch:
         cluster.start(launch, config.start_timeout)
-    progress.console.quiet = mesh.processes()[0] > 0
+    progress.console.quiet = backend.processes()[0] > 0
 
 
 def _stop_at_signals() -> None:

@@ -19,6 +19,9 @@ def default() -> ConfigDict:
     # Where a batch's images wait: `scan`, on the devices, in one program; `host`, in the host's
     # memory, which then bounds the batch.
     c.microbatch_mode = "scan"
+    # Dtype in which the devices' gradients are summed, once a step: float32; or bfloat16, for half
+    # the traffic.
+    c.reduce_dtype = "float32"
     c.init_from = ""  # a model folder (python -m disco_jax.interop) or a run, to begin from
     c.num_steps = 10_000  # optimiser updates in all
     # Passes over data.num_samples, to be checked against num_steps and batch_size; 0: not checked.

@@ -1,80 +1,85 @@
-"""The device mesh, how arrays lie on it, and how a host's batch gets there."""
+"""The device mesh, how arrays are sharded over it, and which rows of a batch a process feeds."""
 
-import sys
-from collections.abc import Callable
-from importlib.util import find_spec
-from itertools import count
-from pathlib import Path
-from typing import Any, TypeVar
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state
-from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-T = TypeVar("T")
-
 # The batch is split over both axes; one copy of the state is split over the devices of `fsdp`.
 BATCH_AXES = ("data", "fsdp")
-DAY = 24 * 60 * 60 * 1000  # milliseconds
-_BARRIERS = count()  # a barrier's name can be used once
 
 
-def ignore_absent_accelerators() -> None:
-    """Keeps JAX from trying a compiler's plug-in whose device is not there.
+def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
+    """A mesh `(data, fsdp)` over `devices`, all of them by default; `fsdp` divides their number.
 
-    With the planner's wheels installed (requirements-plan.txt) and no GPU or TPU, JAX would print
-    stack traces and wait before it takes the CPU. Only before JAX's first use.
+    `jax.make_mesh` does not do: it refuses more than one slice, and XLA gives every GPU host a
+    slice of its own.
     """
-    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
-    if platforms or sys.platform != "linux":
-        return
-    cuda = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-    tpu = find_spec("libtpu") is not None
-    # The driver's device files, in a container or not; /dev/dxg is Windows' subsystem for Linux.
-    has_gpu = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu"))
-    if (cuda or tpu) and not (has_gpu or has_tpu()):
-        jax.config.update("jax_platforms", "cpu")
+    ordered = ring_order(jax.devices() if devices is None else devices)
+    grid = np.array(ordered, dtype=object).reshape(-1, fsdp)
+    return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def has_tpu() -> bool:
-    """Whether the machine has a TPU: JAX's own test, of the devices on its bus."""
-    return num_available_tpu_chips_and_device_id()[0] > 0
+def ring_order(devices: Iterable[Any]) -> list[Any]:
+    """The devices in the order of a ring with short links, the same on every process.
 
-
-def processes() -> tuple[int, int]:
-    """This process's index, and how many there are."""
-    return jax.process_index(), jax.process_count()
-
-
-def first_then_all(make: Callable[[], T]) -> T:
-    """Calls `make` in the first process and then in the others, which find what it has written.
-
-    They may wait for hours, where it reads an index of thousands of shards: at the coordinator, for
-    a collective of the devices gives up after half a minute on CPUs. Lost ones are noticed all the
-    same (peers.py).
+    Slice after slice: a TPU's along its torus, each chip a neighbour of the one before; GPUs and
+    CPUs process by process. So the hops of the loss method `ring` are short, and the devices of one
+    copy of the state (`fsdp`) are close to each other. On TPUs the processes interleave: see
+    `own_rows`.
     """
-    index, count = processes()
-    made = make() if index == 0 else None
-    if count > 1:
-        assert global_state.client is not None
-        global_state.client.wait_at_barrier(f"first_then_all_{next(_BARRIERS)}", DAY)
-    return make() if made is None else made
+    slices: dict[int, list[Any]] = defaultdict(list)
+    for device in devices:
+        slices[getattr(device, "slice_index", 0) or 0].append(device)
+    return [device for _, members in sorted(slices.items()) for device in _ring(members)]
 
 
-def use_fake_devices(count: int) -> None:
-    """Makes JAX see `count` CPU devices and nothing else; only before its first use."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
+def _ring(devices: list[Any]) -> list[Any]:
+    """The devices of one slice, in the order of a ring."""
+    by_number = sorted(devices, key=lambda device: (device.process_index, device.id))
+    if not all(getattr(device, "coords", None) is not None for device in devices):
+        return by_number
+    places = np.array([(*d.coords, getattr(d, "core_on_chip", 0)) for d in by_number])
+    places -= places.min(axis=0)
+    at = dict(zip(map(tuple, places.tolist()), by_number, strict=True))
+    ring = ring_of_grid(tuple(places.max(axis=0) + 1))
+    return [at[place] for place in ring] if len(ring) == len(at) else by_number
 
 
-def make_mesh(devices: list[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
-    """A mesh `(data, fsdp)` over `devices`, all of them by default; `fsdp` divides their number."""
-    devices = jax.devices() if devices is None else devices
-    shape = (len(devices) // fsdp, fsdp)
-    return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+def ring_of_grid(sides: Sequence[int]) -> list[tuple[int, ...]]:
+    """All points of a grid, each a neighbour of the one before, and the last one of the first.
+
+    That last step is longer where every side is odd, or only one is longer than 1: no ring exists.
+    """
+    even = next((axis for axis, side in enumerate(sides) if side % 2 == 0), None)
+    if even is None:
+        return _snake(sides)
+    # There along all lines but the first, to and fro; back along the first.
+    first, *others = _snake([side for axis, side in enumerate(sides) if axis != even])
+    there = [
+        (step, point)
+        for step in range(sides[even])
+        for point in (others if step % 2 == 0 else reversed(others))
+    ]
+    back = [(step, first) for step in reversed(range(sides[even]))]
+    return [(*point[:even], step, *point[even:]) for step, point in there + back]
+
+
+def _snake(sides: Sequence[int]) -> list[tuple[int, ...]]:
+    """All points of a grid, each a neighbour of the one before."""
+    if not sides:
+        return [()]
+    line = _snake(sides[1:])
+    return [
+        (step, *point)
+        for step in range(sides[0])
+        for point in (line if step % 2 == 0 else reversed(line))
+    ]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -103,7 +108,38 @@ def state_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     )
 
 
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """int `[own]`, ascending: the rows of a global batch that this process's devices hold.
+
+    They need not be one stretch, nor stand in the order of processes: a ring through a TPU's torus
+    comes by each host several times. Whatever a process loads for a batch are these rows.
+    """
+    each = batch_size // mesh.devices.size
+    index = jax.process_index()
+    own = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == index]
+    return (np.array(own)[:, None] * each + np.arange(each)).reshape(-1)
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """This process's part of a batch, `[B / processes, ...]`, as global arrays `[B, ...]`."""
+    """This process's `own_rows` of a batch, `[own, ...]`, as global arrays `[B, ...]`."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Rows `[B, ...]` that every process has, as a global array split over the devices."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows, rows.shape)
+
+
+def gather_rows(rows: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Every process's `own_rows` of a batch, `[own, ...]`, as all of it, `[B, ...]`, on each."""
+    if jax.process_count() == 1:
+        return rows
+    return np.asarray(process_allgather(place_batch({"rows": rows}, mesh)["rows"], tiled=True))
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole of an array, however it is sharded; all processes must call it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(process_allgather(x, tiled=True))

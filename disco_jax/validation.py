@@ -23,6 +23,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.image_remat": REMAT,
     "model.text_remat": REMAT,
+    "reduce_dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "lion", "adafactor", "muon"),
 }
 # Whether a number is allowed, by what is told where it is not.

@@ -71,10 +71,10 @@ def free_port() -> int:
 WORKER = """
 import os, sys
 from pathlib import Path
-from disco_jax import cluster, mesh
+from disco_jax import backend, cluster
 made, out, devices, *methods = sys.argv[1:]
 made, out = Path(made), Path(out)
-mesh.use_fake_devices(int(devices))
+backend.use_fake_devices(int(devices))
 launch = cluster.find(None, None, None, os.environ)
 if launch:
     cluster.start(launch)

@@ -16,7 +16,13 @@ from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
 from disco_jax.models.vision import drop_patches
 from disco_jax.plan.flops import matmul_flops
 from disco_jax.training import gradients, loop
-from disco_jax.training.gradients import by_microbatches, make_parts, split, whole_batch
+from disco_jax.training.gradients import (
+    by_microbatches,
+    make_parts,
+    split,
+    sum_over_devices,
+    whole_batch,
+)
 from disco_jax.training.health import Health
 from disco_jax.training.host_step import HostStep
 from disco_jax.training.optimizer import make_optimizer
@@ -81,13 +87,12 @@ def loss_and_gradients(config, model, devices, fsdp=1, mode="scan"):
     mesh = mesh_of(devices, fsdp)
     state = jax.device_put(initial_state(config.loss.kind), state_shardings(config, model, mesh))
     if mode == "host":
-        loss, towers, scalars = HostStep(config, model, mesh).gradients(state, random_batch())
-        result = loss, towers | scalars
+        loss, own, scalars = HostStep(config, model, mesh).gradients(state, random_batch())
+        result = loss, sum_over_devices(mesh, own, config.reduce_dtype) | scalars
     else:
         parts = make_parts(config, model, mesh)
-        gradient = whole_batch(parts, model)
-        if config.microbatch:
-            gradient = by_microbatches(parts, model, mesh, config.microbatch)
+        make = by_microbatches if config.microbatch else whole_batch
+        gradient = make(config, parts, model, mesh)
         batch = place_batch(random_batch(), mesh)
         result = jax.jit(gradient)(state.params, batch, state.step)
     return jax.tree.map(np.asarray, result)
@@ -144,7 +149,7 @@ def test_both_passes_must_draw_the_same(monkeypatch):
 
     def other_keys(parts, model, towers):
         pull = real(parts, model, towers)
-        return lambda samples, step, cotangents: pull(samples, step + 1, cotangents)
+        return lambda samples, places, d, step: pull(samples, places, d, step + 1)
 
     monkeypatch.setattr(gradients, "pullback", other_keys)
     config, model = small("softmax", "ring", 8)
@@ -156,9 +161,9 @@ def test_dropout_changes_with_the_step():
     mesh = mesh_of(1)
     parts = make_parts(config, model, mesh)
     params = split(init_state(model, make_optimizer(config), mesh, seed=0).params)[0]
-    samples = random_batch() | {"index": np.arange(BATCH, dtype=np.int32)}
+    samples, places = random_batch(), np.arange(BATCH, dtype=np.int32)
     encode = jax.jit(parts.encode)
-    first, again, later = (encode(params, samples, jnp.int32(step)) for step in (3, 3, 4))
+    first, again, later = (encode(params, samples, places, jnp.int32(step)) for step in (3, 3, 4))
     for a, b, c in zip(first, again, later, strict=True):
         np.testing.assert_array_equal(a, b)
         assert np.abs(np.asarray(a) - np.asarray(c)).max() > 1e-3
@@ -180,14 +185,16 @@ def test_patch_dropout_keeps_the_class_token_and_as_many_patches():
 def test_the_loss_is_computed_once():
     """FLOPs of microbatches: the whole batch's, and the towers' forward pass once more."""
     counts = {}
-    config, model = small(drop=(0.0, 0.0))
+    config, model = small(drop=(0.0, 0.0), microbatch=4)
     mesh = mesh_of(2)
     state = init_state(model, make_optimizer(config), mesh, seed=0)
     parts, batch = make_parts(config, model, mesh), random_batch()
     functions = {
-        "whole": whole_batch(parts, model),
-        "microbatches": by_microbatches(parts, model, mesh, 4),
-        "forward": lambda params, batch, step: parts.encode(split(params)[0], batch, step),
+        "whole": whole_batch(config, parts, model, mesh),
+        "microbatches": by_microbatches(config, parts, model, mesh),
+        "forward": lambda params, batch, step: parts.encode(
+            split(params)[0], batch, np.arange(BATCH, dtype=np.int32), step
+        ),
     }
     for name, function in functions.items():
         counts[name] = matmul_flops(jax.make_jaxpr(function)(state.params, batch, state.step))
@@ -197,11 +204,11 @@ def test_the_loss_is_computed_once():
 
 def test_parameters_are_cast_once():
     """In bfloat16: one conversion of a kernel, before the loops, and none of the norms'."""
-    config, model = small(drop=(0.0, 0.0), dtype="bfloat16")
+    config, model = small(drop=(0.0, 0.0), dtype="bfloat16", microbatch=4)
     mesh = mesh_of(2)
     parts = make_parts(config, model, mesh)
     state = init_state(model, make_optimizer(config), mesh, seed=0)
-    gradient = by_microbatches(parts, model, mesh, 4)
+    gradient = by_microbatches(config, parts, model, mesh)
     text = str(jax.make_jaxpr(gradient)(state.params, random_batch(), state.step))
     kernel = "bf16[2,32,128] = convert_element_type"  # mlp_in of both layers, both towers
     assert text.count(kernel) == 2

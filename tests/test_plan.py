@@ -205,7 +205,10 @@ def test_mistakes_end_in_one_line(flags, says):
 @needs_linux
 def test_the_wheels_change_no_ordinary_start():
     """JAX says nothing, and takes the CPU, though plug-ins for absent devices are installed."""
-    code = "from disco_jax import mesh; mesh.ignore_absent_accelerators(); print(mesh.make_mesh())"
+    code = (
+        "from disco_jax import backend, mesh; backend.ignore_absent_accelerators(); "
+        "print(mesh.make_mesh())"
+    )
     done = run("-c", code)
     assert "'data': " in done.stdout
     assert done.stderr == ""

@@ -289,8 +289,7 @@ def test_workers_restarts_and_processes_see_the_same_samples(tmp_path):
             seed=3,
             start=start,
             num_workers=workers,
-            process_index=index,
-            process_count=count,
+            rows=np.arange(8)[index::count],
         )
         return [next(stream) for _ in range(steps)]
 

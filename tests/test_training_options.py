@@ -91,10 +91,8 @@ def test_the_last_blocks_alone_are_trained(microbatch):
     batch = place_batch(random_batch(), mesh)
 
     def gradient(model):
-        parts = make_parts(config, model, mesh)
-        if microbatch:
-            return jax.jit(by_microbatches(parts, model, mesh, microbatch))
-        return jax.jit(whole_batch(parts, model))
+        make = by_microbatches if microbatch else whole_batch
+        return jax.jit(make(config, make_parts(config, model, mesh), model, mesh))
 
     inputs = (params, batch, jnp.int32(0))
     expected = trained(part, gradient(model)(*inputs)[1])

@@ -22,6 +22,8 @@ from disco_jax.data.load import Failure, Load, Loaded
 from disco_jax.data.source import BadSample, Joined
 from disco_jax.tokenizer import TextTokenizer
 
+ENDLESS = 2**48  # samples: more than any run sees
+
 
 class Batch(NamedTuple):
     """What a step takes, and what it does not: who is in it, and what was bad."""
@@ -63,8 +65,7 @@ def train_batches(
     start: int,
     num_workers: int,
     weights: Sequence[float] = (),
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> "WholeBatches":
     """This process's share of the batches, from global sample `start` on.
 
@@ -81,8 +82,8 @@ def train_batches(
       num_workers: processes that load; 0: the calling one.
       weights: shares of the joined sources, each of which then has epochs of its own; none: all
         of them are one set.
-      process_index: this process.
-      process_count: of so many.
+      rows: int, ascending: the rows of each batch that this process loads (`mesh.own_rows`); all
+        of them by default. Row r of a batch is the same sample whoever loads it.
     """
     _parse_flags()
     ends = source.starts if weights else [0, len(source)]
@@ -90,10 +91,13 @@ def train_batches(
     order = grain.MapDataset.mix(streams, weights) if weights else streams[0]
     # The place in the stream goes along: what is random about a sample is drawn from it.
     placed = order.map_with_index(lambda position, index: (position, int(index)))
-    own = placed.slice(slice(start + process_index, None, process_count))
+    rows = np.arange(batch_size) if rows is None else rows
+    share = len(rows)
 
-    loaded = own.map(lambda place: load.train(*place))
-    share = batch_size // process_count
+    def own(k: int) -> Loaded:
+        return load.train(*placed[start + k // share * batch_size + int(rows[k % share])])
+
+    loaded = grain.MapDataset.range(ENDLESS).map(own)
     piece = piece_size(share)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     stream = loaded.batch(piece, batch_fn=collate).to_iter_dataset(options)
@@ -184,19 +188,19 @@ def eval_batches(
     load: Load,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[EvalBatch]:
-    """This process's rows of all batches of `length` samples, in order: each sample once.
+    """The `rows` (all by default) of each batch of `length` samples, in order: each sample once.
 
-    Every process gets as many batches, `[batch_size / process_count]` each. Samples are loaded in
-    threads, which take no time to start; decoding leaves Python to them.
+    Every process gets the same number of batches. Samples are loaded in threads, which take no
+    time to start; decoding leaves Python to them.
     """
-    own = batch_size // process_count
+    rows = np.arange(batch_size) if rows is None else rows
+    own = len(rows)
     steps = -(-length // batch_size)
 
     def place(k: int) -> int:
-        return k // own * batch_size + process_index * own + k % own
+        return k // own * batch_size + int(rows[k % own])
 
     def evaluate(k: int) -> tuple[Loaded | None, list[Failure]]:
         try:

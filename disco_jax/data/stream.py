@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from disco_jax.data.bad_samples import (
@@ -31,6 +32,7 @@ class TrainStream:
       config: the run's.
       model: gives the sizes of images and texts.
       source: the samples of `config.data`.
+      rows: of each batch, that this process loads (`mesh.own_rows`).
       workdir: the run's folder, for `bad_samples.jsonl` and `keys.jsonl`.
       step: updates taken so far.
       position: what `position()` was then; empty for a new run.
@@ -44,6 +46,7 @@ class TrainStream:
         config: ConfigDict,
         model: CLIPConfig,
         source: Joined,
+        rows: np.ndarray,
         workdir: Path,
         step: int,
         position: dict[str, Any],
@@ -74,8 +77,7 @@ class TrainStream:
             start=position.get("samples_seen", 0),
             num_workers=config.data.num_workers,
             weights=config.data.weights,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
         )
 
     def __next__(self) -> Batch:

@@ -1,13 +1,13 @@
 """The towers as jitted functions over the mesh, for any number of inputs, on every process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from disco_jax.mesh import batch_sharding, place_batch, replicated
+from disco_jax.mesh import batch_sharding, own_rows, place_batch, place_rows, replicated
 from disco_jax.models import CLIPConfig
 from disco_jax.training.state import Params, abstract_model
 
@@ -18,7 +18,7 @@ class Encoder:
     """Images and texts to fp32 features of unit length.
 
     Inputs go through in batches of one size, the last filled up, so that each tower is compiled
-    once. Every process gives its own rows of a batch and gets the features of all.
+    once. Every process gets the features of all.
 
     Args:
       model: the towers.
@@ -46,24 +46,19 @@ class Encoder:
         self.image: EncodeFn = jax.jit(image, in_shardings=inputs, out_shardings=whole)
         self.text: EncodeFn = jax.jit(text, in_shardings=inputs, out_shardings=whole)
 
+        self.rows = own_rows(mesh, self.batch_size)  # of a batch, that this process feeds
+
     def place(self, rows: np.ndarray) -> jax.Array:
-        """This process's rows of a batch, `[batch_size / processes, ...]`, as a global array."""
+        """This process's `rows` of a batch, `[own, ...]`, as a global array `[batch_size, ...]`."""
         return place_batch({"rows": rows}, self.mesh)["rows"]
 
     def encode_all(self, encode: EncodeFn, params: Params, inputs: np.ndarray) -> np.ndarray:
         """fp32 `[n, embed_dim]` of `[n, ...]` that every process holds, by `image` or `text`."""
-        features = [
-            np.asarray(encode(params, self.place(part)))[:count]
-            for part, count in self._parts(inputs)
-        ]
-        return np.concatenate(features)
-
-    def _parts(self, inputs: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """This process's rows of each batch, and how many of the whole batch are real."""
-        own = self.batch_size // jax.process_count()
+        features = []
         for start in range(0, len(inputs), self.batch_size):
-            first = start + jax.process_index() * own
-            part = inputs[first : first + own]
-            padded = np.zeros((own, *inputs.shape[1:]), inputs.dtype)
-            padded[: len(part)] = part
-            yield padded, min(self.batch_size, len(inputs) - start)
+            part = inputs[start : start + self.batch_size]
+            batch = np.zeros((self.batch_size, *inputs.shape[1:]), inputs.dtype)
+            batch[: len(part)] = part
+            encoded = encode(params, place_rows(batch, self.mesh))
+            features.append(np.asarray(encoded)[: len(part)])
+        return np.concatenate(features)

@@ -5,11 +5,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,6 +23,7 @@ from disco_jax.evaluation.classes import Classes, load_classes, load_subset, loa
 from disco_jax.evaluation.encoder import Encoder
 from disco_jax.evaluation.retrieval import recall_at
 from disco_jax.evaluation.zeroshot import Results, class_embeddings
+from disco_jax.mesh import gather_rows
 from disco_jax.models import CLIPConfig
 from disco_jax.tokenizer import make_tokenizer
 from disco_jax.training.state import Params
@@ -151,7 +150,7 @@ class Evaluator:
         for batch in self._batches(self._pairs, "retrieval"):
             images = self._encoder.place(batch.images(self._size))
             features.append(np.asarray(self._encoder.image(params, images)))
-            names.append(_gather(np.array([_digest(sample) for sample in batch.samples])))
+            names.append(self._gather([_digest(sample) for sample in batch.samples], np.uint8))
             ids, counts = self._caption_tokens(batch)
             owners.append(rows + np.repeat(np.arange(len(counts)), counts))
             tokens.append(ids)
@@ -174,14 +173,18 @@ class Evaluator:
     def _caption_tokens(self, batch: EvalBatch) -> tuple[np.ndarray, np.ndarray]:
         """All processes' captions of a batch, `[captions, context_length]`, and how many each."""
         captions = [sample.captions if sample else () for sample in batch.samples]
-        counts = _gather(np.array([len(texts) for texts in captions], np.int32))
+        counts = self._gather([len(texts) for texts in captions], np.int32)
         most = int(counts.max())
         padded = np.zeros((len(captions), most, self._tokenizer.context_length), np.int32)
         for row, texts in zip(padded, captions, strict=True):
             if texts:
                 row[: len(texts)] = self._tokenizer(texts)
         real = np.arange(most) < counts[:, None]
-        return _gather(padded)[real], counts
+        return self._gather(padded, np.int32)[real], counts
+
+    def _gather(self, rows: Any, dtype: type) -> np.ndarray:
+        """This process's rows of a batch to all of it, in order, on every process."""
+        return gather_rows(np.asarray(rows, dtype), self._encoder.mesh)
 
     def _batches(self, source: Joined, name: str) -> Iterator[EvalBatch]:
         bad: Counter[str] = Counter()
@@ -190,8 +193,7 @@ class Evaluator:
             len(source),
             load,
             batch_size=self._encoder.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=self._encoder.rows,
         ):
             bad.update(kind for kind, _, _ in batch.failures)
             yield batch
@@ -210,8 +212,3 @@ def _digest(sample: Loaded | None) -> list[int]:
         return [0] * 16
     name = sample.image_name.encode(errors="surrogateescape")
     return list(hashlib.blake2b(name, digest_size=16).digest())
-
-
-def _gather(rows: np.ndarray) -> np.ndarray:
-    """`[b, ...]` of each process to `[B, ...]` of all, in their order, on every process."""
-    return np.asarray(process_allgather(rows, tiled=True)) if jax.process_count() > 1 else rows

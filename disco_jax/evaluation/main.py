@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from disco_jax.backend import first_then_all
 from disco_jax.checkpoint import Checkpoints
 from disco_jax.errors import UserError
 from disco_jax.evaluation.baseline import baselines
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.evaluation.zeroshot import Results
-from disco_jax.mesh import first_then_all, make_mesh
+from disco_jax.mesh import make_mesh
 from disco_jax.models import CLIPConfig
 from disco_jax.plots import plot_predictions
 from disco_jax.training.build import model_config

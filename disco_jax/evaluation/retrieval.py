@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from disco_jax.mesh import batch_sharding, place_batch, replicated
+from disco_jax.mesh import batch_sharding, place_rows, replicated
 
 QUERIES, CANDIDATES = 1024, 4096  # of a tile
 
@@ -59,20 +59,19 @@ def rank(
     whole = replicated(mesh)
     tiles = [jax.make_array_from_process_local_data(whole, x) for x in (padded, ids)]
     size = -(-min(QUERIES, len(queries)) // mesh.devices.size) * mesh.devices.size
-    own = size // jax.process_count()
     found = []
     for start in range(0, len(queries), size):
-        first = start + jax.process_index() * own
-        rows = {
-            "queries": _padded(queries[first : first + own], own, 0),
-            "ids": _padded(query_ids[first : first + own].astype(np.int32), own, -2),
-        }
-        found.append(np.asarray(compute(place_batch(rows, mesh), *tiles)))
+        part = slice(start, start + size)
+        rows = (
+            place_rows(_padded(queries[part], size, 0), mesh),
+            place_rows(_padded(query_ids[part].astype(np.int32), size, -2), mesh),
+        )
+        found.append(np.asarray(compute(rows, *tiles)))
     return np.concatenate(found)[: len(queries)]
 
 
-def _ranks(rows: dict[str, jax.Array], candidates: jax.Array, ids: jax.Array) -> jax.Array:
-    queries, query_ids = rows["queries"], rows["ids"]
+def _ranks(rows: tuple[jax.Array, jax.Array], candidates: jax.Array, ids: jax.Array) -> jax.Array:
+    queries, query_ids = rows
 
     def scores(tile: jax.Array) -> jax.Array:
         # The same product in both passes: an own score and its rivals are rounded alike.

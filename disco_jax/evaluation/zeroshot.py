@@ -34,7 +34,8 @@ def make_classify(encoder: Encoder) -> Callable[..., tuple[jax.Array, jax.Array]
 
     Images and labels are split over the mesh; what comes back every process has whole: the labels,
     int32 `[B]`, and for each subset the classes of the five highest scores within it, int32
-    `[S, B, 5]` (or fewer, where there are fewer classes), the lowest class first among equals.
+    `[S, B, 5]` (or fewer, where there are fewer classes), the lowest class first among equals, and
+    -1 in the places that a subset of fewer than five classes leaves empty.
     """
 
     def classify(
@@ -44,7 +45,8 @@ def make_classify(encoder: Encoder) -> Callable[..., tuple[jax.Array, jax.Array]
         classes: jax.Array,
         subsets: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        scores = encoder.image(params, images) @ classes.T
+        # As in retrieval: TF32 or bf16 passes would change the order of close classes.
+        scores = jnp.matmul(encoder.image(params, images), classes.T, precision="highest")
         return labels, jax.vmap(nearest, (None, 0))(scores, subsets)
 
     whole = replicated(encoder.mesh)
@@ -52,9 +54,13 @@ def make_classify(encoder: Encoder) -> Callable[..., tuple[jax.Array, jax.Array]
 
 
 def nearest(scores: jax.Array, subset: jax.Array) -> jax.Array:
-    """int32 `[B, 5]` (or fewer): classes of the highest scores `[B, C]` in `subset` bool `[C]`."""
+    """int32 `[B, 5]` (or fewer): classes of the highest scores `[B, C]` in `subset` bool `[C]`.
+
+    -1 where the subset has no more classes.
+    """
     scores = jnp.where(subset, scores, -jnp.inf)
-    return jax.lax.top_k(scores, min(TOP, scores.shape[1]))[1].astype(jnp.int32)
+    found = jax.lax.top_k(scores, min(TOP, scores.shape[1]))[1].astype(jnp.int32)
+    return jnp.where(subset[found], found, -1)
 
 
 class Confusion(NamedTuple):

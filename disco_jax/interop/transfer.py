@@ -5,7 +5,6 @@ import math
 import shutil
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from disco_jax.errors import UserError
@@ -153,7 +152,7 @@ def read_model(source: Path) -> tuple[CLIPConfig, Params]:
     import jax
 
     from disco_jax.checkpoint import Checkpoints
-    from disco_jax.mesh import make_mesh
+    from disco_jax.mesh import make_mesh, to_host
     from disco_jax.training.build import model_config
     from disco_jax.training.optimizer import make_optimizer
     from disco_jax.training.state import abstract_state
@@ -164,7 +163,7 @@ def read_model(source: Path) -> tuple[CLIPConfig, Params]:
     checkpoints = Checkpoints(source)
     state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh))
     checkpoints.close()
-    return model, jax.tree.map(np.asarray, state.params)
+    return model, jax.tree.map(to_host, state.params)
 
 
 def export_model(source: Path, library: str, out: Path) -> None:

@@ -4,6 +4,9 @@ Contrastive gradients need all features at once, but not all activations. By mic
 (GradCache, Gao et al., 2021): encode every microbatch and keep only the features; one loss over all
 of them gives dL/dfeatures; encode again, microbatch by microbatch, pull those back and add up. What
 is random is drawn from a sample's place in the batch: both passes, and any division, drop the same.
+
+Each device encodes its own samples and adds up its own gradients of the towers; only then are they
+summed over the devices, once a step (`sum_over_devices`).
 """
 
 from collections.abc import Callable
@@ -14,10 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from disco_jax.collectives import to_varying
 from disco_jax.losses import contrastive_loss
-from disco_jax.mesh import batch_sharding, replicated, state_sharding
+from disco_jax.mesh import BATCH_AXES, batch_sharding, replicated, state_sharding
 from disco_jax.models import CLIPConfig
 from disco_jax.training.state import Params, abstract_model, trained, with_trained
 
@@ -27,15 +32,16 @@ Features = tuple[Array, Array]  # images' and texts', fp32 `[n, D]` each
 GradientFn = Callable[[Params, Batch, Array], tuple[Array, Params]]
 
 SCALARS = ("logit_scale", "logit_bias")
+ROWS = P(BATCH_AXES)
 
 
 class Parts(NamedTuple):
     """What the gradients are made of, for one config, model and mesh."""
 
-    # fp32 parameters as they lie -> the towers' in their compute dtype, whole on every device
+    # fp32 parameters, sharded or not -> the towers' in their compute dtype, whole on all devices
     prepare: Callable[[Params], Params]
-    # (prepared parameters, samples with their `index` in the batch, step) -> features
-    encode: Callable[[Params, Batch, Array], Features]
+    # (prepared parameters, samples, their places in the batch, step) -> features
+    encode: Callable[[Params, Batch, Array, Array], Features]
     # (the scalars among the parameters, features of the whole batch) -> loss
     loss: Callable[[Params, Features], Array]
 
@@ -54,18 +60,23 @@ def make_parts(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> Parts:
         )
         return lax.with_sharding_constraint(cast, everywhere)
 
-    def encode(params: Params, samples: Batch, step: Array) -> Features:
-        keys = None
-        if random:
-            key = jax.random.fold_in(root, step)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, samples["index"])
+    def keys(tower: int, trained_blocks: int, places: Array, step: Array) -> Array | None:
+        """One for each sample, another stream for each tower; None: nothing is dropped."""
+        if not random or not trained_blocks:
+            return None
+        key = jax.random.fold_in(jax.random.fold_in(root, step), tower)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+
+    def encode(params: Params, samples: Batch, places: Array, step: Array) -> Features:
         scalars = {name: x for name, x in abstract.items() if name in SCALARS}  # unused here
         clip = nnx.merge(graph, params | scalars)
-        image = clip.encode_image(samples["images"], keys if model.vision.trained_blocks else None)
+        image = clip.encode_image(
+            samples["images"], keys(0, model.vision.trained_blocks, places, step)
+        )
         if on_cpu:  # one tower after the other: side by side they fight for the cores and caches
             image, params = lax.optimization_barrier((image, params))
         return image, nnx.merge(graph, params | scalars).encode_text(
-            samples["tokens"], keys if model.text.trained_blocks else None
+            samples["tokens"], keys(1, model.text.trained_blocks, places, step)
         )
 
     def loss(scalars: Params, features: Features) -> Array:
@@ -93,128 +104,140 @@ def split(params: Params) -> tuple[Params, Params]:
     return towers, {name: x for name, x in params.items() if name in SCALARS}
 
 
-def whole_batch(parts: Parts, model: CLIPConfig) -> GradientFn:
+def whole_batch(config: ConfigDict, parts: Parts, model: CLIPConfig, mesh: Mesh) -> GradientFn:
     """Loss and gradients in one go, by differentiating through everything."""
 
-    def gradient(params: Params, batch: Batch, step: Array) -> tuple[Array, Params]:
-        index = jnp.arange(len(batch["tokens"]), dtype=jnp.int32)
+    def encode(towers: Params, own: Params, samples: Batch, step: Array) -> Features:
+        """This device's features, of its own copy of the trained parameters, `[1, ...]`."""
+        changing = jax.tree.map(lambda x: x[0], own)
+        places = own_places(len(samples["tokens"]))
+        return parts.encode(with_trained(model, towers, changing), samples, places, step)
 
-        def loss(changing: Params) -> Array:
-            towers, scalars = split(with_trained(model, params, changing))
-            features = parts.encode(parts.prepare(towers), batch | {"index": index}, step)
-            return parts.loss(scalars, features)
-
-        return jax.value_and_grad(loss)(trained(model, params))
-
-    return gradient
-
-
-def by_microbatches(parts: Parts, model: CLIPConfig, mesh: Mesh, microbatch: int) -> GradientFn:
-    """The same numbers, with the activations of `microbatch` samples a device at a time."""
-    cut = Cut(mesh, microbatch)
+    encode_all = jax.shard_map(encode, mesh=mesh, in_specs=(P(), ROWS, ROWS, P()), out_specs=ROWS)
 
     def gradient(params: Params, batch: Batch, step: Array) -> tuple[Array, Params]:
         towers, scalars = split(params)
         towers = parts.prepare(towers)
-        index = jnp.arange(len(batch["tokens"]), dtype=jnp.int32)
-        pieces = jax.tree.map(cut.fold, batch | {"index": index})
-        turns = jnp.arange(cut.count(len(index)), dtype=jnp.int32)
 
-        def forward(_: None, i: Array) -> tuple[None, Features]:
-            return None, parts.encode(towers, cut.take(pieces, i), step)
+        def loss(copies: Params, scalars: Params) -> Array:
+            return parts.loss(scalars, encode_all(towers, copies, batch, step))
 
-        _, features = lax.scan(forward, None, turns)
-        features = jax.tree.map(cut.join, features)
-        loss, (d_scalars, d_features) = jax.value_and_grad(parts.loss, (0, 1))(scalars, features)
-        d_features = jax.tree.map(cut.fold, d_features)
-        encode_trained = pullback(parts, model, towers)
-
-        def backward(total: Params, i: Array) -> tuple[Params, None]:
-            samples, cotangents = cut.take((pieces, d_features), i)
-            return add(mesh, total, encode_trained(samples, step, cotangents)), None
-
-        total = zeros(mesh, split(trained(model, params))[0])
-        total, _ = lax.scan(backward, total, turns)
-        return loss, total | d_scalars
+        copies = one_each(mesh, trained(model, towers))
+        value, (own, d_scalars) = jax.value_and_grad(loss, (0, 1))(copies, scalars)
+        return value, sum_over_devices(mesh, own, config.reduce_dtype) | d_scalars
 
     return gradient
 
 
+def by_microbatches(config: ConfigDict, parts: Parts, model: CLIPConfig, mesh: Mesh) -> GradientFn:
+    """The same numbers, with the activations of `config.microbatch` samples a device at a time."""
+
+    def fold(x: Array) -> Array:
+        """A device's `[b, ...]` to `[k, m, ...]`: k microbatches of m samples."""
+        return x.reshape(-1, config.microbatch, *x.shape[1:])
+
+    def forward(towers: Params, samples: Batch, step: Array) -> Features:
+        def turn(_: None, piece: tuple[Batch, Array]) -> tuple[None, Features]:
+            return None, parts.encode(towers, *piece, step)
+
+        pieces = jax.tree.map(fold, (samples, own_places(len(samples["tokens"]))))
+        _, features = lax.scan(turn, None, pieces)
+        return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), features)
+
+    def backward(towers: Params, samples: Batch, d_features: Features, step: Array) -> Params:
+        pull = pullback(parts, model, towers)
+
+        def turn(total: Params, piece: tuple[Batch, Array, Features]) -> tuple[Params, None]:
+            return add(total, pull(*piece, step)), None
+
+        places = own_places(len(samples["tokens"]))
+        pieces = jax.tree.map(fold, (samples, places, d_features))
+        total, _ = lax.scan(turn, zeros(trained(model, towers)), pieces)
+        return total
+
+    forward_all = jax.shard_map(forward, mesh=mesh, in_specs=(P(), ROWS, P()), out_specs=ROWS)
+    backward_all = jax.shard_map(
+        backward, mesh=mesh, in_specs=(P(), ROWS, ROWS, P()), out_specs=ROWS
+    )
+
+    def gradient(params: Params, batch: Batch, step: Array) -> tuple[Array, Params]:
+        towers, scalars = split(params)
+        towers = parts.prepare(towers)
+        features = forward_all(towers, batch, step)
+        value, (d_scalars, d_features) = jax.value_and_grad(parts.loss, (0, 1))(scalars, features)
+        own = backward_all(towers, batch, d_features, step)
+        return value, sum_over_devices(mesh, own, config.reduce_dtype) | d_scalars
+
+    return gradient
+
+
+def own_places(count: int) -> Array:
+    """int32 `[count]`: on a device, the places of its samples in the batch."""
+    start = lax.axis_index(BATCH_AXES) * count
+    return start + jnp.arange(count, dtype=jnp.int32)
+
+
 def pullback(
     parts: Parts, model: CLIPConfig, towers: Params
-) -> Callable[[Batch, Array, Features], Params]:
-    """The function (samples, step, dL/dfeatures) -> gradients of the trained, prepared towers."""
+) -> Callable[[Batch, Array, Features, Array], Params]:
+    """On one device: (samples, places, dL/dfeatures, step) -> gradients of what is trained."""
+    # A copy of its own for each device: the gradients of a shared one would be summed at once.
+    changing = jax.tree.map(lambda x: to_varying(x, BATCH_AXES), trained(model, towers))
 
-    def pull(samples: Batch, step: Array, cotangents: Features) -> Params:
-        _, transpose = jax.vjp(
-            lambda changing: parts.encode(with_trained(model, towers, changing), samples, step),
-            trained(model, towers),
-        )
+    def pull(samples: Batch, places: Array, cotangents: Features, step: Array) -> Params:
+        def encode(changing: Params) -> Features:
+            return parts.encode(with_trained(model, towers, changing), samples, places, step)
+
+        _, transpose = jax.vjp(encode, changing)
         return transpose(cotangents)[0]
 
     return pull
 
 
-def zeros(mesh: Mesh, params: Params) -> Params:
-    """fp32 sums of gradients to begin with, lying as the parameters do."""
+def one_each(mesh: Mesh, params: Params) -> Params:
+    """A copy of replicated parameters for each device, `[N, ...]`: takes no memory.
+
+    Gradients of these are each device's own; those of the parameters themselves would be summed
+    over the devices where they arise, in their dtype.
+    """
+    shape = (mesh.devices.size,)
     return jax.tree.map(
         lambda x: lax.with_sharding_constraint(
-            jnp.zeros(x.shape, jnp.float32), state_sharding(mesh, x.shape)
+            jnp.broadcast_to(x, shape + x.shape), batch_sharding(mesh)
         ),
         params,
     )
 
 
-def add(mesh: Mesh, total: Params, gradients: Params) -> Params:
-    """`total + gradients` in fp32, still lying as the parameters do."""
+def zeros(params: Params) -> Params:
+    """Zero fp32 gradient accumulators on one device, `[1, ...]`."""
     return jax.tree.map(
-        lambda a, g: lax.with_sharding_constraint(
-            a + g.astype(jnp.float32), state_sharding(mesh, a.shape)
-        ),
-        total,
-        gradients,
+        lambda x: to_varying(jnp.zeros((1, *x.shape), jnp.float32), BATCH_AXES), params
     )
 
 
-class Cut:
-    """How a batch is divided: each device's share into microbatches, so that nothing moves.
+def add(total: Params, gradients: Params) -> Params:
+    """`total + gradients` on one device, in fp32."""
+    return jax.tree.map(lambda a, g: a + g.astype(jnp.float32)[None], total, gradients)
 
-    Arrays `[B, ...]` are folded to `[N, k, m, ...]`: N devices, k microbatches of m samples each.
+
+def sum_over_devices(mesh: Mesh, own: Params, dtype: str) -> Params:
+    """Each device's own gradients `[N, ...]`, summed in `dtype`; fp32, sharded like parameters.
+
+    One psum_scatter over `fsdp`, where that splits a parameter, and one psum over the rest.
     """
 
-    def __init__(self, mesh: Mesh, microbatch: int):
-        self.devices, self.microbatch = mesh.devices.size, microbatch
-        self._rows = batch_sharding(mesh)
+    def reduce(x: Array) -> Array:
+        spec = state_sharding(mesh, x.shape[1:]).spec
+        split_axis = tuple(spec).index("fsdp") if "fsdp" in tuple(spec) else None
 
-    def count(self, batch_size: int) -> int:
-        """Microbatches of a batch."""
-        return batch_size // self.devices // self.microbatch
+        def local(x: Array) -> Array:
+            x = x[0].astype(dtype)
+            if split_axis is None:
+                return lax.psum(x, BATCH_AXES).astype(jnp.float32)
+            x = lax.psum_scatter(x, "fsdp", scatter_dimension=split_axis, tiled=True)
+            return lax.psum(x, "data").astype(jnp.float32)
 
-    def fold(self, x: Array) -> Array:
-        """`[B, ...]` to `[N, k, m, ...]`."""
-        folded = x.reshape(self.devices, -1, self.microbatch, *x.shape[1:])
-        return lax.with_sharding_constraint(folded, self._rows)
+        return jax.shard_map(local, mesh=mesh, in_specs=ROWS, out_specs=spec)(x)
 
-    def index(self, count: int, i: Array) -> Array:
-        """Places in the batch of microbatch i's samples, of `count` microbatches, int32 `[N m]`."""
-        device = jnp.arange(self.devices, dtype=jnp.int32)[:, None] * count + i
-        sample = jnp.arange(self.microbatch, dtype=jnp.int32)[None, :]
-        flat = (device * self.microbatch + sample).reshape(-1)
-        return lax.with_sharding_constraint(flat, self._rows)
-
-    def take(self, pieces: Any, i: Array) -> Any:
-        """Microbatch i, `[N m, ...]`, of a tree of folded arrays."""
-
-        def one(x: Array) -> Array:
-            piece = lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
-            flat = piece.reshape(-1, *piece.shape[2:])
-            return lax.with_sharding_constraint(flat, self._rows)
-
-        return jax.tree.map(one, pieces)
-
-    def join(self, stacked: Array) -> Array:
-        """All microbatches' outputs `[k, N m, D]`, back to the batch's order, `[B, D]`."""
-        k, _, width = stacked.shape
-        x = stacked.reshape(k, self.devices, self.microbatch, width)
-        flat = jnp.moveaxis(x, 0, 1).reshape(-1, width)
-        return lax.with_sharding_constraint(flat, self._rows)
+    return jax.tree.map(reduce, own)

@@ -11,17 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from disco_jax.mesh import batch_sharding, place_batch, replicated, state_sharding
+from disco_jax.mesh import batch_sharding, place_batch, replicated
 from disco_jax.models import CLIPConfig
 from disco_jax.training.gradients import (
-    Cut,
+    ROWS,
     Features,
     add,
     make_parts,
+    own_places,
     pullback,
     split,
+    sum_over_devices,
     zeros,
 )
 from disco_jax.training.optimizer import make_optimizer
@@ -50,35 +53,41 @@ class HostStep:
     def __init__(self, config: ConfigDict, model: CLIPConfig, mesh: Mesh):
         parts = make_parts(config, model, mesh)
         update = make_update(config, model)
-        cut = Cut(mesh, config.microbatch)
         self._config, self._model, self._mesh = config, model, mesh
-        self._count = cut.count(config.batch_size)
+        self._count = count = config.batch_size // mesh.devices.size // config.microbatch
         self._local_devices = len(mesh.local_devices)
         rows, whole = batch_sharding(mesh), replicated(mesh)
         shardings = state_shardings(config, model, mesh)
 
         def empty() -> Features:
-            shape = (cut.devices, self._count, cut.microbatch, model.embed_dim)
+            shape = (mesh.devices.size, count, config.microbatch, model.embed_dim)
             return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+
+        def places(i: Array) -> Array:
+            """Those of microbatch i's samples in the batch, on a device."""
+            return own_places(count * config.microbatch).reshape(count, -1)[i]
 
         def encode(
             towers: Params, features: Features, samples: Samples, i: Array, step: Array
         ) -> tuple[Features, Array]:
-            """Microbatch i's features, put in their place; and a number to wait for."""
-            new = parts.encode(towers, samples | {"index": cut.index(self._count, i)}, step)
-            pieces = (x.reshape(cut.devices, 1, cut.microbatch, -1) for x in new)
+            """On a device: puts microbatch i's features in place; and a number to wait for."""
+            new = parts.encode(towers, samples, places(i), step)
             image, text = (
-                lax.dynamic_update_slice_in_dim(old, piece, i, axis=1)
-                for old, piece in zip(features, pieces, strict=True)
+                lax.dynamic_update_slice_in_dim(old, piece[None, None], i, axis=1)
+                for old, piece in zip(features, new, strict=True)
             )
-            return (image, text), new[0][0, 0]
+            return (image, text), new[0][0, :1]
 
         def loss(scalars: Params, folded: Features) -> tuple[Array, Params, Features]:
             features = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), folded)
             value, (d_scalars, d_features) = jax.value_and_grad(parts.loss, (0, 1))(
                 scalars, features
             )
-            return value, d_scalars, jax.tree.map(cut.fold, d_features)
+            return (
+                value,
+                d_scalars,
+                jax.tree.map(lambda g, x: g.reshape(x.shape), d_features, folded),
+            )
 
         def pull(
             towers: Params,
@@ -88,25 +97,27 @@ class HostStep:
             i: Array,
             step: Array,
         ) -> tuple[Params, Array]:
-            """Adds microbatch i's gradients; and a number to wait for."""
-            samples = samples | {"index": cut.index(self._count, i)}
-            grads = pullback(parts, model, towers)(samples, step, cut.take(cotangents, i))
-            return add(mesh, total, grads), jax.tree.leaves(grads)[0].ravel()[0]
+            """On a device: adds microbatch i's gradients; and a number to wait for."""
+            of_samples = jax.tree.map(lambda x: x[0, i], cotangents)
+            grads = pullback(parts, model, towers)(samples, places(i), of_samples, step)
+            return add(total, grads), jax.tree.leaves(grads)[0].ravel()[:1]
 
-        def begin(params: Params) -> Params:
-            return zeros(mesh, split(trained(model, params))[0])
+        def on_devices(function: Any, *specs: P) -> Any:
+            return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=ROWS)
+
+        def finish(
+            state: TrainState, value: Array, total: Params, d_scalars: Params
+        ) -> tuple[TrainState, Metrics]:
+            grads = sum_over_devices(mesh, total, config.reduce_dtype)
+            return update(state, value, grads | d_scalars)
 
         self._prepare = jax.jit(lambda params: parts.prepare(split(params)[0]), out_shardings=whole)
         self._empty = jax.jit(empty, out_shardings=(rows, rows))
-        self._encode = jax.jit(encode, donate_argnums=1, out_shardings=((rows, rows), whole))
+        self._encode = jax.jit(on_devices(encode, P(), ROWS, ROWS, P(), P()), donate_argnums=1)
         self._loss = jax.jit(loss, donate_argnums=1, out_shardings=(whole, whole, (rows, rows)))
-        self._begin = jax.jit(begin)
-        self._pull = jax.jit(pull, donate_argnums=1)
-        self._update = jax.jit(
-            lambda state, value, total, d_scalars: update(state, value, total | d_scalars),
-            donate_argnums=0,
-            out_shardings=(shardings, whole),
-        )
+        self._begin = jax.jit(on_devices(lambda towers: zeros(trained(model, towers)), P()))
+        self._pull = jax.jit(on_devices(pull, P(), ROWS, ROWS, ROWS, P(), P()), donate_argnums=1)
+        self._update = jax.jit(finish, donate_argnums=0, out_shardings=(shardings, whole))
 
     def __call__(
         self, state: TrainState, batch: dict[str, np.ndarray]
@@ -118,7 +129,10 @@ class HostStep:
     def gradients(
         self, state: TrainState, batch: dict[str, np.ndarray]
     ) -> tuple[Array, Params, Params]:
-        """Loss, the towers' gradients and the scalars'; all else is freed before the update."""
+        """Loss, each device's own gradients of the towers `[N, ...]`, and the scalars' gradients.
+
+        All else is freed before the update.
+        """
         towers = self._prepare(state.params)
         features = self._each(
             batch,
@@ -128,7 +142,7 @@ class HostStep:
         value, d_scalars, d_features = self._loss(split(state.params)[1], features)
         total = self._each(
             batch,
-            self._begin(state.params),
+            self._begin(towers),
             lambda x, samples, i: self._pull(towers, x, samples, d_features, i, state.step),
         )
         return value, total, d_scalars
@@ -162,9 +176,7 @@ class HostStep:
         towers, scalars = split(state.params)
         towers = _like(jax.eval_shape(self._prepare, state.params), lambda _: replicated(mesh))
         features = _like(jax.eval_shape(self._empty), lambda _: batch_sharding(mesh))
-        total = _like(
-            jax.eval_shape(self._begin, state.params), lambda x: state_sharding(mesh, x.shape)
-        )
+        total = _like(jax.eval_shape(self._begin, towers), lambda _: batch_sharding(mesh))
         samples = abstract_batch(model, config.microbatch * mesh.devices.size, mesh)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
         value = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from disco_jax.backend import first_then_all
 from disco_jax.checkpoint import Checkpoints
 from disco_jax.data.stream import TrainStream
 from disco_jax.errors import Preempted
 from disco_jax.evaluation.evaluator import Evaluator
-from disco_jax.mesh import first_then_all, place_batch
+from disco_jax.mesh import own_rows, place_batch
 from disco_jax.plots import plot_curves
 from disco_jax.training.health import Health
 from disco_jax.training.host_step import HostStep
@@ -54,9 +55,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 @contextmanager
 def _opened(config: ConfigDict, run: Run, workdir: Path) -> Iterator[Parts]:
-    start = int(run.state.step)
+    start, rows = int(run.state.step), own_rows(run.mesh, config.batch_size)
     parts = Parts(
-        TrainStream(config, run.model, run.source, workdir, start, run.position),
+        TrainStream(config, run.model, run.source, rows, workdir, start, run.position),
         Health(workdir, config.max_bad_steps, start, run.position.get("health", {})),
         MetricWriter(workdir, resume_from=start),
         Preemption(),

@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from disco_jax import workdir as workdir_lib
+from disco_jax.backend import first_then_all
 from disco_jax.checkpoint import Checkpoints
 from disco_jax.data.source import Joined
 from disco_jax.data.sources import open_source
 from disco_jax.errors import UserError
 from disco_jax.interop.store import flatten, nest
 from disco_jax.interop.transfer import read_model
-from disco_jax.mesh import first_then_all, make_mesh
+from disco_jax.mesh import make_mesh
 from disco_jax.models import CLIPConfig
 from disco_jax.training.build import model_config
 from disco_jax.training.optimizer import make_optimizer

@@ -33,10 +33,7 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
       ValueError: the config names what is not there, or sizes do not fit the mesh.
     """
     parts = make_parts(config, model, mesh)
-    if config.microbatch:
-        gradient = by_microbatches(parts, model, mesh, config.microbatch)
-    else:
-        gradient = whole_batch(parts, model)
+    gradient = (by_microbatches if config.microbatch else whole_batch)(config, parts, model, mesh)
     update = make_update(config, model)
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
