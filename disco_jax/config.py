@@ -58,10 +58,16 @@ def default() -> ConfigDict:
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw, lion, adafactor or muon (disco_jax/training/optimizer.py)
     c.optimizer.learning_rate = 5e-4  # after warm-up; falls to 0 along a cosine
+    # Updates until then: update n of them has n / warmup_steps of the rate, as in OpenCLIP.
     c.optimizer.warmup_steps = 2_000
     c.optimizer.weight_decay = 0.2  # not of norms, biases, class token and logit_scale
-    c.optimizer.b1 = 0.9  # of adamw and lion; adafactor keeps no first moment, muon 0.95
+    # Decay of the first moment: of adamw, lion, and muon's AdamW (for what is no matrix; its own
+    # momentum is 0.95). adafactor has none.
+    c.optimizer.b1 = 0.9
+    # Decay of the second: of adamw, lion, and muon's AdamW. adafactor's own approaches 1 as
+    # 1 - update**-0.8.
     c.optimizer.b2 = 0.98
+    # Added to denominators: of adamw and muon. lion has none, adafactor adds 1e-30 to squares.
     c.optimizer.eps = 1e-6
     c.optimizer.grad_clip_norm = 0.0  # global norm that gradients are clipped to; 0: never
 

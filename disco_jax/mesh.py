@@ -57,17 +57,17 @@ def ring_of_grid(sides: Sequence[int]) -> list[tuple[int, ...]]:
     That last step is longer where every side is odd, or only one is longer than 1: no ring exists.
     """
     even = next((axis for axis, side in enumerate(sides) if side % 2 == 0), None)
-    if even is None:
+    if even is None or sum(side > 1 for side in sides) < 2:
         return _snake(sides)
-    # There along all lines but the first, to and fro; back along the first.
+    # From a corner along all lines but the first, to and fro; then back along the first.
     first, *others = _snake([side for axis, side in enumerate(sides) if axis != even])
     there = [
         (step, point)
         for step in range(sides[even])
         for point in (others if step % 2 == 0 else reversed(others))
     ]
-    back = [(step, first) for step in reversed(range(sides[even]))]
-    return [(*point[:even], step, *point[even:]) for step, point in there + back]
+    back = [(step, first) for step in range(sides[even] - 1, 0, -1)]
+    return [(*point[:even], step, *point[even:]) for step, point in [(0, first), *there, *back]]
 
 
 def _snake(sides: Sequence[int]) -> list[tuple[int, ...]]:

@@ -9,7 +9,13 @@ from disco_jax.evaluation.baseline import bag_of_colours, fit_predict
 from disco_jax.evaluation.classes import load_templates
 from disco_jax.evaluation.encoder import Encoder
 from disco_jax.evaluation.retrieval import _jitted, rank, recall_at
-from disco_jax.evaluation.zeroshot import Confusion, Results, class_embeddings, nearest
+from disco_jax.evaluation.zeroshot import (
+    Confusion,
+    Results,
+    class_embeddings,
+    make_classify,
+    nearest,
+)
 from disco_jax.models import PRESETS
 from disco_jax.tokenizer import CLIPTokenizer
 from disco_jax.training.optimizer import optax
@@ -22,8 +28,36 @@ def test_nearest_classes_by_hand():
     everything = jnp.ones(6, bool)
     np.testing.assert_array_equal(nearest(scores, everything), [[1, 3, 2, 4, 0], [0, 1, 2, 3, 4]])
     some = jnp.array([True, False, True, True, False, True])
-    np.testing.assert_array_equal(nearest(scores, some)[:, :4], [[3, 2, 0, 5], [0, 2, 3, 5]])
+    # Four classes: what would be the fifth is none of those outside.
+    np.testing.assert_array_equal(nearest(scores, some), [[3, 2, 0, 5, -1], [0, 2, 3, 5, -1]])
     np.testing.assert_array_equal(nearest(scores[:, :2], everything[:2]), [[1, 0], [0, 1]])
+
+
+def test_a_class_outside_the_subset_is_never_among_the_five():
+    scores = jnp.array([[0.9, 0.1, 0.2]])
+    near = np.asarray(nearest(scores, jnp.array([False, True, True])))
+    assert Results(np.arange(1), np.array([0]), near).metrics()["top5"] == 0
+
+
+def test_class_scores_take_full_precision():
+    """As retrieval's do: TF32 or bf16 passes change the order of close classes."""
+    encoder = Encoder(PRESETS["tiny"], mesh_of(1), 2)
+    params = jax.eval_shape(lambda: init_state(PRESETS["tiny"], optax.sgd(0.1), mesh_of(1), 0))
+    text = str(
+        jax.make_jaxpr(make_classify(encoder))(
+            params.params,
+            jnp.zeros((2, 48, 48, 3), jnp.uint8),
+            jnp.zeros(2, jnp.int32),
+            jnp.zeros((7, 128)),
+            jnp.ones((1, 7), bool),
+        )
+    )
+    scores = next(
+        part
+        for part in text.split("dot_general[")[1:]
+        if "f32[2,7]" in text[: text.find(part)][-60:]
+    )
+    assert "HIGHEST" in scores.split("]")[0] or "HIGHEST" in scores[:300]
 
 
 def test_accuracies_by_hand():
@@ -90,10 +124,10 @@ def test_ranks_in_tiles_equal_dense_ones_and_take_little_memory():
     others[mine] = False
     np.testing.assert_array_equal(rank(images, numbers, texts, owner, mesh), others.sum(axis=0))
     shapes = ((1024, 512), (7, 4096, 512))  # a call of rank's, with features of 512
-    rows = {
-        "queries": jax.ShapeDtypeStruct(shapes[0], np.float32),
-        "ids": jax.ShapeDtypeStruct(shapes[0][:1], np.int32),
-    }
+    rows = (
+        jax.ShapeDtypeStruct(shapes[0], np.float32),
+        jax.ShapeDtypeStruct(shapes[0][:1], np.int32),
+    )
     tiles = [
         jax.ShapeDtypeStruct(shapes[1], np.float32),
         jax.ShapeDtypeStruct(shapes[1][:2], np.int32),

@@ -164,6 +164,26 @@ def test_extreme_logits(kind, method):
         assert got[0] == pytest.approx(expected[0], rel=1e-5, abs=4 * 1e4 * 2**-23)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tile", [None, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_confident_pair_costs_nothing(method, tile, dtype):
+    """Its logit is the very number that the log-sum-exp is of, however it was rounded.
+
+    No negative comes within 50 of it, so that the loss is log(1 + exp(-50)): 0 in fp32. Only the
+    product by the scale may be rounded once and fused with a difference once. Elementwise sums of
+    bf16 features would give 3e-5 here.
+    """
+    image, _ = features(16, 300)
+    cosines = image @ image.T - 2 * np.eye(16)
+    assert cosines.max() < 0.5
+    image = jnp.asarray(image, dtype)
+    loss = contrastive_loss(
+        image, image, jnp.float32(100.0), mesh=mesh_of(4), method=method, tile=tile
+    )
+    assert abs(float(loss)) < 1e-6
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_features_accumulate_in_float32(kind, method):
@@ -260,8 +280,10 @@ IMAGE, TEXT, SCALE = arguments("softmax")
         ({"text": TEXT[:, :8]}, "image .* and text .* differ in shape"),
         ({"text": TEXT[:24]}, "image .* and text .* differ in shape"),
         ({"image": IMAGE[0]}, "image must be"),
-        ({"image": IMAGE.astype(np.int32)}, "image must be floating point"),
-        ({"text": TEXT.astype(np.float16)}, "differ in dtype"),
+        ({"image": IMAGE.astype(np.int32)}, "image must be float32 or bfloat16, not int32"),
+        ({"image": IMAGE.astype(np.float16)}, "image must be float32 or bfloat16, not float16"),
+        ({"text": TEXT.astype(np.float64)}, "text must be float32 or bfloat16, not float64"),
+        ({"text": TEXT.astype(jnp.bfloat16)}, "differ in dtype"),
         ({"image": IMAGE[:45], "text": TEXT[:45]}, "image has 45 rows"),
         ({"logit_scale": jnp.ones(2)}, "logit_scale must be"),
         ({"logit_scale": jnp.int32(3)}, "logit_scale must be"),

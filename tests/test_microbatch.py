@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import pytest
 from disco_jax.config import default
 from disco_jax.errors import UserError
 from disco_jax.losses import METHODS
-from disco_jax.mesh import place_batch
-from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
+from disco_jax.mesh import batch_sharding, place_batch, state_sharding
+from disco_jax.models import CLIP, CLIPConfig, TextConfig, VisionConfig
 from disco_jax.models.vision import drop_patches
 from disco_jax.plan.flops import matmul_flops
 from disco_jax.training import gradients, loop
@@ -129,6 +130,41 @@ def test_sigmoid_gradients_are_the_whole_batchs(devices, fsdp, microbatch, mode)
     assert difference(got, whole("sigmoid")) < 1e-5
 
 
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_the_devices_gradients_are_summed_in_fp32(fsdp):
+    """256 and seven times 1 are 256 in bf16, whose numbers there are 2 apart."""
+    mesh = mesh_of(8, fsdp)
+    own = {
+        "split": jnp.ones((8, 3, 16), jnp.bfloat16).at[0].set(256),
+        "whole": jnp.ones((8, 7), jnp.bfloat16).at[5].set(256),
+    }
+    total = sum_over_devices(mesh, jax.device_put(own, batch_sharding(mesh)), "float32")
+    for name, x in total.items():
+        assert x.dtype == jnp.float32
+        assert x.sharding.is_equivalent_to(state_sharding(mesh, x.shape), x.ndim)
+        np.testing.assert_array_equal(x, np.full(own[name].shape[1:], 263, np.float32))
+
+
+@pytest.mark.parametrize("microbatch", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_cross_devices_once_in_the_dtype_asked_for(dtype, microbatch):
+    config, model = small(microbatch=microbatch, dtype="bfloat16")
+    config.reduce_dtype = dtype
+    parts, mesh = make_parts(config, model, mesh_of(2)), mesh_of(2)
+    make = by_microbatches if microbatch else whole_batch
+    gradient = make(config, parts, model, mesh)
+    params = initial_state("softmax").params
+    jaxpr = jax.make_jaxpr(gradient)(params, random_batch(), jnp.int32(0))
+    short = {"float32": "f32", "bfloat16": "bf16"}
+    sums = re.findall(r":(\w+)\[[\d,]*\](?:\{[^}]*\})? = psum\w*\[", str(jaxpr))
+    # One of each parameter of the towers; the others are the loss's.
+    assert sums.count(short[dtype]) >= len(jax.tree.leaves(split(params)[0]))
+    if dtype == "float32":
+        assert "bf16" not in sums
+    else:
+        assert sums.count("bf16") == len(jax.tree.leaves(split(params)[0]))
+
+
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "ring"])
 def test_every_method_takes_microbatches(method):
     config, model = small("softmax", method, 8)
@@ -167,6 +203,25 @@ def test_dropout_changes_with_the_step():
     for a, b, c in zip(first, again, later, strict=True):
         np.testing.assert_array_equal(a, b)
         assert np.abs(np.asarray(a) - np.asarray(c)).max() > 1e-3
+
+
+def test_each_sample_and_tower_drops_by_a_key_of_its_own(monkeypatch):
+    seen = []
+    for name in ("encode_image", "encode_text"):
+        real = getattr(CLIP, name)
+
+        def encode(self, x, keys, real=real):
+            seen.append(keys)
+            return real(self, x, keys)
+
+        monkeypatch.setattr(CLIP, name, encode)
+    config, model = small(drop=(0.5, 0.1))
+    parts = make_parts(config, model, mesh_of(1))
+    towers = split(initial_state("softmax").params)[0]
+    for step in (0, 1):
+        parts.encode(towers, random_batch(), np.arange(BATCH, dtype=np.int32), jnp.int32(step))
+    keys = np.concatenate([np.asarray(jax.random.key_data(k)) for k in seen])
+    assert len(np.unique(keys, axis=0)) == len(keys) == 4 * BATCH
 
 
 def test_patch_dropout_keeps_the_class_token_and_as_many_patches():

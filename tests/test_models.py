@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from disco_jax.config import default
 from disco_jax.models import CLIP, PRESETS, CLIPConfig, TextConfig, VisionConfig, preset
-from disco_jax.models.transformer import gelu
+from disco_jax.models.transformer import LayerNorm, gelu
 from disco_jax.models.vision import normalize_pixels
 from disco_jax.training.gradients import make_parts, split
 from disco_jax.training.state import abstract_model
@@ -157,6 +157,22 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     assert "bf16[20,96]" in jaxpr  # 4 images of 5 tokens, through the first projection
 
 
+def test_a_norms_gain_keeps_its_digits_in_bfloat16():
+    """1.0 and 1.0019 are one number in bf16; rounding comes after the norm, once."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.bfloat16)
+    norm = LayerNorm(tiny().vision, rngs=nnx.Rngs(0))
+    norm.bias[...] = jnp.full(32, 1e-3, jnp.float32)
+    for gain in (1.0, 1.0019):
+        norm.scale[...] = jnp.full(32, gain, jnp.float32)
+        exact = np.asarray(x, np.float64)
+        exact = exact - exact.mean(axis=1, keepdims=True)
+        exact *= gain / np.sqrt((exact**2).mean(axis=1, keepdims=True) + 1e-5)
+        got = norm(x)
+        assert got.dtype == jnp.bfloat16
+        rounded = (exact + 1e-3).astype(jnp.bfloat16)
+        assert np.mean(np.asarray(got) == rounded) > 0.999  # but for ties that fp32 broke
+
+
 def test_remat_gives_the_same_gradients_for_less_memory():
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3)).astype(np.uint8)
 
@@ -215,6 +231,8 @@ def test_initial_values_are_clips():
         (visual["transformer"]["blocks"]["mlp_in"]["kernel"], (1 / (3 * 768)) ** 0.5),
         (visual["transformer"]["blocks"]["mlp_out"]["kernel"], (1 / (3 * 3072)) ** 0.5),
         (visual["patch_embed"]["kernel"], (1 / (3 * 3 * 32 * 32)) ** 0.5),
+        (blocks["mlp_in"]["bias"], (1 / (3 * w)) ** 0.5),
+        (blocks["mlp_out"]["bias"], (1 / (3 * 4 * w)) ** 0.5),
     ):
         assert np.std(array) == pytest.approx(std, rel=0.1)
     assert np.exp(params["logit_scale"]) == pytest.approx(1 / 0.07, rel=1e-5)

@@ -1,6 +1,7 @@
 """The training step: the same curve however it is distributed, compiled once."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -129,10 +130,21 @@ def test_schedule_warms_up_and_ends_at_zero():
     config.optimizer.warmup_steps = 5
     schedule = make_schedule(config)
     peak = config.optimizer.learning_rate
-    assert float(schedule(0)) == 0
+    # OpenCLIP's: lr (n + 1) / warmup before update n = warmup, then the cosine (scheduler.py).
+    for n in range(5):
+        assert float(schedule(n)) == pytest.approx(peak * (n + 1) / 5)
     assert float(schedule(5)) == pytest.approx(peak)
     assert float(schedule(12.5)) == pytest.approx(peak / 2)
     assert float(schedule(20)) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("warmup", "first"), [(0, 1.0), (1, 1.0), (2, 0.5), (40, 1 / 40)])
+def test_the_first_update_is_one(warmup, first):
+    """No warm-up, one of a single update, and one that is longer than the run."""
+    config, _ = small()
+    config.optimizer.warmup_steps = warmup
+    rate = make_schedule(config)(jnp.int32(0))
+    assert float(rate) == pytest.approx(first * config.optimizer.learning_rate, rel=1e-5)
 
 
 def test_clipping_bounds_the_update():

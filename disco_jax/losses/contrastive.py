@@ -222,8 +222,9 @@ def _check(
             raise ValueError(f"{name} must be an array, not a {type(x).__name__}")
         if jnp.ndim(x) != 2 or not len(x):
             raise ValueError(f"{name} must be [batch, D], not of shape {jnp.shape(x)}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating point, not {x.dtype}")
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            # float16's gradients would underflow, and everything is accumulated in float32.
+            raise ValueError(f"{name} must be float32 or bfloat16, not {x.dtype}")
     if image.shape != text.shape:
         raise ValueError(f"image {image.shape} and text {text.shape} differ in shape")
     if image.dtype != text.dtype:

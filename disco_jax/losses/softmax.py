@@ -84,8 +84,12 @@ def tiled_softmax(
 
 
 def _forward(walk, axis_name, tile, rows, columns, logit_scale):
-    def tile_fn(state: LogSumExp, part: Side, first: Array) -> tuple[LogSumExp, LogSumExp]:
+    def tile_fn(
+        state: tuple[LogSumExp, Array], part: Side, first: Array
+    ) -> tuple[tuple[LogSumExp, Array], LogSumExp]:
+        state, positives = state
         logits = logit_scale * cosines(rows.features, part.features)
+        positives = own_logits(logits, positives, first, axis_name)
         _, allowed = tile_masks(rows, part, first, axis_name)
         if allowed is not None:
             logits = jnp.where(allowed, logits, MASKED)
@@ -94,20 +98,29 @@ def _forward(walk, axis_name, tile, rows, columns, logit_scale):
         row_total += jnp.sum(jnp.exp(logits - row_peak[:, None]), axis=1)
         peak = jnp.max(logits, axis=0)
         total = jnp.sum(jnp.exp(logits - peak[None, :]), axis=0)
-        return LogSumExp(row_peak, row_total), LogSumExp(peak, total)
+        return (LogSumExp(row_peak, row_total), positives), LogSumExp(peak, total)
 
-    b = len(rows.features)
-    start = LogSumExp(varying((b,), axis_name, MASKED), varying((b,), axis_name))
-    row, column = walk(tile_fn, start, columns, MERGE_LOGSUMEXP, axis_name, tile)
-    positives = jnp.sum(
-        rows.features.astype(jnp.float32) * columns.features.astype(jnp.float32), axis=1
-    )
-    positives *= logit_scale
+    zeros = varying((len(rows.features),), axis_name)
+    start = LogSumExp(zeros + MASKED, zeros), zeros
+    (row, positives), column = walk(tile_fn, start, columns, MERGE_LOGSUMEXP, axis_name, tile)
     losses = (row.peak - positives + jnp.log(row.total)) + (
         column.peak - positives + jnp.log(column.total)
     )
     loss = jnp.sum(share_of(rows, _batch(rows, axis_name)) * losses) / 2
     return loss, (rows, columns, logit_scale, row, column)
+
+
+def own_logits(logits: Array, known: Array, first: Array, axis_name: AxisName) -> Array:
+    """fp32 `[b]`, the rows' own pairs' logits: from this tile `[b, tile]`, or `known` already.
+
+    The very numbers that the log-sum-exps are of. Summed up once more, elementwise, they would be
+    rounded in another way, and the loss of a confident pair would be the difference.
+    """
+    b, tile = logits.shape
+    column = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32) - first
+    here = jnp.clip(column, 0, tile - 1)
+    found = jnp.take_along_axis(logits, here[:, None], axis=1)[:, 0]
+    return jnp.where(column == here, found, known)
 
 
 def _backward(walk, axis_name, tile, residuals, g):

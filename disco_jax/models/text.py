@@ -7,9 +7,9 @@ from jax.nn.initializers import normal
 
 from disco_jax.models.config import CLIPConfig
 from disco_jax.models.transformer import (
+    LayerNorm,
     Transformer,
     clip_text_init,
-    layer_norm,
     siglip_init,
 )
 
@@ -36,9 +36,9 @@ class TextTransformer(nnx.Module):
                 rngs.params(), (c.context_length, c.width), jnp.float32
             )
         )
-        init = clip_text_init(c.width, c.layers) if clips else siglip_init()
+        init = clip_text_init(c.width, c.mlp_width, c.layers) if clips else siglip_init()
         self.transformer = Transformer(c, config, causal=clips, init=init, rngs=rngs)
-        self.ln_final = layer_norm(c, config, rngs)
+        self.ln_final = LayerNorm(c, rngs=rngs)
         self.proj = nnx.Param(
             normal(width_std)(rngs.params(), (c.width, config.embed_dim), jnp.float32)
         )

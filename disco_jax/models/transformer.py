@@ -64,16 +64,19 @@ class BlockInit:
     mlp_out_bias: Initializer
 
 
-def clip_text_init(width: int, layers: int) -> BlockInit:
-    """CLIP's text tower: residual branches shrink with depth (OpenAI CLIP, `model.py`)."""
+def clip_text_init(width: int, mlp_width: int, layers: int) -> BlockInit:
+    """CLIP's text tower: residual branches shrink with depth (OpenAI CLIP, `model.py`).
+
+    Its `initialize_parameters` leaves the biases of the MLP at PyTorch's defaults.
+    """
     attention, residual = width**-0.5, (width * 2 * layers) ** -0.5
     return BlockInit(
         in_proj=normal(attention),
         out_proj=normal(residual),
         mlp_in=normal((2 * width) ** -0.5),
         mlp_out=normal(residual),
-        mlp_in_bias=zeros,
-        mlp_out_bias=zeros,
+        mlp_in_bias=_symmetric_uniform(width**-0.5),
+        mlp_out_bias=_symmetric_uniform(mlp_width**-0.5),
     )
 
 
@@ -150,10 +153,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def layer_norm(tower: TowerConfig, config: CLIPConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A tower's LayerNorm, whose statistics are fp32 whatever the compute dtype."""
-    dtype = jnp.dtype(config.dtype)
-    return nnx.LayerNorm(tower.width, epsilon=tower.norm_eps, dtype=dtype, rngs=rngs)
+class LayerNorm(nnx.LayerNorm):
+    """A LayerNorm in fp32, gain and bias included, that returns the dtype it was given.
+
+    With a 16-bit `dtype` Flax's would round gain and bias before it uses them: a gain of 1.0019
+    would be 1 in bf16.
+    """
+
+    def __init__(self, tower: TowerConfig, *, rngs: nnx.Rngs):
+        super().__init__(tower.width, epsilon=tower.norm_eps, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps `[..., width]` to the same shape and dtype."""
+        return super().__call__(x).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -180,10 +192,10 @@ class Block(nnx.Module):
                 n_in, n_out, kernel_init=kernel, bias_init=bias, dtype=dtype, rngs=rngs
             )
 
-        self.ln_1 = layer_norm(tower, config, rngs)
+        self.ln_1 = LayerNorm(tower, rngs=rngs)
         self.in_proj = linear(width, 3 * width, init.in_proj, zeros)
         self.out_proj = linear(width, width, init.out_proj, zeros)
-        self.ln_2 = layer_norm(tower, config, rngs)
+        self.ln_2 = LayerNorm(tower, rngs=rngs)
         self.mlp_in = linear(width, tower.mlp_width, init.mlp_in, init.mlp_in_bias)
         self.mlp_out = linear(tower.mlp_width, width, init.mlp_out, init.mlp_out_bias)
 

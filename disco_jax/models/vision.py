@@ -8,9 +8,9 @@ from jax.nn.initializers import lecun_normal, normal, variance_scaling, xavier_u
 from disco_jax.models.config import CLIPConfig, VisionConfig
 from disco_jax.models.transformer import (
     ACTIVATIONS,
+    LayerNorm,
     Transformer,
     clip_vision_init,
-    layer_norm,
     siglip_init,
 )
 
@@ -58,7 +58,7 @@ class AttentionPool(nnx.Module):
             return nnx.Linear(n_in, n_out, kernel_init=kernel, dtype=dtype, rngs=rngs)
 
         self.in_proj, self.out_proj = linear(width, 3 * width), linear(width, width)
-        self.ln = layer_norm(c, config, rngs)
+        self.ln = LayerNorm(c, rngs=rngs)
         self.mlp_in, self.mlp_out = linear(width, c.mlp_width), linear(c.mlp_width, width)
 
     def __call__(self, x: Array) -> Array:
@@ -105,10 +105,10 @@ class VisionTransformer(nnx.Module):
             scale(rngs.params(), (patches + by_class, c.width), jnp.float32)
         )
         if by_class:
-            self.ln_pre = layer_norm(c, config, rngs)
+            self.ln_pre = LayerNorm(c, rngs=rngs)
         init = clip_vision_init(c.width, c.mlp_width) if by_class else siglip_init()
         self.transformer = Transformer(c, config, causal=False, init=init, rngs=rngs)
-        self.ln_post = layer_norm(c, config, rngs)
+        self.ln_post = LayerNorm(c, rngs=rngs)
         if by_class:
             self.proj = nnx.Param(scale(rngs.params(), (c.width, config.embed_dim), jnp.float32))
         else:

@@ -40,7 +40,8 @@ def devices_of(topology: Topology) -> list[Any]:
             platform="cuda",
             topology_name=topology.name,
             target_config=gpu_target_config(accelerator),
-            topology=f"1x{hosts}x{each}",  # slices, hosts, GPUs a host
+            # Slices, hosts a slice, GPUs a host: on a cluster each host is a slice.
+            topology=f"{hosts}x1x{each}",
         )
     return list(description.devices)
 

@@ -13,11 +13,16 @@ UNDECAYED = frozenset(
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to 0 at `num_steps`."""
-    c = config.optimizer
-    return optax.warmup_cosine_decay_schedule(
-        0.0, c.learning_rate, c.warmup_steps, max(config.num_steps, c.warmup_steps + 1)
-    )
+    """Linear warm-up to the peak at update `warmup_steps`, then a cosine to 0 at `num_steps`.
+
+    As OpenCLIP's: the first update has a rate of `peak / warmup_steps`, not 0.
+    """
+    peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
+    cosine = optax.cosine_decay_schedule(peak, max(config.num_steps - warmup, 1))
+    if not warmup:
+        return cosine
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, cosine], [warmup])
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -50,6 +55,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
             weight_decay=c.weight_decay,
             adam_b1=c.b1,
             adam_b2=c.b2,
+            eps=c.eps,
             muon_weight_dimension_numbers=muon_matrices,
             consistent_rms=0.2,
         )
