@@ -32,6 +32,10 @@ from disco_jax.peers import Watch, watched
 from disco_jax.validation import near, problems_of
 from disco_jax.workdir import locked
 
+# Of a GPU's memory, for JAX's pool; by itself it takes 0.75. The planner's limit is 0.03 below it:
+# inside the pool that much may be lost to fragmentation. The rest is for the CUDA context, library
+# workspaces and NCCL's buffers.
+MEMORY_FRACTION = 0.93
 LEASE = 120  # seconds that a file system may keep a lock for a host that is gone
 LEAVING = 30  # seconds that processes which were told to stop wait for each other at the end
 
@@ -112,8 +116,7 @@ def _hold(
 
 
 def _set_up_jax(config: ConfigDict, launch: cluster.Launch | None) -> None:
-    # The planner's verdicts count on this share of a GPU's memory; JAX's default is 0.75.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     from disco_jax import backend
     from disco_jax.training import progress
 

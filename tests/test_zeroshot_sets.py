@@ -8,16 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from flax import nnx
 from PIL import Image
 
 from disco_jax.config import default, zeroshot_set
 from disco_jax.errors import UserError
 from disco_jax.evaluation.classes import Classes, load_classes, load_subset, load_templates
 from disco_jax.evaluation.evaluator import Evaluator
-from disco_jax.models import PRESETS
+from disco_jax.inference import Model
+from disco_jax.models import CLIP, PRESETS
 from disco_jax.training.optimizer import optax
 from disco_jax.training.state import init_state
 from tests.conftest import mesh_of
@@ -178,17 +181,33 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from pathlib import Path
-from tests.test_zeroshot_sets import config_of, evaluate
+from disco_jax import mesh as mesh_lib
+from tests.test_zeroshot_sets import config_of, embed, evaluate
+in_order = mesh_lib.ring_order
+mesh_lib.ring_order = lambda devices: [in_order(devices)[i] for i in (0, 2, 1, 3)]
+assert [d.process_index for d in mesh_lib.make_mesh().devices.flat] == [0, 1, 0, 1]
 folder = Path(sys.argv[3])
 config = config_of(folder, mini=str(folder / "val"))
 config.data.update(image_key="image", caption_key="caption")
 config.eval.retrieval_name = str(folder / "pairs.csv")
-print(json.dumps(evaluate(config, 4)))
+print(json.dumps([evaluate(config, 4), embed(folder)]))
 """
 
 
+def embed(folder: Path) -> list[list[list[float]]]:
+    """What `load` and `embed` give of images and texts."""
+    params = nnx.to_pure_dict(nnx.state(CLIP(PRESETS["tiny"], rngs=nnx.Rngs(0)), nnx.Param))
+    model = Model(PRESETS["tiny"], jax.tree.map(np.asarray, params), batch_size=4)
+    images = [folder / f"{i}.png" for i in (3, 1, 4, 1, 5, 9)]
+    texts = ["a goldfish", "a great white shark", "a hen"]
+    return [model.encode_image(images).tolist(), model.encode_text(texts).tolist()]
+
+
 def test_two_processes_give_what_one_gives(tmp_path):
-    """Zero-shot, and retrieval of 20 rows that name 11 images, one of which is bad."""
+    """Zero-shot, embeddings, and retrieval of 20 rows that name 11 images, one of which is bad.
+
+    The processes' devices interleave in the mesh, as they do on a TPU.
+    """
     source = make_source("wnid folders", tmp_path)
     rows = ["image,caption"]
     for i in range(20):
@@ -210,11 +229,14 @@ def test_two_processes_give_what_one_gives(tmp_path):
         )
         for i in range(2)
     ]
-    told = [json.loads(p.communicate(timeout=240)[0].splitlines()[-1]) for p in processes]
+    given = [json.loads(p.communicate(timeout=240)[0].splitlines()[-1]) for p in processes]
     config = config_of(tmp_path, mini=source)
     config.eval.retrieval_name = str(tmp_path / "pairs.csv")
     expected = evaluate(config, 4)
-    assert told[0] == told[1] == expected
+    for metrics, features in given:
+        assert metrics == expected
+        for got, wanted in zip(features, embed(tmp_path), strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-6)
     assert expected["mini/top1"] == pytest.approx(21 / 27)
     # 18 captions are of images that can be read: each recall is a number of eighteenths, or tenths.
     assert expected["retrieval/text_to_image_recall@10"] == 1

@@ -87,14 +87,14 @@ def _forward(walk, axis_name, tile, rows, columns, logit_scale):
     def tile_fn(
         state: tuple[LogSumExp, Array], part: Side, first: Array
     ) -> tuple[tuple[LogSumExp, Array], LogSumExp]:
-        state, positives = state
+        lse, positives = state
         logits = logit_scale * cosines(rows.features, part.features)
         positives = own_logits(logits, positives, first, axis_name)
         _, allowed = tile_masks(rows, part, first, axis_name)
         if allowed is not None:
             logits = jnp.where(allowed, logits, MASKED)
-        row_peak = jnp.maximum(state.peak, jnp.max(logits, axis=1))
-        row_total = state.total * jnp.exp(state.peak - row_peak)
+        row_peak = jnp.maximum(lse.peak, jnp.max(logits, axis=1))
+        row_total = lse.total * jnp.exp(lse.peak - row_peak)
         row_total += jnp.sum(jnp.exp(logits - row_peak[:, None]), axis=1)
         peak = jnp.max(logits, axis=0)
         total = jnp.sum(jnp.exp(logits - peak[None, :]), axis=0)

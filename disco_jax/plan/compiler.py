@@ -17,8 +17,9 @@ from disco_jax.validation import check_division
 
 Row = dict[str, Any]
 
-# Kept free of a device's memory: CUDA context and library workspaces (about 1 GiB), NCCL's buffers,
-# fragmentation. `train.py` lets JAX take the other 90 %.
+# Kept free of a device's memory. `train.py` gives JAX a pool of 0.93 of it (cli.MEMORY_FRACTION):
+# beside it there is room for the CUDA context, library workspaces and NCCL's buffers, inside it for
+# fragmentation.
 MARGIN = 0.1
 
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
@@ -27,9 +28,18 @@ ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no cuDNN or cuBLAS is needed to compile
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server for a TPU
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    # Nothing can be timed here; and with untuned Triton matmuls a ViT does not compile.
-    "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
 }
+# Nothing can be timed here; and with untuned Triton matmuls a ViT does not compile.
+XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with what the child needs; of two equal flags XLA takes the last.
+
+    XLA's other flags stay: training would compile with them as well.
+    """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
+    return os.environ | ENVIRONMENT | {"XLA_FLAGS": flags}
 
 
 def check_installed(topology: Topology) -> None:
@@ -60,7 +70,7 @@ class Compiler:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | ENVIRONMENT,
+            env=environment(),
         )
 
     def __enter__(self) -> "Compiler":

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from disco_jax.collectives import to_varying
 from disco_jax.losses import contrastive_loss
-from disco_jax.mesh import BATCH_AXES, batch_sharding, replicated, state_sharding
+from disco_jax.mesh import BATCH_AXES, batch_sharding, state_sharding
 from disco_jax.models import CLIPConfig
 from disco_jax.training.state import Params, abstract_model, trained, with_trained
 
@@ -49,7 +49,6 @@ class Parts(NamedTuple):
 def make_parts(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> Parts:
     """The functions that `whole_batch`, `by_microbatches` and the host's loop are built from."""
     graph, abstract = abstract_model(model)
-    everywhere = replicated(mesh)
     root = jax.random.key(config.seed)
     random = bool(config.model.dropout or config.model.patch_dropout)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -58,7 +57,7 @@ def make_parts(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> Parts:
         cast = jax.tree_util.tree_map_with_path(
             lambda path, x: x.astype(model.dtype) if _computes_in_dtype(path) else x, params
         )
-        return lax.with_sharding_constraint(cast, everywhere)
+        return jax.tree.map(lambda x: gather_parameter(mesh, x), cast)
 
     def keys(tower: int, trained_blocks: int, places: Array, step: Array) -> Array | None:
         """One for each sample, another stream for each tower; None: nothing is dropped."""
@@ -96,6 +95,25 @@ def _computes_in_dtype(path: tuple[Any, ...]) -> bool:
     """Whether a parameter is used in the compute dtype; norms and the scalars are in fp32."""
     names = [entry.key for entry in path]
     return names[0] not in SCALARS and not any(n == "ln" or n.startswith("ln_") for n in names)
+
+
+def gather_parameter(mesh: Mesh, x: Array) -> Array:
+    """A parameter, whole on every device; gathered in its dtype, where XLA might before a cast."""
+    spec = state_sharding(mesh, x.shape).spec
+    axis = _split_axis(spec)
+    if axis is None:
+        return x
+
+    def local(x: Array) -> Array:
+        return lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+
+    # The types can't tell that what was gathered is the same on all devices.
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=P(), check_vma=False)(x)
+
+
+def _split_axis(spec: P) -> int | None:
+    """The dimension that `fsdp` splits, None where it splits none."""
+    return tuple(spec).index("fsdp") if "fsdp" in tuple(spec) else None
 
 
 def split(params: Params) -> tuple[Params, Params]:
@@ -229,13 +247,13 @@ def sum_over_devices(mesh: Mesh, own: Params, dtype: str) -> Params:
 
     def reduce(x: Array) -> Array:
         spec = state_sharding(mesh, x.shape[1:]).spec
-        split_axis = tuple(spec).index("fsdp") if "fsdp" in tuple(spec) else None
+        axis = _split_axis(spec)
 
         def local(x: Array) -> Array:
             x = x[0].astype(dtype)
-            if split_axis is None:
+            if axis is None:
                 return lax.psum(x, BATCH_AXES).astype(jnp.float32)
-            x = lax.psum_scatter(x, "fsdp", scatter_dimension=split_axis, tiled=True)
+            x = lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
             return lax.psum(x, "data").astype(jnp.float32)
 
         return jax.shard_map(local, mesh=mesh, in_specs=ROWS, out_specs=spec)(x)
