@@ -51,8 +51,9 @@ def contrastive_loss(
       text: `[B, D]`, of the same dtype; row k and row k of image are a pair.
       logit_scale: scalar that multiplies the cosines, `exp` of the learned parameter.
       logit_bias: scalar added to the logits; for the sigmoid kind only.
-      mesh: the devices, its axes of type Auto or Explicit (`jax.make_mesh`'s default). With the
-        latter differentiate inside `jit`, or under `jax.set_mesh(mesh)`.
+      mesh: the devices; `jax.sharding.Mesh(jax.devices(), ("data",))` works on any number of hosts,
+        where `jax.make_mesh` may refuse. Its axes may be of type Auto or Explicit; with the latter
+        differentiate inside `jit`, or under `jax.set_mesh(mesh)`.
       axis_name: the mesh axis, or axes, to split the batch over; all axes by default.
       kind: `softmax` or `sigmoid`.
       method: `auto`, `reference`, `disco`, `stream` or `ring`: the same number and gradients, at
@@ -70,8 +71,9 @@ def contrastive_loss(
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import Mesh
       >>> from disco_jax.losses import contrastive_loss
-      >>> mesh = jax.make_mesh((4,), ("data",))
+      >>> mesh = Mesh(jax.devices()[:4], ("data",))
       >>> image = text = jnp.eye(8)
       >>> loss = contrastive_loss(image, text, jnp.float32(10.0), mesh=mesh, method="ring")
       >>> print(f"{loss:.6f}")  # log(1 + 7 exp(-10))
