@@ -6,10 +6,11 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most tests compile more than they compute.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Most tests compile more than they compute, and some of it the same: workers share what they have.
+os.environ["DISCO_TEST_CACHE"] = os.environ.get("DISCO_TEST_CACHE") or tempfile.mkdtemp()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["DISCO_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Every way to promote silently is an error: so is a warning (pyproject.toml).
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -22,13 +23,13 @@ from jax.sharding import Mesh
 
 from disco_jax.mesh import make_mesh
 
-# The environment of short runs in other processes. Compiling is what takes them their time: it is
-# done without optimisations, and the runs of a test, often of one program, share what it gives.
-CACHE = tempfile.mkdtemp(prefix="disco_jax_tests_")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    atexit.register(shutil.rmtree, os.environ["DISCO_TEST_CACHE"], ignore_errors=True)
+# The environment of short runs in other processes. Compiling is what takes them their time, and
+# numbers are compared among them alone: it is done without optimisations.
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))} | {
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "JAX_COMPILATION_CACHE_DIR": CACHE,
+    "JAX_COMPILATION_CACHE_DIR": os.environ["DISCO_TEST_CACHE"],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 GOLDEN = Path(__file__).parent / "golden"

@@ -34,8 +34,14 @@ from tests import small_run
 from tests.conftest import mesh_of
 
 BATCH = 32
-# (devices, devices of one copy of the state, samples a device in a microbatch)
-DIVISIONS = [(1, 1, 8), (2, 1, 4), (8, 1, 2), (8, 4, 1)]
+# devices, devices of one copy of the state, samples a device in a microbatch, mode
+DIVISIONS = [
+    (1, 1, 8, "scan"),
+    (2, 1, 4, "host"),
+    (8, 1, 2, "scan"),
+    (8, 4, 1, "scan"),
+    (8, 4, 1, "host"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,10 +89,16 @@ def initial_state(kind):
     return init_state(model, make_optimizer(config), mesh_of(1), seed=0)
 
 
+def first_state(config, model, mesh):
+    """What `init_state` gives, on any mesh, for a run of its own: a step donates it."""
+    state = jax.tree.map(np.asarray, initial_state(config.loss.kind))
+    return jax.device_put(state, state_shardings(config, model, mesh))
+
+
 def loss_and_gradients(config, model, devices, fsdp=1, mode="scan"):
     """As NumPy arrays, the loss among them."""
     mesh = mesh_of(devices, fsdp)
-    state = jax.device_put(initial_state(config.loss.kind), state_shardings(config, model, mesh))
+    state = first_state(config, model, mesh)
     if mode == "host":
         loss, own, scalars = HostStep(config, model, mesh).gradients(state, random_batch())
         result = loss, sum_over_devices(mesh, own, config.reduce_dtype) | scalars
@@ -112,8 +124,7 @@ def whole(kind):
     return loss_and_gradients(config, model, 1)
 
 
-@pytest.mark.parametrize("mode", ["scan", "host"])
-@pytest.mark.parametrize(("devices", "fsdp", "microbatch"), DIVISIONS)
+@pytest.mark.parametrize(("devices", "fsdp", "microbatch", "mode"), DIVISIONS)
 def test_softmax_gradients_are_the_whole_batchs(devices, fsdp, microbatch, mode):
     config, model = small("softmax", "ring", microbatch)
     got = loss_and_gradients(config, model, devices, fsdp, mode)
@@ -122,7 +133,7 @@ def test_softmax_gradients_are_the_whole_batchs(devices, fsdp, microbatch, mode)
 
 @pytest.mark.parametrize(
     ("devices", "fsdp", "microbatch", "mode"),
-    [(1, 1, 8, "host"), (2, 1, 4, "scan"), (8, 1, 2, "scan"), (8, 4, 1, "host")],
+    [(2, 1, 4, "scan"), (8, 4, 1, "host")],
 )
 def test_sigmoid_gradients_are_the_whole_batchs(devices, fsdp, microbatch, mode):
     config, model = small("sigmoid", "ring", microbatch)
@@ -196,7 +207,7 @@ def test_dropout_changes_with_the_step():
     config, model = small(drop=(0.0, 0.1))
     mesh = mesh_of(1)
     parts = make_parts(config, model, mesh)
-    params = split(init_state(model, make_optimizer(config), mesh, seed=0).params)[0]
+    params = split(initial_state("softmax").params)[0]
     samples, places = random_batch(), np.arange(BATCH, dtype=np.int32)
     encode = jax.jit(parts.encode)
     first, again, later = (encode(params, samples, places, jnp.int32(step)) for step in (3, 3, 4))
@@ -242,7 +253,7 @@ def test_the_loss_is_computed_once():
     counts = {}
     config, model = small(drop=(0.0, 0.0), microbatch=4)
     mesh = mesh_of(2)
-    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    state = first_state(config, model, mesh)
     parts, batch = make_parts(config, model, mesh), random_batch()
     functions = {
         "whole": whole_batch(config, parts, model, mesh),
@@ -262,7 +273,7 @@ def test_parameters_are_cast_once():
     config, model = small(drop=(0.0, 0.0), dtype="bfloat16", microbatch=4)
     mesh = mesh_of(2)
     parts = make_parts(config, model, mesh)
-    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    state = first_state(config, model, mesh)
     gradient = by_microbatches(config, parts, model, mesh)
     text = str(jax.make_jaxpr(gradient)(state.params, random_batch(), state.step))
     kernel = "bf16[2,32,128] = convert_element_type"  # mlp_in of both layers, both towers
@@ -280,7 +291,7 @@ def test_the_hosts_loop_compiles_once_and_donates_its_state():
     config, model = small(microbatch=2)
     mesh = mesh_of(4)
     step = HostStep(config, model, mesh)
-    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    state = first_state(config, model, mesh)
     before = state
     state, _ = step(state, random_batch(0))
     assert all(x.is_deleted() for x in jax.tree.leaves(before.params))

@@ -11,7 +11,7 @@ from disco_jax.training.optimizer import decay_mask, make_optimizer, make_schedu
 from disco_jax.training.state import abstract_model, init_state
 from disco_jax.training.step import clamp_logit_scale, make_train_step
 from tests.conftest import mesh_of
-from tests.test_microbatch import random_batch, small
+from tests.test_microbatch import first_state, random_batch, small
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,7 +25,7 @@ def curve(method: str, devices: int, steps: int = 20, kind: str = "softmax") -> 
     config, model = small(kind, method, drop=(0.0, 0.0))
     mesh = mesh_of(devices)
     step = make_train_step(config, model, mesh)
-    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    state = first_state(config, model, mesh)
     losses = []
     for seed in range(steps):
         state, metrics = step(state, place_batch(random_batch(seed), mesh))
@@ -61,7 +61,7 @@ def test_compiles_once_and_donates_its_state():
             compilations.append(duration)
 
     step = make_train_step(config, model, mesh)
-    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    state = first_state(config, model, mesh)
     batches = [place_batch(random_batch(seed), mesh) for seed in range(4)]
     before = state
     state, _ = step(state, batches[0])

@@ -16,7 +16,7 @@ from disco_jax.training.optimizer import make_optimizer
 from disco_jax.training.state import init_state, trained
 from disco_jax.training.step import make_train_step
 from tests.conftest import mesh_of
-from tests.test_microbatch import random_batch, small
+from tests.test_microbatch import first_state, random_batch, small
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,7 +30,7 @@ def curve(fsdp, **options):
     config, model = small(**options)
     mesh = mesh_of(8, fsdp)
     step = make_train_step(config, model, mesh)
-    state = init_state(model, make_optimizer(config), mesh, seed=0)
+    state = first_state(config, model, mesh)
     losses = []
     for seed in range(20):
         state, metrics = step(state, place_batch(random_batch(seed), mesh))
