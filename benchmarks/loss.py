@@ -183,9 +183,9 @@ def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    from disco_jax.plots import plt
+    from disco_jax.plots import subplots
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     batches = [result["batch"] for result in results]
     for name in results[0]["methods"]:
         rows = [result["methods"][name] for result in results]

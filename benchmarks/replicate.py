@@ -224,9 +224,9 @@ def json_of(command: list[str]) -> Any:
 
 
 def draw_equivalence(found: dict[str, Any], path: Path) -> None:
-    from disco_jax.plots import plt
+    from disco_jax.plots import subplots
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, (name, curve) in enumerate(found["curves"].items()):
         style = {"lw": 16 - 2 * i, "color": f"C{i}", "label": name}  # each within the one before
         left.plot(range(1, len(curve["loss"]) + 1), curve["loss"], **style)
@@ -240,9 +240,9 @@ def draw_equivalence(found: dict[str, Any], path: Path) -> None:
 
 
 def draw_batch_size(found: dict[str, Any], path: Path) -> None:
-    from disco_jax.plots import plt
+    from disco_jax.plots import subplots
 
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = subplots(figsize=(6, 4), layout="constrained")
     for name in ("zeroshot/top1", "zeroshot_heldout/top1"):
         values = np.array(
             [

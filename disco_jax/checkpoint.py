@@ -6,6 +6,8 @@ moves the checkpoints past a step aside, a damaged one say, so that the run goes
 """
 
 import argparse
+import hashlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from disco_jax.cli import guard
 from disco_jax.errors import UserError
+from disco_jax.terminal import say
 from disco_jax.workdir import locked
 
 
@@ -64,7 +68,7 @@ class Checkpoints:
         self._check_space(state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave({**data, "checksum": checksum(state)}),
+            data=ocp.args.JsonSave({**data, "digest": digest(state, data)}),
         )
         try:
             self._manager.save(step, args=items)
@@ -110,10 +114,17 @@ class Checkpoints:
         except Exception as error:  # as above
             if not (self.folder / str(step)).exists():
                 raise FileNotFoundError(self.folder / str(step)) from error
+            if _is_of_the_machine(error):
+                raise UserError(
+                    f"checkpoint {self.folder / str(step)} can't be restored here: {_told(error)}"
+                ) from error
             raise self._damaged(step, _told(error)) from error
         state, data = restored["state"], restored["data"]
-        if data.pop("checksum", None) not in (None, checksum(state)):
-            raise self._damaged(step, "its checksum is another one")
+        stored, of_0_1 = data.pop("digest", None), data.pop("checksum", None)
+        if stored is not None and stored != digest(state, data):
+            raise self._damaged(step, "its digest is not that of what was saved")
+        if of_0_1 is not None and of_0_1 != int(_sum_of_words(state)):
+            raise self._damaged(step, "its checksum is not that of what was saved")
         return state, data
 
     def _damaged(self, step: int, told: str) -> UserError:
@@ -148,9 +159,48 @@ class Checkpoints:
         self._manager.close()
 
 
+def digest(state: Any, data: dict[str, Any]) -> str:
+    """32 hexadecimal digits that change with any bit of the state, its order, or the data.
+
+    Args:
+      state: a tree of arrays of 32 bits, sharded in any way.
+      data: what JSON can hold.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    whole = [names, np.asarray(_hashes([x for _, x in leaves])).tolist(), data]
+    text = json.dumps(whole, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 @jax.jit
-def _checksum(state: Any) -> jax.Array:
-    """The sum of all 32-bit words, which does not depend on how arrays lie on the devices."""
+def _hashes(leaves: list[jax.Array]) -> jax.Array:
+    """uint32 `[leaves, 2]`: of each array two sums of its words, each mixed with its place.
+
+    Sums do not depend on how an array is sharded. A word by itself would be lost among others that
+    trade places; the mixing function (MurmurHash3's last steps) tells them apart.
+    """
+
+    def mix(x: jax.Array) -> jax.Array:
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+        return x ^ (x >> np.uint32(16))
+
+    def hashes(x: jax.Array) -> jax.Array:
+        words = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, length in enumerate(x.shape):
+            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            place = mix(place * np.uint32(length) + index + np.uint32(axis + 1))
+        seeds = (np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15))
+        return jnp.stack([jnp.sum(mix(words ^ mix(place + s)), dtype=jnp.uint32) for s in seeds])
+
+    return jnp.stack([hashes(x) for x in leaves])
+
+
+@jax.jit
+def _sum_of_words(state: Any) -> jax.Array:
+    """The checksum of 0.1's checkpoints: the sum of all 32-bit words."""
 
     def words(x: jax.Array) -> jax.Array:
         return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32)
@@ -158,9 +208,15 @@ def _checksum(state: Any) -> jax.Array:
     return jnp.sum(jnp.stack([words(x) for x in jax.tree.leaves(state)]), dtype=jnp.uint32)
 
 
-def checksum(state: Any) -> int:
-    """A number that changes with any bit of the state, whose arrays are of 32 bits."""
-    return int(_checksum(state))
+def _is_of_the_machine(error: BaseException | None) -> bool:
+    """Whether memory or permissions are missing: no damage, and going back would not help."""
+    while error is not None:
+        if isinstance(error, (MemoryError, PermissionError)):
+            return True
+        if re.search(r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|Permission denied", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _told(error: Exception) -> str:
@@ -183,7 +239,7 @@ def main() -> None:
         raise UserError(f"{arguments.workdir} holds no checkpoints")
     with locked(arguments.workdir):
         for path in Checkpoints(arguments.workdir).set_aside(arguments.go_back_to):
-            print(f"moved to {path}")
+            say(f"moved to {path}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from disco_jax.errors import (
 )
 from disco_jax.overrides import check_overrides
 from disco_jax.peers import Watch, watched
+from disco_jax.terminal import printable, say
 from disco_jax.validation import near, problems_of
 from disco_jax.workdir import locked
 
@@ -155,7 +156,7 @@ def _blaming_peers(watch: Watch) -> Any:
         if says_unwritable(error):
             raise
         first = str(error).partition("\n")[0]
-        print(f"{first}; waiting for word of the others", file=sys.stderr, flush=True)
+        say(f"{first}; waiting for word of the others", sys.stderr)
         watch.wait_for_verdict()
         raise
 
@@ -166,13 +167,14 @@ def guard(function: Callable[[], None]) -> None:
     try:
         function()
     except UserError as error:
-        _exit(f"error: {error}", EXIT_USER)
+        _exit(f"error: {printable(error)}", EXIT_USER)
     except Preempted as preempted:
-        _exit(f"{preempted}; the same command goes on", EXIT_PREEMPTED)
+        _exit(f"{printable(preempted)}; the same command goes on", EXIT_PREEMPTED)
     except OSError as error:
         if not says_unwritable(error):
             raise
-        _exit(f"error: {error.filename or 'a file'} can't be written: {error.strerror}", EXIT_USER)
+        name = printable(error.filename or "a file")
+        _exit(f"error: {name} can't be written: {error.strerror}", EXIT_USER)
     except KeyboardInterrupt:
         _exit("\ninterrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED)
 

@@ -8,12 +8,14 @@ import argparse
 import glob
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from rich.progress import track
 
 from disco_jax.cli import guard
 from disco_jax.errors import UserError
+from disco_jax.terminal import say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,6 +35,23 @@ def embed(arguments: argparse.Namespace) -> None:
         raise UserError(f"--images: no file matches {arguments.images}")
     if arguments.out.suffix != ".npz" or arguments.out.exists():
         raise UserError(f"--out: {arguments.out} must be a new .npz file")
+    # Written beside and renamed; opened now, for after hours of work is late to find out.
+    unfinished = arguments.out.with_name(arguments.out.name + ".unfinished")
+    try:
+        file = unfinished.open("xb")
+    except OSError as error:
+        raise UserError(f"--out: {unfinished} can't be written: {error.strerror}") from error
+    try:
+        with file:
+            count = _embed_into(file, arguments, paths)
+        unfinished.rename(arguments.out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    say(f"written: {count} features in {arguments.out}")
+
+
+def _embed_into(file: BinaryIO, arguments: argparse.Namespace, paths: list[str]) -> int:
+    """Writes features and paths of what can be read; how many that is."""
     from disco_jax.inference import load  # after --help, which needs no JAX
 
     model = load(arguments.model, arguments.batch_size)
@@ -46,13 +65,13 @@ def embed(arguments: argparse.Namespace) -> None:
                 batch.append(model.read(path))
                 kept.append(path)
             except UserError as error:
-                print(f"left out: {error}", file=sys.stderr)
+                say(f"left out: {error}", sys.stderr)
         if batch:
             features.append(model.encode_pixels(np.stack(batch)))
     if not kept:
         raise UserError(f"--images: none of {len(paths)} files can be read")
-    np.savez(arguments.out, features=np.concatenate(features), paths=np.array(kept))
-    print(f"written: {len(kept)} features in {arguments.out}")
+    np.savez(file, features=np.concatenate(features), paths=np.array(kept))
+    return len(kept)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Files of one JSON object a line and a step, which a run that goes on takes up where it was."""
+"""Files of one JSON object a line and a step, which a resumed run continues where it was."""
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from disco_jax.errors import UserError
+from disco_jax.terminal import say
 
 
 def process_file(workdir: Path, name: str) -> Path:
@@ -20,18 +24,29 @@ def process_file(workdir: Path, name: str) -> Path:
 class JsonLines:
     """Appends objects with a `step` to a file; what it holds past step `resume_from` is dropped.
 
-    Steps that are taken again write their lines again: without this they would stand twice.
+    Steps that are taken again write their lines again: without this they would stand twice. Where
+    lines can't be read, all others are kept, and the file as it was under another name.
 
     Raises:
-      UserError: the file can't be written; so do its methods.
+      UserError: the file can't be read or written; its methods, that it can't be written.
     """
 
     def __init__(self, path: Path, resume_from: int):
         self._path = path
-        kept = [row for row in read_lines(path) if row["step"] <= resume_from]
+        found, damaged = _read(path)
+        rows = [row for row in found if isinstance(row.get("step"), int)]
+        kept = [row for row in rows if row["step"] <= resume_from]
         self.count = len(kept)
         new = path.with_name(path.name + ".new")  # a kill in between must leave the old one
         with self._told():
+            if damaged or len(rows) < len(found):
+                copy = _free_name(path.with_name(path.name + ".damaged"))
+                shutil.copyfile(path, copy)
+                say(
+                    f"note: {damaged + len(found) - len(rows)} lines of {path} can't be read; the "
+                    f"others are kept, and the file as it was is {copy}",
+                    sys.stderr,
+                )
             new.write_text("".join(json.dumps(row) + "\n" for row in kept))
             new.replace(path)
             self._file = path.open("a")
@@ -57,17 +72,39 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, in order; none where there is no file.
+    """The objects of a file, in order, without lines that can't be read; none without a file.
 
-    A last line cut short by a crash is left out.
+    Raises:
+      UserError: the system can't read the file.
     """
-    return list(_rows(path)) if path.exists() else []
+    return _read(path)[0]
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open() as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects, and the number of damaged lines.
+
+    A last line that a crash cut short is not counted: its step is taken again.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    rows = [_parse(line) for line in lines]
+    damaged = [row is None and bool(line.strip()) for row, line in zip(rows, lines, strict=True)]
+    return [row for row in rows if row is not None], sum(damaged[:-1])
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # bytes that are not UTF-8 are a ValueError too
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _free_name(path: Path) -> Path:
+    """The path itself, or with the first number behind it that is free."""
+    numbered = (path.with_name(f"{path.name}-{n}") for n in count(2))
+    return path if not path.exists() else next(p for p in numbered if not p.exists())

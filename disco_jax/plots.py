@@ -5,16 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # files only: no display is looked for
-from matplotlib import pyplot as plt
+
+def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes, for files. pyplot would choose a backend for the whole process."""
+    squeeze = options.pop("squeeze", True)
+    figure = Figure(**options)
+    return figure, figure.subplots(rows, columns, squeeze=squeeze)
 
 
 def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Loss on the left, zero-shot top-1 on the right, against steps: the paper's figure."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     steps, losses = _series(rows, "train/loss")
     left.plot(steps, losses)
     left.set(xlabel="step", ylabel="contrastive loss", title="Training loss")
@@ -28,7 +32,6 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_runs(runs: dict[str, list[dict[str, Any]]], sets: Sequence[str], path: Path) -> None:
@@ -36,7 +39,7 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], sets: Sequence[str], path: 
 
     Loss on the left; on the right zero-shot top-1, a run a colour and a set a line style.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, (name, rows) in enumerate(runs.items()):
         left.plot(*_series(rows, "train/loss", "epoch"), color=f"C{i}", label=name, alpha=0.8)
         for k, of in enumerate(sets):
@@ -55,7 +58,6 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], sets: Sequence[str], path: 
         if axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _series(
@@ -69,17 +71,16 @@ def plot_pairs(images: Sequence[np.ndarray], captions: Sequence[str], path: Path
     """A contact sheet of images `[h, w, 3]` over their captions."""
     columns = 8
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         rows, columns, figsize=(1.9 * columns, 2.6 * rows), layout="constrained", squeeze=False
     )
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image)
-        told = textwrap.shorten(caption, 90, placeholder="…").replace("$", r"\$")
-        axis.set_title(textwrap.fill(told, 24), fontsize=7)
+        told = textwrap.shorten(caption, 90, placeholder="…")
+        axis.set_title(textwrap.fill(told, 24), fontsize=7, parse_math=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def plot_predictions(
@@ -88,7 +89,7 @@ def plot_predictions(
     """A sheet of images `[n, h, w, 3]`, each with the predicted name, and the true one if wrong."""
     columns = 8
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         rows, columns, figsize=(1.7 * columns, 1.95 * rows), layout="constrained", squeeze=False
     )
     for axis in axes.flat:
@@ -100,6 +101,6 @@ def plot_predictions(
             guess if right else f"{guess}\n(is {true})",
             fontsize=8,
             color="darkgreen" if right else "darkred",
+            parse_math=False,
         )
     figure.savefig(path, dpi=110)
-    plt.close(figure)

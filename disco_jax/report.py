@@ -8,7 +8,6 @@ Writes report.png, report.md and report.html, which holds both.
 import argparse
 import base64
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,9 @@ from ml_collections import ConfigDict
 
 from disco_jax.cli import guard
 from disco_jax.errors import UserError
+from disco_jax.jsonl import read_lines
 from disco_jax.plots import plot_runs
+from disco_jax.terminal import printable, say
 from disco_jax.training.metrics import read_metrics
 from disco_jax.workdir import read_json, stored_config
 
@@ -79,8 +80,10 @@ def read_run(workdir: Path) -> Run:
         rows.append(read_json(path))
     samples = config.data.num_samples
     if not samples:
-        starts = (workdir / "starts.jsonl").read_text().splitlines()
-        samples = json.loads(starts[-1])["samples"]
+        counts = [start.get("samples") for start in read_lines(workdir / "starts.jsonl")]
+        samples = next((n for n in reversed(counts) if isinstance(n, int)), 0)
+        if not samples:
+            raise UserError(f"{workdir / 'starts.jsonl'} does not say how many samples there are")
     return Run(workdir.name, config, sorted(rows, key=lambda row: row["step"]), samples)
 
 
@@ -170,8 +173,8 @@ def report(workdirs: Sequence[Path], out: Path) -> None:
     cells = table(runs)
     (out / "report.md").write_text(as_markdown(cells))
     (out / "report.html").write_text(as_html(cells, (out / "report.png").read_bytes()))
-    print(as_markdown(cells))
-    print(f"written: {out / 'report.html'}")
+    print(printable(as_markdown(cells), keep="\n"))
+    say(f"written: {out / 'report.html'}")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 import disco_jax
 from disco_jax.config import default, flatten
 from disco_jax.errors import UserError
+from disco_jax.terminal import say
 from disco_jax.validation import validate
 
 # What may differ when a run goes on, besides all of `eval`: none of it changes more than rounding.
@@ -80,7 +81,7 @@ def _lock(file: TextIO, workdir: Path, patience: float) -> None:
                 f"workdir {workdir} is in use by another run; wait for its end, or choose another"
             ) from error
         except OSError:  # some network file systems have no locks
-            print(f"note: {workdir} is on a file system without locks: start one run in it only")
+            say(f"note: {workdir} is on a file system without locks: start one run in it only")
         return
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from disco_jax import checkpoint
@@ -164,24 +165,60 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tm
 
 
 def test_a_flipped_bit_is_noticed(made, calm, tmp_path, monkeypatch):
-    """The checksum: does not depend on the devices, changes with any bit, and is looked at."""
-    state = {"a": jax.numpy.arange(12.0).reshape(4, 3), "n": jax.numpy.int32(3)}
-    honest = checkpoint.checksum(state)
-    words = sum(np.asarray(x).view(np.uint32).sum(dtype=np.uint32) for x in state.values())
-    assert honest == int(words) % 2**32
+    """The digest: does not depend on the devices, changes with anything, and is looked at."""
+    a, b = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
+    state, data = {"a": a, "b": b, "n": np.int32(3)}, {"samples_seen": 64, "bad": {"x": 1}}
+    honest = checkpoint.digest(state, data)
     rows = jax.sharding.NamedSharding(mesh_of(4), jax.sharding.PartitionSpec("data"))
-    assert checkpoint.checksum({**state, "a": jax.device_put(state["a"], rows)}) == honest
-    flipped = np.array(state["a"])
+    assert checkpoint.digest({**state, "a": jax.device_put(a, rows)}, data) == honest
+    assert checkpoint.digest(state, json.loads(json.dumps(data))) == honest
+    flipped = a.copy()
     flipped.view(np.uint32)[3, 1] ^= 1
-    assert checkpoint.checksum({**state, "a": jax.numpy.asarray(flipped)}) != honest
+    for changed in (flipped, a.T, a[::-1], a[:, [1, 0, 2, 3]], a.reshape(2, 8), np.roll(a, 1)):
+        assert checkpoint.digest({**state, "a": changed}, data) != honest
+    assert checkpoint.digest({**state, "a": b, "b": a}, data) != honest
+    assert checkpoint.digest({"a": a, "c": b, "n": np.int32(3)}, data) != honest
+    assert checkpoint.digest(state, {**data, "samples_seen": 65}) != honest
+    zeros = np.zeros((2, 3), np.float32)
+    assert checkpoint.digest({"a": zeros}, {}) != checkpoint.digest({"a": zeros.T}, {})
     config = config_of(made)
     abstract = abstract_state(model_config(config), make_optimizer(config), mesh_of(8))
     checkpoints = Checkpoints(calm)
     _, data = checkpoints.restore(abstract, 4)
     assert data["samples_seen"] == 64
-    monkeypatch.setattr(checkpoint, "checksum", lambda _: 1)  # of what was saved it is another
-    with pytest.raises(UserError, match="its checksum is another one"):
+    real = checkpoint.digest
+    moved = {**data, "samples_seen": 80}
+    monkeypatch.setattr(checkpoint, "digest", lambda state, _: real(state, moved))
+    with pytest.raises(UserError, match="its digest is not that of what was saved"):
         checkpoints.restore(abstract, 4)
+    monkeypatch.setattr(checkpoint, "digest", real)
+    for error in (PermissionError(13, "Permission denied"), MemoryError("RESOURCE_EXHAUSTED: x")):
+
+        def fail(*_, error=error, **__):
+            raise ValueError("deep in the storage") from error
+
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(UserError, match="can't be restored here") as told:
+            checkpoints.restore(abstract, 4)
+        assert "go_back_to" not in str(told.value)
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_0_1_is_held_to_its_checksum(tmp_path):
+    """The sum of its words; its data had no digest."""
+    state = {"a": jax.numpy.arange(12.0).reshape(4, 3), "n": jax.numpy.int32(3)}
+    words = sum(np.asarray(x).view(np.uint32).sum(dtype=np.uint32) for x in state.values())
+    for step, checksum in ((1, int(words) % 2**32), (2, 7)):
+        manager = ocp.CheckpointManager((tmp_path / "checkpoints").absolute())
+        data = ocp.args.JsonSave({"samples_seen": 8, "checksum": checksum})
+        saved = ocp.args.Composite(state=ocp.args.StandardSave(state), data=data)
+        manager.save(step, args=saved)
+        manager.close()
+    checkpoints = Checkpoints(tmp_path)
+    _, data = checkpoints.restore(state, 1)
+    assert data == {"samples_seen": 8}
+    with pytest.raises(UserError, match="its checksum is not that of what was saved"):
+        checkpoints.restore(state, 2)
     checkpoints.close()
 
 

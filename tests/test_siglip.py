@@ -188,3 +188,31 @@ def test_presets_have_openclips_sizes(name, millions):
     """Parameters as OpenCLIP's model profile counts them (`docs/model_profile.csv`)."""
     count = sum(math.prod(shape) for shape in shapes_of(PRESETS[name]).values())
     assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_a_models_folder_copies_no_file_but_its_tokenizer(theirs, tmp_path):
+    """Folders are downloaded: `../secret.txt` came out of `export` as tokenizer.json."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a secret")
+    folder = tmp_path / "model"
+    import_model(str(theirs), "hf", folder)
+    described = (folder / "model.json").read_text()
+    for name in ("../secret.txt", str(secret), "..", "sub/tokenizer.json", "tokenizer.json/"):
+        changed = json.loads(described)
+        changed["text"]["tokenizer"] = name
+        (folder / "model.json").write_text(json.dumps(changed))
+        for library in ("hf", "openclip"):
+            with pytest.raises(UserError, match=r"text\.tokenizer is .*must be tokenizer\.json"):
+                export_model(folder, library, tmp_path / "out")
+    (folder / "model.json").write_text(described)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(secret)
+    for library in ("hf", "openclip"):
+        with pytest.raises(UserError, match="is not a tokenizer"):
+            export_model(folder, library, tmp_path / library)
+    written = [
+        p
+        for p in tmp_path.rglob("*")
+        if p.is_file() and p not in (secret, folder / "tokenizer.json")
+    ]
+    assert not any(b"a secret" in p.read_bytes() for p in written)

@@ -3,6 +3,8 @@
 import io
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -109,15 +111,61 @@ def test_an_index_is_kept_and_only_what_changed_is_read_again(tmp_path, monkeypa
 
 
 def test_rows_of_another_index_are_never_taken(tmp_path):
-    """A run keeps what it has mapped; a process that maps later is told, and misled by nothing."""
+    """A run keeps what it has mapped; a process that maps later is told, and misled by nothing.
+
+    An index of the same content is the same index, whoever has written it and when.
+    """
     paths = [shard(tmp_path / f"{i}.tar", range(3 * i, 3 * i + 3)) for i in range(3)]
     run = TarSource(paths, "txt")
     late = pickle.loads(pickle.dumps(run))
+    later = pickle.loads(pickle.dumps(run))
     os.utime(paths[2], (0, 0))
-    assert TarSource(paths, "txt")[8].image == picture(8)  # writes the index anew
-    assert [run[i].image for i in range(9)] == [picture(i) for i in range(9)]
-    with pytest.raises(UserError, match="was made anew by another process"):
-        late[0]
+    assert TarSource(paths, "txt")[8].image == picture(8)  # writes the index again
+    assert late[8].image == picture(8)
+    shard(paths[2], range(100, 103))
+    assert TarSource(paths, "txt")[8].image == picture(102)
+    assert [run[i].image for i in range(6)] == [picture(i) for i in range(6)]
+    with pytest.raises(UserError, match="has been replaced: shards have changed"):
+        later[0]
+
+
+STARTS = """
+import sys
+from pathlib import Path
+from disco_jax.data.tar_source import TarSource
+for line in sys.stdin:
+    source = TarSource([Path(p) for p in line.split()], "txt")
+    print(len(source), source[7].key, source.fingerprint, flush=True)
+"""
+
+
+def test_starts_at_the_same_moment_share_one_index(tmp_path):
+    """One died with "made anew by another process", though nothing had changed. Twenty times."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for race in range(20):
+        folder = tmp_path / str(race)
+        folder.mkdir()
+        paths = [shard(folder / f"{i}.tar", range(3 * i, 3 * i + 3)) for i in range(3)]
+        if race % 2:  # both bring an index up to date
+            TarSource(paths, "txt")
+            shard(paths[1], range(50, 54))
+        for run in runs:
+            run.stdin.write(" ".join(map(str, paths)) + "\n")
+            run.stdin.flush()
+        first, second = (run.stdout.readline() for run in runs)
+        assert first == second
+        assert first.split()[0] == str(9 + race % 2)
+    for run in runs:
+        run.communicate()
+        assert run.returncode == 0
 
 
 def test_beside_read_only_shards_the_index_goes_to_the_cache(tmp_path, monkeypatch):

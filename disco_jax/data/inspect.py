@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from disco_jax.data.load import Load, Loaded
 from disco_jax.data.source import KINDS, BadSample, Joined
 from disco_jax.data.sources import open_source
 from disco_jax.data.transforms import ImageLimits, open_image
+from disco_jax.terminal import PlainConsole, say
 from disco_jax.tokenizer import CLIPTokenizer
 
 SHOWN = 32  # samples on the sheet
@@ -65,15 +65,15 @@ def inspect(arguments: argparse.Namespace) -> None:
     source = open_source(data, arguments.name, arguments.split)
     opened = time.monotonic() - start
     seen = look(source, data, arguments.image_size, arguments.samples)
-    Console().print(_table(arguments.name, source, seen, opened))
+    PlainConsole().print(_table(arguments.name, source, seen, opened))
     for kind, example in sorted(seen.examples.items()):
-        print(f"{kind}: {KINDS[kind]}; {example}")
+        say(f"{kind}: {KINDS[kind]}; {example}")
     if seen.shown:
         from disco_jax.plots import plot_pairs  # here: Matplotlib takes a second to import
 
         captions = [" / ".join(sample.captions) for sample in seen.shown]
         plot_pairs([sample.pixels for sample in seen.shown], captions, arguments.sheet)
-        print(f"drawn: {arguments.sheet}")
+        say(f"drawn: {arguments.sheet}")
 
 
 def look(source: Joined, data: ConfigDict, image_size: int, samples: int) -> Seen:

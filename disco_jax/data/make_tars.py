@@ -10,15 +10,15 @@ import json
 import tarfile
 from pathlib import Path
 
-from PIL import Image
 from rich.progress import track
 
 from disco_jax import config
 from disco_jax.cli import guard
 from disco_jax.data.source import BadSample, Sample
 from disco_jax.data.sources import open_source
-from disco_jax.data.transforms import FORMATS
+from disco_jax.data.transforms import read_header
 from disco_jax.errors import UserError
+from disco_jax.terminal import say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,14 +51,11 @@ def write_shards(arguments: argparse.Namespace) -> None:
                     _add(tar, index, source[index])
                 except BadSample:
                     bad += 1
-    print(f"{len(source) - bad} samples in {len(starts)} shards in {arguments.out}; {bad} bad")
+    say(f"{len(source) - bad} samples in {len(starts)} shards in {arguments.out}; {bad} bad")
 
 
 def _add(tar: tarfile.TarFile, index: int, sample: Sample) -> None:
-    try:
-        image = Image.open(io.BytesIO(sample.image), formats=FORMATS)
-    except Exception as error:  # Pillow's parsers raise whatever a broken header makes them raise
-        raise BadSample("not_an_image", sample.key) from error
+    image = read_header(sample.image, sample.key)
     parts = {(image.format or "").lower().replace("jpeg", "jpg"): sample.image}
     if isinstance(sample.captions, str | bytes):
         text = sample.captions

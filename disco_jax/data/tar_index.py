@@ -2,8 +2,8 @@
 
 The file holds a row of 32 bytes a sample, and is mapped into memory, not read: processes on one
 machine share it. After the rows comes a catalogue in JSON, and its length. A shard whose size or
-time has changed is read again, and only that one. Each file written has a name of its own, inside:
-who has read one catalogue never takes the rows of another for its own.
+time has changed is read again, and only that one. Each file holds a hash of its content as its
+identity: who has read one catalogue never takes the rows of another for its own.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ import json
 import mmap
 import os
 import re
-import secrets
 import struct
 import tempfile
 from collections import Counter
@@ -19,11 +18,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from disco_jax.data.building import building
 from disco_jax.data.tar_format import BLOCK, DamagedTar, members
 from disco_jax.errors import UserError
 
@@ -36,7 +36,7 @@ _EXTENSIONS = {
     "cls": CLASS,
 }
 _MAGIC = b"DISCOTAR"
-_HEADER = len(_MAGIC) + 24  # and a name of its own, in hexadecimal digits
+_HEADER = len(_MAGIC) + 24  # and its identity, in hexadecimal digits
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key and extension, as webdataset cuts
 
 
@@ -67,8 +67,8 @@ class TarIndex(NamedTuple):
         with self.file.open("rb") as opened:
             if opened.read(_HEADER)[len(_MAGIC) :] != self.identity.encode():
                 raise UserError(
-                    f"the index {self.file} was made anew by another process, since shards have "
-                    "changed: start again"
+                    f"the index {self.file} has been replaced: shards have changed meanwhile; "
+                    "start again"
                 )
             last = max(shard.start + shard.samples for shard in self.shards)
             if not last:
@@ -86,16 +86,34 @@ def open_index(paths: Sequence[Path]) -> TarIndex:
     """
     paths = [path.absolute() for path in paths]
     places = _places(paths)
+    if (index := _current(places, paths)[0]) is not None:
+        return index
+    # Several runs may start on new shards at once: one makes the index, and the others take it.
+    place = next((p for p in places if os.access(p.parent, os.W_OK)), places[-1])
+    with building(place.with_suffix(".lock"), f"the index of {paths[0].parent}"):
+        index, old = _current(places, paths)
+        return _update(places, paths, old) if index is None else index
+
+
+def _current(
+    places: Sequence[Path], paths: Sequence[Path]
+) -> tuple[TarIndex | None, TarIndex | None]:
+    """The index if it is one of just these shards as they are now; and the one there is."""
     old = next((index for place in places if (index := _read(place))), None)
+    if old is None or [shard.path for shard in old.shards] != _names(paths):
+        return None, old
+    current = all(_is_current(*pair) for pair in zip(paths, old.shards, strict=True))
+    return (old if current else None), old
+
+
+def _update(places: Sequence[Path], paths: Sequence[Path], old: TarIndex | None) -> TarIndex:
     known = {} if old is None else {shard.path: shard for shard in old.shards}
     stale = [path for path in paths if not _is_current(path, known.get(str(path)))]
-    if old is not None and not stale and [shard.path for shard in old.shards] == _names(paths):
-        return old
     kept = old.rows() if old is not None else np.zeros((0, 4, 2), np.uint32)
     errors = []
     for place in places:
         try:
-            return _write(place, paths, _scan_all(stale), known, kept)
+            return _write(place, paths, stale, known, kept)
         except OSError as error:
             errors.append(f"{place.parent}: {error.strerror}")
     raise UserError(f"the index of {paths[0].parent} can't be written: {'; '.join(errors)}")
@@ -140,32 +158,39 @@ def _read(file: Path) -> TarIndex | None:
 def _write(
     file: Path,
     paths: Sequence[Path],
-    scanned: Iterable[tuple[str, tuple[Any, ...]]],
+    stale: Sequence[Path],
     known: dict[str, Shard],
     kept: np.ndarray,
 ) -> TarIndex:
-    """Writes beside and renames: a reader sees the old index or the new one, never a half."""
+    """Writes beside and renames: a reader sees the old index or the new one, never a half.
+
+    The same shards give the same file, whoever writes it and whatever was known before.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    shards: dict[str, Shard] = {}
-    start = 0
+    entries: list[Shard] = []
+    start, digest = 0, hashlib.sha256()
+    scanned, to_scan = iter(_scan_all(stale)), set(stale)
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, delete=False) as new:
         try:
-            identity = secrets.token_hex(12)
-            new.write(_MAGIC + identity.encode())
-            for path, (size, time, rows, problems) in scanned:
+            new.write(bytes(_HEADER))
+            for path in paths:
+                if path in to_scan:
+                    size, time, rows, problems = next(scanned)
+                    shard = Shard(str(path), size, time, start, len(rows) // 32, problems)
+                else:
+                    shard = known[str(path)]
+                    rows = kept[shard.start : shard.start + shard.samples].tobytes()
+                    shard = shard._replace(start=start)
                 new.write(rows)
-                count = len(rows) // 32
-                shards[path] = Shard(path, size, time, start, count, problems)
-                start += count
-            for path in _names(paths):
-                if path not in shards:
-                    shard = known[path]
-                    new.write(kept[shard.start : shard.start + shard.samples].tobytes())
-                    shards[path] = shard._replace(start=start)
-                    start += shard.samples
-            entries = [shards[path] for path in _names(paths)]
+                digest.update(rows)
+                entries.append(shard)
+                start += shard.samples
+            digest.update(json.dumps([shard._replace(time=0) for shard in entries]).encode())
+            identity = digest.hexdigest()[: _HEADER - len(_MAGIC)]
             catalogue = json.dumps([identity, entries]).encode()
             new.write(catalogue + struct.pack("<Q", len(catalogue)))
+            new.seek(0)
+            new.write(_MAGIC + identity.encode())
             new.close()
             Path(new.name).chmod(0o644)  # others read it; they must be able to map it
             Path(new.name).replace(file)
@@ -175,8 +200,8 @@ def _write(
     return TarIndex(file, identity, entries)
 
 
-def _scan_all(paths: Sequence[Path]) -> Iterable[tuple[str, tuple[Any, ...]]]:
-    """Each path with what `scan` gives of it, in the order they are done."""
+def _scan_all(paths: Sequence[Path]) -> Iterable[tuple[int, int, bytes, dict[str, int]]]:
+    """What `scan` gives of each path, in order."""
     bar = Progress(
         "indexing shards", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
     )
@@ -184,13 +209,13 @@ def _scan_all(paths: Sequence[Path]) -> Iterable[tuple[str, tuple[Any, ...]]]:
         task = bar.add_task("", total=len(paths))
         if len(paths) < 4:
             for path in paths:
-                yield str(path), scan(path)
+                yield scan(path)
                 bar.advance(task)
             return
         # Forked workers would inherit the threads of whatever runs here; these start clean.
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            for path, result in zip(paths, pool.map(scan, paths, chunksize=4), strict=True):
-                yield str(path), result
+            for result in pool.map(scan, paths, chunksize=4):
+                yield result
                 bar.advance(task)
 
 

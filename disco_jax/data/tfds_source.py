@@ -3,6 +3,8 @@
 import logging
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 import disco_jax.data.shapes  # noqa: F401  (registers `shapes` with TFDS)
+from disco_jax.data.building import building
 from disco_jax.data.source import Sample
 from disco_jax.errors import UserError
-
-logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of optional packages
+from disco_jax.terminal import say
 
 
 def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -23,24 +25,49 @@ def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
       UserError: no such data set, or it can't be prepared here.
     """
     try:
-        builder = tfds.builder(name, data_dir=str(Path(data_dir).expanduser()))
+        with _quiet():
+            builder = tfds.builder(name, data_dir=str(Path(data_dir).expanduser()))
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UserError(
             f"unknown data set {name!r}: TFDS has none of that "
             "name; shards end in .tar, tables in .csv, .tsv or .parquet"
         ) from error
-    if not builder.data_path.exists():
-        print(f"preparing data set {name} in {builder.data_path}", flush=True)
-        (tfds.enable_progress_bar if sys.stderr.isatty() else tfds.disable_progress_bar)()
-        options = {"file_format": tfds.core.FileFormat.ARRAY_RECORD}
-        try:
-            builder.download_and_prepare(**options)
-        except ImportError as error:
-            raise UserError(
-                f"data set {name} needs {error.name} to be prepared; prepare it where that is "
-                f"installed, with --file_format=array_record, and copy it to {data_dir}"
-            ) from error
+    if builder.data_path.exists():
+        return builder
+    # TFDS lets two processes prepare it at once, and the second fails when it is done.
+    lock = Path(data_dir).expanduser() / f".{name.replace('/', '_').replace(':', '_')}.lock"
+    with building(lock, f"data set {name}"):
+        with _quiet():
+            builder = tfds.builder(name, data_dir=str(Path(data_dir).expanduser()))
+        if not builder.data_path.exists():
+            _prepare(builder, name, data_dir)
     return builder
+
+
+def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> None:
+    say(f"preparing data set {name} in {builder.data_path}")
+    (tfds.enable_progress_bar if sys.stderr.isatty() else tfds.disable_progress_bar)()
+    options = {"file_format": tfds.core.FileFormat.ARRAY_RECORD}
+    try:
+        with _quiet():
+            builder.download_and_prepare(**options)
+    except ImportError as error:
+        raise UserError(
+            f"data set {name} needs {error.name} to be prepared; prepare it where that is "
+            f"installed, with --file_format=array_record, and copy it to {data_dir}"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without TFDS's warnings of optional packages."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class TfdsSource:

@@ -6,16 +6,18 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from disco_jax.data.source import BadSample
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+# By their first bytes. `Image.open` would apply the process's own limit on pixels; ours,
+# `data.max_image_pixels`, is checked before a pixel is decoded.
+FORMATS = ((b"\xff\xd8\xff", JpegImageFile), (b"\x89PNG", PngImageFile), (b"RIFF", WebPImageFile))
 BICUBIC = Image.Resampling.BICUBIC
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random crops, as torchvision's and OpenCLIP's
-
-# Our own limit, `data.max_image_pixels`, is checked before a pixel is decoded.
-Image.MAX_IMAGE_PIXELS = None
 
 
 class ImageLimits(NamedTuple):
@@ -34,12 +36,7 @@ def open_image(encoded: bytes, limits: ImageLimits, key: str) -> Image.Image:
     """
     if not encoded:
         raise BadSample("empty_image", key)
-    try:
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise BadSample("not_an_image", key) from error
-    except Exception as error:  # Pillow's parsers raise whatever a broken header makes them raise
-        raise BadSample("not_an_image", key, _first_line(error)) from error
+    image = read_header(encoded, key)
     width, height = image.size
     told = f"{width} x {height}"
     if width * height > limits.max_image_pixels:
@@ -49,6 +46,21 @@ def open_image(encoded: bytes, limits: ImageLimits, key: str) -> Image.Image:
     if max(width, height) > limits.max_aspect_ratio * min(width, height):
         raise BadSample("too_elongated", key, told)
     return image
+
+
+def read_header(encoded: bytes, key: str) -> Image.Image:
+    """A JPEG, PNG or WebP of any size, of which the header alone is read.
+
+    Raises:
+      BadSample: it is none of them.
+    """
+    opener = next((opener for start, opener in FORMATS if encoded.startswith(start)), None)
+    if opener is None:
+        raise BadSample("not_an_image", key)
+    try:
+        return opener(io.BytesIO(encoded))
+    except Exception as error:  # Pillow's parsers raise whatever a broken header makes them raise
+        raise BadSample("not_an_image", key, _first_line(error)) from error
 
 
 def to_pixels(image: Image.Image, size: int, key: str, squash: bool = False) -> np.ndarray:

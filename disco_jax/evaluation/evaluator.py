@@ -25,6 +25,7 @@ from disco_jax.evaluation.retrieval import recall_at
 from disco_jax.evaluation.zeroshot import Results, class_embeddings
 from disco_jax.mesh import gather_rows
 from disco_jax.models import CLIPConfig
+from disco_jax.terminal import say
 from disco_jax.tokenizer import make_tokenizer
 from disco_jax.training.state import Params
 
@@ -198,7 +199,7 @@ class Evaluator:
             bad.update(kind for kind, _, _ in batch.failures)
             yield batch
         if bad:
-            print(f"left out of {name}: {describe(bad)}", file=sys.stderr)
+            say(f"left out of {name}: {describe(bad)}", sys.stderr)
 
     def pictures(self, name: str, chosen: np.ndarray) -> list[np.ndarray]:
         """uint8 `[size, size, 3]` each: the set's images of these numbers."""

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from disco_jax.cli import guard
+from disco_jax.terminal import say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +47,7 @@ def main() -> None:
         )
     else:
         export_model(arguments.source, arguments.library, arguments.out)
-    print(f"written: {arguments.out}")
+    say(f"written: {arguments.out}")
 
 
 if __name__ == "__main__":

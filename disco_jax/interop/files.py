@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (bfloat16 is a type of NumPy's once this is imported)
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from disco_jax.errors import UserError
 
@@ -66,6 +67,21 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     if not tensors:
         raise UserError(f"{path} holds no state dict")
     return {name: value.float().numpy() for name, value in tensors.items()}
+
+
+def copy_tokenizer(source: str, target: Path) -> Tokenizer:
+    """Copies a tokenizer's file, and nothing that is not one: a model's folder may be anybody's.
+
+    Raises:
+      UserError: it can't be read as one.
+    """
+    try:
+        content = Path(source).read_bytes()
+        tokenizer = Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises plain Exceptions
+        raise UserError(f"{source} is not a tokenizer: {error}") from error
+    target.write_bytes(content)
+    return tokenizer
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from disco_jax.errors import UserError
-from disco_jax.interop.files import read_object
+from disco_jax.interop.files import copy_tokenizer, read_object
 from disco_jax.models import CLIPConfig, TextConfig
 
 Spec = dict[str, Any]
@@ -84,10 +83,8 @@ def write_huggingface_preprocessing(out: Path, config: CLIPConfig) -> None:
 
 def _write_siglip_tokenizer(out: Path, text: TextConfig) -> None:
     """transformers reads the tokenizer.json as it is; punctuation and case are the caller's."""
-    from tokenizers import Tokenizer
-
-    shutil.copyfile(text.tokenizer, out / "tokenizer.json")
-    has_t5_end = Tokenizer.from_file(text.tokenizer).token_to_id("</s>") is not None
+    tokenizer = copy_tokenizer(text.tokenizer, out / "tokenizer.json")
+    has_t5_end = tokenizer.token_to_id("</s>") is not None
     end, pad = ("</s>", "</s>") if has_t5_end else ("<eos>", "<pad>")
     write_json(
         out / "tokenizer_config.json",

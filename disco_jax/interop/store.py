@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from disco_jax.errors import UserError
-from disco_jax.interop.files import read_object, read_tensors
+from disco_jax.interop.files import copy_tokenizer, read_object, read_tensors
 from disco_jax.interop.model_config import as_dict, from_dict
 from disco_jax.models import CLIPConfig
 from disco_jax.training.state import Params, abstract_model
@@ -32,7 +31,7 @@ def save_model(folder: Path, config: CLIPConfig, params: Mapping[str, np.ndarray
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(params), folder / WEIGHTS)
     if config.text.tokenizer:
-        shutil.copyfile(config.text.tokenizer, folder / TOKENIZER)
+        copy_tokenizer(config.text.tokenizer, folder / TOKENIZER)
         text = dataclasses.replace(config.text, tokenizer=TOKENIZER)
         config = dataclasses.replace(config, text=text)
     (folder / MODEL_JSON).write_text(json.dumps(as_dict(config), indent=2) + "\n")
@@ -49,6 +48,12 @@ def load_config(folder: Path) -> CLIPConfig:
     config = from_dict(read_object(folder / MODEL_JSON))
     if not config.text.tokenizer:
         return config
+    # The folder may come from anybody, and exporting copies this file.
+    if config.text.tokenizer != TOKENIZER:
+        raise UserError(
+            f"{folder / MODEL_JSON}: text.tokenizer is {config.text.tokenizer!r}, and must be "
+            f"{TOKENIZER}, beside it"
+        )
     text = dataclasses.replace(config.text, tokenizer=str(folder / config.text.tokenizer))
     return dataclasses.replace(config, text=text)
 

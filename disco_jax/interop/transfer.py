@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 
 from safetensors.numpy import save_file
@@ -10,7 +9,7 @@ from safetensors.numpy import save_file
 from disco_jax.errors import UserError
 from disco_jax.interop import names
 from disco_jax.interop.convert import to_ours, to_theirs
-from disco_jax.interop.files import find_weights, read_object, read_tensors
+from disco_jax.interop.files import copy_tokenizer, find_weights, read_object, read_tensors
 from disco_jax.interop.model_config import (
     from_huggingface,
     from_openclip,
@@ -184,7 +183,7 @@ def export_model(source: Path, library: str, out: Path) -> None:
         whole = {"model_cfg": spec, "preprocess_cfg": images}
         write_json(out / "open_clip_config.json", whole)
         if config.text.tokenizer:
-            shutil.copyfile(config.text.tokenizer, out / TOKENIZER)
+            copy_tokenizer(config.text.tokenizer, out / TOKENIZER)
         return
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     write_json(out / "config.json", spec)

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
 from disco_jax import cli
 from disco_jax.errors import UserError
 from disco_jax.plan.accelerators import ACCELERATORS, parse_topology
 from disco_jax.plan.plans import find_max_batch, plan_all
 from disco_jax.plan.show import draw, show_many, show_one
+from disco_jax.terminal import PlainConsole
 from disco_jax.validation import METHODS
 
 FLAGS = flags.FLAGS
@@ -50,7 +50,7 @@ def main() -> None:
     scope = {"loss_only": FLAGS.loss_only, "dim": FLAGS.dim}
     search = find_max_batch if FLAGS.find_max_batch else plan_all
     rows = search(config, topology, batches, methods, **scope)
-    console = Console(width=110)
+    console = PlainConsole(width=110)
     if len(rows) == 1:
         show_one(rows[0], console)
     else:

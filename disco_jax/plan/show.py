@@ -70,9 +70,9 @@ def show_many(rows: list[Row], console: Console) -> None:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Peak memory against batch, a line a method, and what the device has."""
-    from disco_jax.plots import plt
+    from disco_jax.plots import subplots
 
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = subplots(figsize=(7, 4.5), layout="constrained")
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for i, method in enumerate(methods):
         points = [(r["batch_size"], r["peak_bytes"]) for r in rows if r["method"] == method]

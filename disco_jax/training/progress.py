@@ -5,10 +5,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-console = Console(highlight=False)  # made quiet in all processes but the first
+from disco_jax.terminal import PlainConsole
+
+console = PlainConsole()  # made quiet in all processes but the first
 
 
 class Stopwatch:
@@ -47,7 +48,10 @@ class TrainProgress:
         self._last = (start, time.monotonic())
         self._rate = 0.0
         self._bar = Progress(
-            BarColumn(), TextColumn("{task.description}"), console=console, transient=True
+            BarColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            transient=True,
         )
         self._task = self._bar.add_task("compiling", total=total, completed=start)
         if console.is_terminal:
