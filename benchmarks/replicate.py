@@ -26,7 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from disco_jax.mesh import use_fake_devices  # noqa: E402
+from disco_jax.backend import use_fake_devices  # noqa: E402
 
 METHODS = ("reference", "disco", "stream", "ring")
 DEVICES = (1, 8)

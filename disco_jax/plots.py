@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from disco_jax.terminal import printable
+
 
 def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """A figure and its axes, for files. pyplot would choose a backend for the whole process."""
@@ -78,7 +80,7 @@ def plot_pairs(images: Sequence[np.ndarray], captions: Sequence[str], path: Path
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image)
-        told = textwrap.shorten(caption, 90, placeholder="…")
+        told = textwrap.shorten(printable(caption), 90, placeholder="…")
         axis.set_title(textwrap.fill(told, 24), fontsize=7, parse_math=False)
     figure.savefig(path, dpi=110)
 
@@ -97,6 +99,7 @@ def plot_predictions(
     for axis, image, true, guess in zip(axes.flat, images, truth, predicted, strict=False):
         axis.imshow(image, interpolation="nearest")
         right = true == guess
+        true, guess = printable(true), printable(guess)
         axis.set_title(
             guess if right else f"{guess}\n(is {true})",
             fontsize=8,

@@ -22,7 +22,7 @@ from disco_jax import checkpoint
 from disco_jax.checkpoint import Checkpoints
 from disco_jax.errors import EXIT_PREEMPTED, UserError
 from disco_jax.evaluation.evaluator import Evaluator
-from disco_jax.mesh import place_batch
+from disco_jax.mesh import own_rows, place_batch
 from disco_jax.training.build import model_config
 from disco_jax.training.health import Health
 from disco_jax.training.loop import train
@@ -236,7 +236,8 @@ def test_a_checkpoint_goes_on_elsewhere(devices, fsdp, made, calm):
     source = open_source(config.data, config.data.name, "")
     workdir = calm / f"{devices}-{fsdp}"
     workdir.mkdir()
-    stream = TrainStream(config, model, source, workdir, 4, data)
+    rows = own_rows(mesh, config.batch_size)
+    stream = TrainStream(config, model, source, rows, workdir, 4, data)
     step, found = make_train_step(config, model, mesh), []
     for _ in range(4):
         state, metrics = step(state, place_batch(next(stream).arrays, mesh))

@@ -208,7 +208,7 @@ def test_a_models_folder_copies_no_file_but_its_tokenizer(theirs, tmp_path):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to(secret)
     for library in ("hf", "openclip"):
-        with pytest.raises(UserError, match="is not a tokenizer"):
+        with pytest.raises(UserError, match=r"is not a tokenizer|have image towers of timm's"):
             export_model(folder, library, tmp_path / library)
     written = [
         p

@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import struct
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from disco_jax.data.building import building
@@ -203,7 +205,13 @@ def _write(
 def _scan_all(paths: Sequence[Path]) -> Iterable[tuple[int, int, bytes, dict[str, int]]]:
     """What `scan` gives of each path, in order."""
     bar = Progress(
-        "indexing shards", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
+        "indexing shards",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
     )
     with bar:
         task = bar.add_task("", total=len(paths))
