@@ -4,14 +4,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/shapes
 
-.PHONY: demo test lint plan docs-check clean
+.PHONY: demo test test-lowest lint plan docs-check clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=configs/shapes.py --workdir=$(RUN)
 	$(BIN)/python eval.py --config=configs/shapes.py --workdir=$(RUN)
 
+# Losses and gradients are tested as XLA compiles by default; all else compiles more than it computes,
+# and is compiled without optimisations.
+NUMBERS := $(addprefix tests/test_,collectives.py losses.py losses_compiled.py \
+	losses_properties.py microbatch.py step.py training_options.py)
+
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(NUMBERS) disco_jax
+	DISCO_TEST_XLA_FLAGS=--xla_backend_optimization_level=0 \
+		$(BIN)/python -m pytest tests $(addprefix --ignore=,$(NUMBERS))
+
+# The losses, the meshes and the step with the lowest JAX that requirements.txt allows, on top of the
+# other packages. For the highest: make test PYTHON=python3.13 VENV=.venv-3.13.
+LOWEST := 0.10.0
+test-lowest: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/lowest jax==$(LOWEST) jaxlib==$(LOWEST)
+	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest tests/test_mesh.py tests/test_launch.py $(NUMBERS)
 
 # The paper's model on the paper's 8 GPUs, compiled without one: its largest batch and twice that,
 # then by microbatches up to a million. Some six minutes.
