@@ -40,7 +40,7 @@ def default() -> ConfigDict:
     c.model.text_remat = "none"
 
     # `auto`: cuDNN's flash attention in bfloat16 on the GPUs that have it, XLA's elsewhere; or xla,
-    # or cudnn.
+    # or cudnn. A tower with an odd number of tokens, as CLIP's texts of 77, takes XLA's.
     c.model.attention = "auto"
     c.model.patch_dropout = 0.0  # share of an image's patches left out in training (FLIP)
     c.model.dropout = 0.0  # of what each residual branch adds, in training

@@ -282,6 +282,28 @@ def test_parameters_are_cast_once():
     assert {dtype for name, dtype in dtypes.items() if ".ln_" not in name} == {"bfloat16"}
 
 
+@pytest.mark.parametrize("microbatch", [0, 4])
+def test_cudnns_attention_can_be_trained_with(microbatch, monkeypatch):
+    """What every A100 takes in bf16, lowered for CUDA; only the checks for a GPU are replaced.
+
+    The images' 17 tokens are odd, which JAX refuses for gradients: XLA's attention takes their
+    place. The texts' 8 are cuDNN's.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    config, model = small(microbatch=microbatch, dtype="bfloat16", attention="cudnn", drop=(0, 0))
+    parts, mesh = make_parts(config, model, mesh_of(2)), mesh_of(2)
+    make = by_microbatches if microbatch else whole_batch
+    gradient = jax.jit(make(config, parts, model, mesh))
+    params = jax.eval_shape(lambda: initial_state("softmax").params)
+    traced = gradient.trace(params, random_batch(), jnp.int32(0))
+    calls = re.findall(r"__cudnn\$fmha\w+", traced.lower(lowering_platforms=("cuda",)).as_text())
+    assert calls.count("__cudnn$fmhaSoftmax") == (2 if microbatch else 1)  # encoded twice
+    assert calls.count("__cudnn$fmhaSoftmaxBackward") == 1
+
+
 def test_the_hosts_loop_compiles_once_and_donates_its_state():
     config, model = small(microbatch=2)
     mesh = mesh_of(4)

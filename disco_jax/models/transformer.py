@@ -217,8 +217,10 @@ class Block(nnx.Module):
         width = x.shape[-1]
         qkv = self.in_proj(x).reshape(-1, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        # JAX refuses to differentiate cuDNN's for an odd number of tokens, such as CLIP's 77.
+        implementation = self.attention if tokens % 2 == 0 else "xla"
         mixed = jax.nn.dot_product_attention(
-            q, k, v, is_causal=self.causal, implementation=self.attention
+            q, k, v, is_causal=self.causal, implementation=implementation
         )
         return self.out_proj(mixed.reshape(-1, width))
 
