@@ -10,15 +10,8 @@ demo: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=configs/shapes.py --workdir=$(RUN)
 	$(BIN)/python eval.py --config=configs/shapes.py --workdir=$(RUN)
 
-# Losses and gradients are tested as XLA compiles by default; all else compiles more than it computes,
-# and is compiled without optimisations.
-NUMBERS := $(addprefix tests/test_,collectives.py losses.py losses_compiled.py \
-	losses_properties.py microbatch.py step.py training_options.py)
-
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(NUMBERS) disco_jax
-	DISCO_TEST_XLA_FLAGS=--xla_backend_optimization_level=0 \
-		$(BIN)/python -m pytest tests $(addprefix --ignore=,$(NUMBERS))
+	$(BIN)/python -m pytest
 
 # A part of the tests with the highest JAX that requirements.txt allows; `make test` on Python 3.11
 # takes the lowest.

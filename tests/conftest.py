@@ -6,9 +6,7 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=8 {os.environ.get('DISCO_TEST_XLA_FLAGS', '')}"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # Most tests compile more than they compute, and some of it the same: workers share what they have.
 os.environ["DISCO_TEST_CACHE"] = os.environ.get("DISCO_TEST_CACHE") or tempfile.mkdtemp()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["DISCO_TEST_CACHE"]
@@ -17,10 +15,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
+from jax._src import compiler
 from jax.sharding import Mesh
 
 from disco_jax.mesh import make_mesh
@@ -34,7 +35,33 @@ ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))
     "JAX_COMPILATION_CACHE_DIR": os.environ["DISCO_TEST_CACHE"],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
+# What is tested as XLA compiles by default: the losses, and gradients by way of them.
+OPTIMIZED = (
+    "test_collectives",
+    "test_losses",
+    "test_losses_compiled",
+    "test_losses_properties",
+    "test_microbatch",
+)
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimization(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All other modules compile more than they compute, and do so without optimisations."""
+    real = getattr(compiler, "get_compile_options", None)
+    if request.module.__name__.rpartition(".")[2] in OPTIMIZED or real is None:
+        yield
+        return
+
+    def options(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        found.executable_build_options.debug_options.xla_backend_optimization_level = 0
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", options)
+        yield
 
 
 @pytest.fixture

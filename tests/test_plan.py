@@ -321,10 +321,10 @@ PARAMETERS = 151_277_313  # of ViT-B/32 with its scale
 
 @needs_linux
 def test_microbatches_reduce_each_gradient_once_in_fp32():
-    """65,536 by 1,024 on 8 A100s. 0.1 reduced them in bf16 in every one of 8 microbatches:
-    387 all-reduces of 1.9 GiB, at a peak of 8.17 GiB."""
+    """1,048,576 by 1,024 on 8 A100s. 0.1 reduced them in bf16 in every one of 128 microbatches:
+    6,147 all-reduces of 29 GiB, at a peak of 25.90 GiB."""
     config = get_config()
-    config.batch_size, config.microbatch = 65_536, 1024
+    config.batch_size, config.microbatch = 1_048_576, 1024
     with Compiler(parse_topology("a100-40gb:8")) as compiler:
         row = compiler.compile(config)
         config.fsdp, config.model.name = 8, "tiny"
@@ -332,7 +332,8 @@ def test_microbatches_reduce_each_gradient_once_in_fp32():
     moved = row["collectives"]["all-reduce"]
     assert moved["count"] < 20
     assert 4 * PARAMETERS * 0.999 < moved["bytes"] < 4 * PARAMETERS * 1.001
-    assert row["peak_bytes"] < 1.03 * 8.166 * GIB
+    assert row["fits"]
+    assert row["peak_bytes"] < 25.9 * GIB
     _, params = abstract_model(preset("tiny"))
     count = sum(x.size for x in jax.tree.leaves(params))
     assert 4 * count * 0.99 < split["reduce-scatter"]["bytes"] < 4 * count * 1.001
@@ -343,7 +344,6 @@ def test_microbatches_reduce_each_gradient_once_in_fp32():
 
 # topology, model, batch, microbatch, mode, GiB a device at most
 MICROBATCH_CLAIMS = [
-    ("a100-40gb:8", "ViT-B-32", 1_048_576, 1024, "scan", 30),
     ("a100-80gb:8", "ViT-L-14", 4_194_304, 512, "host", 72),
 ]
 

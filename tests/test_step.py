@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disco_jax.losses import METHODS
 from disco_jax.mesh import place_batch
 from disco_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from disco_jax.training.state import abstract_model, init_state
@@ -38,7 +37,7 @@ def reference_curve() -> np.ndarray:
     return curve("reference", 1)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "reference"])
+@pytest.mark.parametrize("method", ["auto", "disco", "ring"])
 def test_curves_agree_step_by_step(method, reference_curve):
     """8 devices with `disco` and the others, and one with the dense loss: to fp32 rounding."""
     np.testing.assert_allclose(curve(method, 8), reference_curve, rtol=2e-5)
