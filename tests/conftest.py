@@ -35,22 +35,16 @@ ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))
     "JAX_COMPILATION_CACHE_DIR": os.environ["DISCO_TEST_CACHE"],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
-# What is tested as XLA compiles by default: the losses, and gradients by way of them.
-OPTIMIZED = (
-    "test_collectives",
-    "test_losses",
-    "test_losses_compiled",
-    "test_losses_properties",
-    "test_microbatch",
-)
+# What is tested as XLA compiles by default, by modules and by tests' names: losses and gradients.
+OPTIMIZED = ("test_collectives", "test_losses", "gradients_are_the_whole_batchs", "every_method")
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def optimization(request: pytest.FixtureRequest) -> Iterator[None]:
-    """All other modules compile more than they compute, and do so without optimisations."""
+    """All other tests compile more than they compute, and do so without optimisations."""
     real = getattr(compiler, "get_compile_options", None)
-    if request.module.__name__.rpartition(".")[2] in OPTIMIZED or real is None:
+    if real is None or any(name in request.node.nodeid for name in OPTIMIZED):
         yield
         return
 

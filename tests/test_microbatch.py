@@ -35,7 +35,6 @@ from tests.conftest import mesh_of
 BATCH = 32
 # devices, devices of one copy of the state, samples a device in a microbatch, mode
 DIVISIONS = [
-    (1, 1, 8, "scan"),
     (2, 1, 4, "host"),
     (8, 1, 2, "scan"),
     (8, 4, 1, "scan"),

@@ -286,7 +286,7 @@ def test_disco_needs_gigabytes_where_ring_needs_megabytes(a100s):
     assert not disco["fits"]
 
 
-STEP_CLAIMS = {8: [(32_768, 20.0), (65_536, 40 * (1 - MARGIN))], 64: [(196_608, 15.5)]}
+STEP_CLAIMS = {8: [(65_536, 40 * (1 - MARGIN))], 64: [(196_608, 15.5)]}
 
 
 @needs_linux
