@@ -3,9 +3,11 @@
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 
+from disco_jax import backend
 from disco_jax.cluster import Launch, find
 from disco_jax.errors import UserError
 from tests import small_run
@@ -142,3 +144,10 @@ def test_the_batch_script_starts_again_what_may_go_on(code, saves, tries, again,
     assert "--cpus-per-task=64 .venv/bin/python train.py" in (tmp_path / "srun").read_text()
     asked = tmp_path / "scontrol"
     assert (asked.read_text() if asked.exists() else "") == ("requeue 77\n" if again else "")
+
+
+def test_a_jax_that_keeps_its_test_for_tpus_elsewhere_is_named(monkeypatch):
+    """It is JAX's one private function here."""
+    monkeypatch.setitem(sys.modules, "jax._src.hardware_utils", None)
+    with pytest.raises(UserError, match=r"jax .* is not a version that DisCo-JAX knows .*hardware"):
+        backend.has_tpu()

@@ -176,6 +176,7 @@ def test_bad_images_are_left_out_and_told(tmp_path, capsys):
 WORKER = """
 import json, sys
 import jax
+import numpy as np
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -187,6 +188,12 @@ in_order = mesh_lib.ring_order
 mesh_lib.ring_order = lambda devices: [in_order(devices)[i] for i in (0, 2, 1, 3)]
 assert [d.process_index for d in mesh_lib.make_mesh().devices.flat] == [0, 1, 0, 1]
 folder = Path(sys.argv[3])
+# A parameter split over both processes, as of a run with fsdp that another one begins from.
+split = mesh_lib.make_mesh(fsdp=4)
+whole = np.arange(24, dtype=np.float32).reshape(3, 8)
+placed = jax.device_put(whole, mesh_lib.state_sharding(split, whole.shape))
+assert not placed.is_fully_addressable and not placed.is_fully_replicated
+np.testing.assert_array_equal(mesh_lib.to_host(placed), whole)
 config = config_of(folder, mini=str(folder / "val"))
 config.data.update(image_key="image", caption_key="caption")
 config.eval.retrieval_name = str(folder / "pairs.csv")
