@@ -15,13 +15,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
-from jax._src import compiler
 from jax.sharding import Mesh
 
 from disco_jax.mesh import make_mesh
@@ -31,7 +29,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # The environment of short runs in other processes. Compiling is what takes them their time, and
 # numbers are compared among them alone: it is done without optimisations.
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))} | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": os.environ["DISCO_TEST_CACHE"],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
@@ -40,22 +38,12 @@ OPTIMIZED = ("test_collectives", "test_losses", "gradients_are_the_whole_batchs"
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.fixture(autouse=True)
-def optimization(request: pytest.FixtureRequest) -> Iterator[None]:
-    """All other tests compile more than they compute, and do so without optimisations."""
-    real = getattr(compiler, "get_compile_options", None)
-    if real is None or any(name in request.node.nodeid for name in OPTIMIZED):
-        yield
-        return
-
-    def options(*args: Any, **kwargs: Any) -> Any:
-        found = real(*args, **kwargs)
-        found.executable_build_options.debug_options.xla_backend_optimization_level = 0
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", options)
-        yield
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """All other tests compile more than they compute, and so do their fixtures of any scope."""
+    optimized = any(name in item.nodeid for name in OPTIMIZED)
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    return (yield)
 
 
 @pytest.fixture
