@@ -4,7 +4,8 @@
 
 On tar shards made of `shapes`. Half of the kills are kill -9, of one process or of all; half are a
 SIGTERM to one, after which the run must save and end with its documented code. Compared are the
-keys of all samples, in order, the metrics of all steps, and the parameters at the end, bit for bit.
+keys of all samples, in order, the metrics of all steps, and the parameters at the end, bit for bit;
+and the names in /dev/shm, before and after.
 """
 
 import argparse
@@ -177,6 +178,11 @@ def parameters(workdir: Path, step: int) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): jax.device_get(x).tobytes() for path, x in leaves}
 
 
+def names_in_shared_memory() -> set[str]:
+    """Nothing else may use it meanwhile."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
 def finish(jobs: list[subprocess.Popen], workdir: Path) -> None:
     if any(codes := [job.wait() for job in jobs]):
         fail(f"training ended with codes {codes}", workdir)
@@ -186,6 +192,7 @@ def main() -> None:
     arguments = parse_arguments()
     moments = random.Random(arguments.seed)
     done: Counter[str] = Counter()
+    shared = names_in_shared_memory()
     with tempfile.TemporaryDirectory() as folder:
         shards, calm, shaken = (Path(folder) / name for name in ("shards", "calm", "shaken"))
         make = [sys.executable, "-m", "disco_jax.data.make_tars", "shapes", f"--out={shards}"]
@@ -209,6 +216,7 @@ def main() -> None:
             "keys": files(calm, "keys") == files(shaken, "keys"),
             "metrics": rows(calm / "metrics.jsonl") == rows(shaken / "metrics.jsonl"),
             "parameters": parameters(calm, arguments.steps) == parameters(shaken, arguments.steps),
+            "shared memory": names_in_shared_memory() == shared,
         }
     print(", ".join(f"{count} x {what}" for what, count in done.items()))
     for what, equal in same.items():

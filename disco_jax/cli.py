@@ -20,9 +20,12 @@ from ml_collections import ConfigDict, config_flags
 from disco_jax import cluster
 from disco_jax.config import default
 from disco_jax.errors import (
+    EXIT_DATA_LOST,
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
     EXIT_USER,
+    READER,
+    DataLost,
     Preempted,
     UserError,
     says_unwritable,
@@ -150,7 +153,7 @@ def _blaming_peers(watch: Watch) -> Any:
     """An error in a collective is most often the loss of a peer: the watcher will tell."""
     try:
         yield
-    except (UserError, Preempted, KeyboardInterrupt):
+    except (UserError, Preempted, DataLost, KeyboardInterrupt):
         raise
     except Exception as error:
         if says_unwritable(error):
@@ -170,6 +173,8 @@ def guard(function: Callable[[], None]) -> None:
         _exit(f"error: {printable(error)}", EXIT_USER)
     except Preempted as preempted:
         _exit(f"{printable(preempted)}; the same command goes on", EXIT_PREEMPTED)
+    except DataLost as lost:
+        _exit(f"error: {printable(lost)}; the same command goes on", EXIT_DATA_LOST)
     except OSError as error:
         if not says_unwritable(error):
             raise
@@ -181,13 +186,16 @@ def guard(function: Callable[[], None]) -> None:
 
 def _exit(told: str, code: int) -> None:
     print(told, file=sys.stderr, flush=True)
-    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-        if code == EXIT_PREEMPTED:  # so do all the others, whom the first's end would abort
-            leave = threading.Thread(target=sys.modules["jax"].distributed.shutdown, daemon=True)
-            leave.start()
-            leave.join(LEAVING)
-        # At a regular exit JAX waits for the other processes, which may wait for this one.
-        sys.stdout.flush()
+    sys.stdout.flush()
+    jax = sys.modules.get("jax")
+    several = jax is not None and jax.distributed.is_initialized()
+    if jax and several and code == EXIT_PREEMPTED:  # so do all the others, whom its end would abort
+        leave = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leave.start()
+        leave.join(LEAVING)
+    # At a regular exit JAX waits for the other processes, which may wait for this one, and Python
+    # for all that reads data, which may not come.
+    if several or any(thread.name == READER for thread in threading.enumerate()):
         os._exit(code)
     sys.exit(code)
 

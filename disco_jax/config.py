@@ -86,6 +86,9 @@ def default() -> ConfigDict:
     c.data.caption_key = "caption"
     c.data.crop_scale = 0.9  # least share of the area that training's random crop keeps; 1: none
     c.data.num_workers = 8  # processes that decode and tokenise; 0: the main one
+    # Seconds without data, from a file system that does not answer say, until the run ends with
+    # code 74; the same command goes on.
+    c.data.timeout = 600.0
     # What an image may measure. Others are bad samples, as broken ones are: counted, written to
     # bad_samples.jsonl and replaced.
     c.data.max_image_pixels = 100_000_000

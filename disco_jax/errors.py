@@ -1,15 +1,17 @@
 """How a run ends: exit codes, and the exceptions behind them.
 
-0: done. EXIT_USER: a mistake of the user's, told in one line. EXIT_PREEMPTED and EXIT_PEER_LOST:
-the same command goes on. EXIT_INTERRUPTED: by Ctrl-C. Others are bugs.
+0: done. EXIT_USER: a mistake of the user's, told in one line. EXIT_DATA_LOST, EXIT_PREEMPTED and
+EXIT_PEER_LOST: the same command goes on. EXIT_INTERRUPTED: by Ctrl-C. Others are bugs.
 """
 
 import errno
 
 EXIT_USER = 2
+EXIT_DATA_LOST = 74  # EX_IOERR of sysexits.h
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 EXIT_PEER_LOST = 76
 EXIT_INTERRUPTED = 130
+READER = "reader of batches"  # a thread whose end is not waited for: its data may never come
 
 
 class UserError(Exception):
@@ -24,3 +26,7 @@ def says_unwritable(error: BaseException) -> bool:
 
 class Preempted(Exception):
     """The run was told to stop, and is saved; all of its processes stop at the same step."""
+
+
+class DataLost(Exception):
+    """No more data came: a data worker died, or is stuck. The same command may well go on."""

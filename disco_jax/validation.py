@@ -53,7 +53,13 @@ AT_LEAST_0 = (
     "seed",
 )
 AT_LEAST_MINUS_1 = ("model.image_trained_blocks", "model.text_trained_blocks")
-POSITIVE = ("optimizer.eps", "optimizer.learning_rate", "peer_timeout", "start_timeout")
+POSITIVE = (
+    "data.timeout",
+    "optimizer.eps",
+    "optimizer.learning_rate",
+    "peer_timeout",
+    "start_timeout",
+)
 BELOW_1 = ("model.dropout", "model.patch_dropout", "optimizer.b1", "optimizer.b2")
 UP_TO_1 = ("data.crop_scale", "data.max_bad_fraction")
 NOT_EMPTY = ("data.name", "model.name", "data.image_key", "data.caption_key")

@@ -28,6 +28,7 @@ FREE_FIELDS = (
     "data.name",  # data may have moved: a checkpoint knows what they were (data/stream.py)
     "data.num_workers",
     "data.record_keys",
+    "data.timeout",
     "checkpoint_every",
     "checkpoint_keep",
     "fake_devices",

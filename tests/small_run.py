@@ -69,7 +69,9 @@ def command(folder: Path, workdir: Path, *extra: str) -> list[str]:
     ]
 
 
-def start(*args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+def start(
+    *args: str, env: dict[str, str] | None = None, new_group: bool = False
+) -> subprocess.Popen:
     return subprocess.Popen(
         args,
         cwd=ROOT,
@@ -77,6 +79,7 @@ def start(*args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=new_group,
     )
 
 

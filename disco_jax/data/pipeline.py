@@ -5,44 +5,48 @@ the source, batches cut from the endless row. So the position in the data is one
 seen, whatever the number of workers, processes or devices.
 """
 
+import functools
+import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
 
 import grain
+import grain.experimental
 import numpy as np
 from absl import flags
 
+from disco_jax.data import shared_memory
+from disco_jax.data.batches import Batch, Batches
 from disco_jax.data.load import Failure, Load, Loaded
+from disco_jax.data.shared_memory import SharedMemory
 from disco_jax.data.source import BadSample, Joined
 from disco_jax.tokenizer import TextTokenizer
 
 ENDLESS = 2**48  # samples: more than any run sees
 
 
-class Batch(NamedTuple):
-    """What a step takes, and what it does not: who is in it, and what was bad."""
-
-    arrays: dict[str, np.ndarray]  # images uint8 [b, size, size, 3]; tokens int32 [b, context]
-    labels: np.ndarray  # int32 [b]; empty where the source has none
-    keys: np.ndarray  # str [b]
-    failures: list[Failure]
-
-
 class Collate:
     """Samples to a batch; captions are tokenised together."""
 
-    def __init__(self, tokenizer: TextTokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: TextTokenizer, memory: SharedMemory | None = None):
+        self._tokenizer, self._memory = tokenizer, memory
+
+    def into(self, memory: SharedMemory | None) -> "Collate":
+        """The same, with images in shared memory."""
+        return Collate(self._tokenizer, memory)
 
     def __call__(self, samples: Sequence[Loaded]) -> Batch:
         """Raises ValueError for no sample at all."""
-        arrays = {"images": np.stack([sample.pixels for sample in samples])}
+        pixels = [sample.pixels for sample in samples]
+        shape = (len(pixels), *pixels[0].shape)
+        images = (self._memory.empty if self._memory else np.empty)(shape, np.uint8)
+        arrays = {"images": np.stack(pixels, out=images)}
         captions = [sample.captions[0] for sample in samples if sample.captions]
         if captions:
             arrays["tokens"] = self._tokenizer(captions)
@@ -66,7 +70,8 @@ def train_batches(
     num_workers: int,
     weights: Sequence[float] = (),
     rows: np.ndarray | None = None,
-) -> "WholeBatches":
+    timeout: float = math.inf,
+) -> Batches:
     """This process's share of the batches, from global sample `start` on.
 
     Workers hand over pieces of at most 64 samples, of which each holds a few: large batches do not
@@ -84,6 +89,7 @@ def train_batches(
         of them are one set.
       rows: int, ascending: the rows of each batch that this process loads (`mesh.own_rows`); all
         of them by default. Row r of a batch is the same sample whoever loads it.
+      timeout: seconds without data after which they count as lost.
     """
     _parse_flags()
     ends = source.starts if weights else [0, len(source)]
@@ -99,68 +105,25 @@ def train_batches(
 
     loaded = grain.MapDataset.range(ENDLESS).map(own)
     piece = piece_size(share)
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    stream = loaded.batch(piece, batch_fn=collate).to_iter_dataset(options)
+    memory = None
+    if num_workers and shared_memory.available():
+        shared_memory.remove_left_behind()
+        memory = shared_memory.SharedMemory()
+    read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    stream = loaded.batch(piece, batch_fn=collate.into(memory)).to_iter_dataset(read)
     if num_workers:
-        stream = stream.mp_prefetch(
+        # Nothing goes through Grain's own shared memory: its names do not tell whose it is.
+        small = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        stream = grain.experimental.WithOptionsIterDataset(stream, small).mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
-            worker_init_fn=_start_worker,
+            worker_init_fn=functools.partial(_start_worker, memory),
         )
-    return WholeBatches(iter(stream), share // piece)
+    return Batches(iter(stream), share // piece, timeout, memory)
 
 
 def piece_size(share: int) -> int:
     """Samples in a piece: a divisor of a process's share of the batch, from 8 to 64, or all."""
     return max((n for n in range(8, 65) if share % n == 0), default=share)
-
-
-class WholeBatches:
-    """Puts `count` pieces together to a batch, the next one while the last is in use.
-
-    In a thread: a step by the host's loop leaves the main one no time.
-    """
-
-    def __init__(self, pieces: grain.DatasetIterator[Batch], count: int):
-        self._pieces, self._count, self._closed = pieces, count, False
-        self._thread = ThreadPoolExecutor(1, "batches")
-        self._next: Future[Batch] | None = None  # workers start with the first batch asked for
-
-    def __iter__(self) -> "WholeBatches":
-        return self
-
-    def __next__(self) -> Batch:
-        batch = (self._next or self._thread.submit(self._assemble)).result()
-        self._next = self._thread.submit(self._assemble)
-        return batch
-
-    def _assemble(self) -> Batch:
-        whole: dict[str, np.ndarray] = {}
-        pieces = []
-        for i in range(self._count):
-            if self._closed:
-                raise CancelledError
-            piece = next(self._pieces)
-            # Copied at once: to keep all pieces until the last is there would take twice as much.
-            for name, rows in piece.arrays.items():
-                n = len(rows)
-                if name not in whole:
-                    whole[name] = np.empty((self._count * n, *rows.shape[1:]), rows.dtype)
-                whole[name][i * n : (i + 1) * n] = rows
-            pieces.append(piece._replace(arrays={}))
-        labels = np.concatenate([piece.labels for piece in pieces])
-        keys = np.concatenate([piece.keys for piece in pieces])
-        return Batch(
-            whole,
-            labels if len(labels) == len(keys) else labels[:0],
-            keys,
-            [failure for piece in pieces for failure in piece.failures],
-        )
-
-    def close(self) -> None:
-        """Ends the workers; waits for a piece at most."""
-        self._closed = True
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._pieces.close()
 
 
 class EvalBatch(NamedTuple):
@@ -218,13 +181,15 @@ def eval_batches(
     return iter(loaded.batch(own, batch_fn=collate))
 
 
-def _start_worker(index: int, count: int) -> None:
+def _start_worker(memory: SharedMemory | None, index: int, count: int) -> None:
     """Makes a worker end when its run is killed; it would wait for ever to be asked for more.
 
     But not before: signals that tell the run to stop may reach all of its processes.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if memory:
+        memory.hold()
     parent = multiprocessing.parent_process()
     if parent is None:
         return

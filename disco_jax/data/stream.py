@@ -1,6 +1,7 @@
 """The data of a training run: its batches, its place in them, and what was bad among them."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from disco_jax.data.bad_samples import (
     own_share,
     total_counts,
 )
+from disco_jax.data.batches import Batch
 from disco_jax.data.load import Load
-from disco_jax.data.pipeline import Batch, Collate, train_batches
+from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import Joined
 from disco_jax.errors import UserError
 from disco_jax.jsonl import JsonLines, process_file
@@ -26,7 +28,7 @@ from disco_jax.tokenizer import make_tokenizer
 
 
 class TrainStream:
-    """Iterates over this process's share of the batches, from where `position` says.
+    """This process's share of the batches, without an end, from where `position` says.
 
     Args:
       config: the run's.
@@ -78,11 +80,26 @@ class TrainStream:
             num_workers=config.data.num_workers,
             weights=config.data.weights,
             rows=rows,
+            timeout=config.data.timeout,
         )
 
     def __next__(self) -> Batch:
-        """The next step's batch. Raises UserError when too many samples are bad."""
-        batch = next(self._batches)
+        """The next step's batch; raises as `next` does."""
+        batch = self.next(lambda: False)
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def next(self, stops: Callable[[], bool]) -> Batch | None:
+        """The next step's batch; None once `stops` is true and the batch does not come soon.
+
+        Raises:
+          UserError: too many samples are bad.
+          DataLost: a data worker died, or no data came for `data.timeout` seconds.
+        """
+        batch = self._batches.next(stops)
+        if batch is None:
+            return None
         self._step += 1
         if self._keys is not None:
             self._keys.write({"step": self._step, "keys": batch.keys.tolist()})

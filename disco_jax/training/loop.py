@@ -42,6 +42,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     Raises:
       UserError: config, data, workdir or disk are not as they must be.
       Preempted: a signal asked to stop; the run is saved.
+      DataLost: a data worker died, or the data do not come.
     """
     run = prepare(config, workdir)
     _announce(config, run)
@@ -84,14 +85,19 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
     watch = Stopwatch()
     steps = InFlight(health)
 
-    def save() -> None:
+    def save(step: int) -> None:
         with watch.timed("checkpoint"):
             checkpoints.save(step, state, stream.position() | {"health": health.saved()})
 
     for step in range(start + 1, config.num_steps + 1):
         last = step == config.num_steps
         with watch.timed("data"):
-            batch = next(stream)
+            batch = stream.next(preemption.asked)
+        if batch is None:  # it was to stop, and the data don't come
+            steps.wait()
+            if step - 1 > start:
+                save(step - 1)
+            raise Preempted(f"stopped by {preemption.reason} while it waited for data")
         health.begin(step, batch.keys)
         profiler.before(step)
         steps.wait(left=batches_on_devices(config) - 1)
@@ -112,7 +118,7 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
             row |= stream.metrics() | health.metrics()
         evaluates = last or (config.eval.every and step % config.eval.every == 0)
         if stops and not last:  # who told it to stop may not wait for an evaluation
-            save()
+            save(step)
             checkpoints.wait()
         if evaluates:
             with watch.timed("eval"):
@@ -121,7 +127,7 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
             console.print(f"step {step}  " + "  ".join(told), soft_wrap=True)
             progress.pause(step)
         if saves and (last or not stops):
-            save()
+            save(step)
         if row:
             metrics.write(step, row | watch.read(step - start))
         if stops and not last:

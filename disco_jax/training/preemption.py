@@ -33,6 +33,10 @@ class Preemption:
         self._asked += 1
         return bool(self._received) if self._alone else reached_preemption_sync_point(self._asked)
 
+    def asked(self) -> bool:
+        """Whether to wait for nothing more: where other processes are to stop too, never."""
+        return self._alone and bool(self._received)
+
     @property
     def reason(self) -> str:
         """The signal's name, where this process was sent it."""

@@ -1,0 +1,141 @@
+"""Data workers that die or get stuck, and shared memory that nobody is left to remove."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from disco_jax.data import shared_memory
+from disco_jax.data.batches import Batches
+from disco_jax.data.shared_memory import FOLDER, SharedMemory, remove_left_behind
+from disco_jax.errors import DataLost
+from tests.conftest import ENV
+from tests.small_run import command, losses, make, start
+
+WORKERS = ("--config.data.num_workers=1", "--config.num_steps=100000", "--config.log_every=1")
+
+
+def segments() -> set[str]:
+    return {path.name for path in FOLDER.iterdir()}
+
+
+def workers_of(pid: int) -> list[int]:
+    """Grain's, which multiprocessing has spawned."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children += [
+        child
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    return sorted(
+        {int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture
+def job(folder, tmp_path):
+    """A run with two workers, in its third step or later; the process and its workdir."""
+    process = start(*command(folder, tmp_path / "run", *WORKERS), new_group=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def end_of(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
+    """Its exit code and what it said, within so many seconds."""
+    errors = process.communicate(timeout=seconds)[1]
+    return process.returncode, errors
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(job):
+    os.kill(workers_of(job.pid)[0], signal.SIGKILL)
+    code, errors = end_of(job, 20)
+    assert code == 74, errors
+    assert errors.count("\n") == 1
+    assert "data worker" in errors
+    assert "out of memory" in errors
+    assert "the same command goes on" in errors
+
+
+def test_stuck_workers_do_not_keep_a_run_from_stopping(job, folder, tmp_path):
+    for worker in workers_of(job.pid):
+        os.kill(worker, signal.SIGSTOP)
+    time.sleep(2)  # the batches that are there are used up
+    job.send_signal(signal.SIGTERM)
+    code, errors = end_of(job, 30)
+    assert code == 75, errors
+    assert "while it waited for data" in errors
+    saved = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert len(losses(tmp_path / "run")) in saved
+
+
+def test_one_ctrl_c_is_enough(job):
+    """The terminal sends it to the whole group."""
+    for worker in workers_of(job.pid):
+        os.kill(worker, signal.SIGSTOP)
+    time.sleep(2)
+    os.killpg(job.pid, signal.SIGINT)
+    code, errors = end_of(job, 30)
+    assert code == 130, errors
+    assert "Traceback" not in errors
+
+
+def test_data_that_do_not_come_end_the_run():
+    """A reader stuck in the process itself, which nothing can end."""
+    never = threading.Event()
+
+    def stuck(timeout: float) -> Batches:
+        return Batches((never.wait() for _ in range(9)), 1, timeout, memory=None)
+
+    with pytest.raises(DataLost, match=r"no data came for \d s \(data.timeout\)"):
+        next(stuck(1.0))
+    assert stuck(60.0).next(lambda: True) is None
+    never.set()
+
+
+def test_what_a_killed_run_leaves_is_removed_at_the_next_start(job, folder, tmp_path):
+    before = segments()
+    assert any(name.startswith("disco_jax-") for name in before)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    time.sleep(1)
+    remove_left_behind()
+    assert not {name for name in segments() if name.startswith("disco_jax-")}
+
+
+@pytest.mark.skipif(not shared_memory.available(), reason="the system shows no shared memory")
+def test_only_what_nobody_holds_is_removed():
+    code = (
+        "import os\n"
+        "from disco_jax.data.shared_memory import SharedMemory\n"
+        "array = SharedMemory().empty((3, 4), 'uint8')\n"
+        "print(array.metadata.name, flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    own = SharedMemory()
+    kept = own.empty((2, 3), "float32")
+    before = segments()
+    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    left = dead.stdout.strip().lstrip("/")
+    time.sleep(0.5)  # Python's tracker of resources may be the one to remove it
+    (FOLDER / left).write_bytes(b"x")
+    remove_left_behind()
+    assert segments() == before
+    kept[:] = 1
+    own.remove()
+    assert not {name for name in segments() if own._run in name}
