@@ -6,8 +6,11 @@ collapsed, lower case; for SigLIP without punctuation too.
 
 import gzip
 import html
+import io
+import re
 import string
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -22,6 +25,7 @@ from disco_jax.errors import UserError
 if TYPE_CHECKING:  # data workers import this file, and have no use for JAX
     from disco_jax.models.config import TextConfig
 
+_WORD = re.compile("[^\x00-\x20\x7f\ufeff]")  # what is in every line that has a word
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 START, END = "<start_of_text>", "<end_of_text>"  # as OpenCLIP spells them
 _MERGES = 49152 - 256 - 2  # CLIP uses the first so many of the file
@@ -39,21 +43,22 @@ class CLIPTokenizer:
         self._bpe = _byte_pair_encoder()
         vocabulary = self._bpe.get_vocab()
         self._start, self._end = vocabulary[START], vocabulary[END]
+        self._enough = context_length * max(map(len, vocabulary))
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids, 49,408."""
         return self._bpe.get_vocab_size()
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text with the start and end tokens, neither cut nor padded."""
-        encodings = self._bpe.encode_batch([clean(text) for text in texts])
+    def ids(self, texts: Sequence[str], enough: int = sys.maxsize) -> list[list[int]]:
+        """Start, ids and end of each text, not padded; cut past `enough` characters."""
+        encodings = self._bpe.encode_batch([_first(_cleaned(text), enough) for text in texts])
         return [[self._start, *encoding.ids, self._end] for encoding in encodings]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """int32 `[len(texts), context_length]`; a text that is cut still ends in the end token."""
         tokens = np.zeros((len(texts), self.context_length), np.int32)
-        for row, ids in zip(tokens, self.ids(texts), strict=True):
+        for row, ids in zip(tokens, self.ids(texts, self._enough), strict=True):
             if len(ids) > self.context_length:
                 ids = [*ids[: self.context_length - 1], self._end]
             row[: len(ids)] = ids
@@ -80,24 +85,26 @@ class FileTokenizer:
             self._end, self._pad = eos, pad
         else:
             raise UserError(f"{path} has neither the token </s> nor <eos> and <pad>")
+        # Twice what could be needed: how a text is cut into pieces may depend on what follows.
+        self._enough = 2 * context_length * max(map(len, self._pieces.get_vocab()))
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
         return self._pieces.get_vocab_size()
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text with the end token, neither cut nor padded."""
-        cleaned = [clean(text).replace("_", " ").translate(_NO_PUNCTUATION) for text in texts]
+    def ids(self, texts: Sequence[str], enough: int = sys.maxsize) -> list[list[int]]:
+        """Ids and end of each text, not padded; cut past `enough` characters."""
         encodings = self._pieces.encode_batch(
-            [" ".join(text.split()) for text in cleaned], add_special_tokens=False
+            [_first(map(_without_punctuation, _cleaned(text)), enough) for text in texts],
+            add_special_tokens=False,
         )
         return [[*encoding.ids, self._end] for encoding in encodings]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """int32 `[len(texts), context_length]`; a text that is cut still ends in the end token."""
         tokens = np.full((len(texts), self.context_length), self._pad, np.int32)
-        for row, ids in zip(tokens, self.ids(texts), strict=True):
+        for row, ids in zip(tokens, self.ids(texts, self._enough), strict=True):
             if len(ids) > self.context_length:
                 ids = [*ids[: self.context_length - 1], self._end]
             row[: len(ids)] = ids
@@ -127,6 +134,10 @@ def make_tokenizer(text: "TextConfig") -> TextTokenizer:
     return tokenizer
 
 
+def _without_punctuation(words: list[str]) -> list[str]:
+    return " ".join(words).replace("_", " ").translate(_NO_PUNCTUATION).split()
+
+
 def _read_tokenizer(path: str) -> Tokenizer:
     try:
         pieces = Tokenizer.from_file(path)
@@ -139,8 +150,33 @@ def _read_tokenizer(path: str) -> Tokenizer:
 
 def clean(text: str) -> str:
     """`text` mended, unescaped, with single spaces, in lower case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return " ".join(word for line in _cleaned(text) for word in line).lower()
+
+
+def _cleaned(text: str) -> Iterator[list[str]]:
+    """The words of each line: lines are what ftfy mends one at a time."""
+    rules = ftfy.TextFixerConfig(explain=False)
+    for line in io.StringIO(text, newline="\n"):
+        if "<" in line:  # HTML, from here on: ftfy leaves its entities to who reads it
+            rules = rules._replace(unescape_html=False)
+        if not _WORD.search(line):
+            continue
+        yield html.unescape(html.unescape(ftfy.fix_text(line, rules))).split()
+
+
+def _first(words: Iterable[list[str]], enough: int) -> str:
+    """Words of so many characters at least, where there are so many, in lower case.
+
+    A caption may be a book: ftfy takes seconds for a megabyte of short lines.
+    """
+    found: list[str] = []
+    length = 0
+    for line in words:
+        found += line
+        length += sum(map(len, line))
+        if length >= enough:
+            break
+    return " ".join(found).lower()
 
 
 @cache

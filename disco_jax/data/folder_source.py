@@ -1,10 +1,11 @@
 """Labelled images in a folder of folders, one a class: `<root>/<class>/*.jpg`."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from disco_jax.data.source import BadSample, Sample
+from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample, Sample
 from disco_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -22,18 +23,21 @@ class FolderSource:
     """
 
     def __init__(self, root: Path, label_of: Callable[[str], int]):
-        self._images = [
-            (path, label)
-            for folder in sorted(root.iterdir())
-            if folder.is_dir()
-            for label in [label_of(folder.name)]
-            for path in sorted(folder.iterdir())
-            if path.suffix.lower() in SUFFIXES
-        ]
+        self.problems: Counter[str] = Counter()
+        self._images = []
+        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+            label = label_of(folder.name)
+            with os.scandir(folder) as entries:  # tells what they are without a look at each
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if not entry.name.lower().endswith(SUFFIXES):
+                        continue
+                    if not entry.is_file():  # to open a pipe is to wait for its other end
+                        self.problems["not_a_file"] += 1
+                        continue
+                    self._images.append((folder / entry.name, label))
         if not self._images:
             raise UserError(f"{root} holds no folder of images")
         self.fingerprint = f"{root.name}, {len(self)} images"
-        self.problems: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -41,6 +45,8 @@ class FolderSource:
     def __getitem__(self, index: int) -> Sample:
         path, label = self._images[index]
         try:
+            if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+                raise BadSample("too_large", str(path), f"{size:,} bytes")
             return Sample(str(path), path.read_bytes(), None, label)
         except OSError as error:
             raise BadSample("unreadable", str(path), error.strerror or "") from error

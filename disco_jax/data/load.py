@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from numpy.random import Generator
 
-from disco_jax.data.source import BadSample, Joined, Sample
+from disco_jax.data.source import MAX_TEXT_BYTES, BadSample, Joined, Sample
 from disco_jax.data.transforms import ImageLimits, open_image, to_pixels, to_random_pixels
 from disco_jax.errors import UserError
 
@@ -100,7 +100,7 @@ def usable_captions(sample: Sample) -> tuple[str, ...]:
     """The sample's captions; none where its source was asked for none.
 
     Raises:
-      BadSample: one of them is not a text, or there should be some and are not.
+      BadSample: one of them is not a text or too long, or there should be some and are not.
     """
     if sample.captions is None:
         return ()
@@ -108,6 +108,9 @@ def usable_captions(sample: Sample) -> tuple[str, ...]:
     captions: Sequence[Any] = sample.captions if several else [sample.captions]
     if not captions:
         raise BadSample("missing_caption", sample.key)
+    for caption in captions:
+        if isinstance(caption, str | bytes) and len(caption) > MAX_TEXT_BYTES:
+            raise BadSample("too_large", sample.key, f"a caption of {len(caption):,}")
     texts = tuple(_decode(caption, sample.key) for caption in captions)
     if not all(html.unescape(text).strip() for text in texts):
         raise BadSample("empty_caption", sample.key)

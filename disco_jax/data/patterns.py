@@ -1,23 +1,32 @@
 """Patterns of file names: braces and globs, as webdataset's users write them."""
 
 import glob
+import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 from disco_jax.errors import UserError
 
+MOST = 1_000_000  # files of one pattern
+
 
 def expand(pattern: str) -> list[Path]:
     """The files of `{000..099}.tar`, `*.tar` or both at once, in order, none twice.
 
     Raises:
-      UserError: nothing matches, or a file that braces name is not there.
+      UserError: nothing matches, a file that braces name is not there or is none, or there would be
+        too many.
     """
+    text = str(Path(pattern).expanduser())
     try:
-        names = list(braceexpand(str(Path(pattern).expanduser()), escape=False))
+        names = [] if _ranges(text) > MOST else list(islice(_expanded(text), MOST + 1))
     except ValueError as error:
         raise UserError(f"data.name: the braces of {pattern!r} do not match") from error
+    if not 0 < len(names) <= MOST:
+        raise UserError(f"data.name: {pattern} stands for more than {MOST:,} files")
     paths: dict[Path, None] = {}  # in order, none twice
     for name in names:
         whole = Path(name)
@@ -26,8 +35,22 @@ def expand(pattern: str) -> list[Path]:
             raise UserError(f"data.name: no file matches {name}")
         if not found:
             raise UserError(f"data.name: there is no file {name}")
+        if wrong := next((path for path in found if not path.is_file()), None):
+            raise UserError(f"data.name: {wrong} is not a file")  # a pipe would be waited for
         paths.update(dict.fromkeys(found))
     return list(paths)
+
+
+def _expanded(text: str) -> Iterator[str]:
+    return iter(braceexpand(text, escape=False))
+
+
+def _ranges(text: str) -> int:
+    """How many names the `{1..9}` in it make; they would be counted out one by one."""
+    count = 1
+    for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", text):
+        count *= abs(int(last[:20]) - int(first[:20])) + 1
+    return count
 
 
 def _relative(path: Path) -> str:

@@ -11,7 +11,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from disco_jax.data.source import BadSample
+from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample
 
 # By their first bytes. `Image.open` would apply the process's own limit on pixels; ours,
 # `data.max_image_pixels`, is checked before a pixel is decoded.
@@ -36,6 +36,8 @@ def open_image(encoded: bytes, limits: ImageLimits, key: str) -> Image.Image:
     """
     if not encoded:
         raise BadSample("empty_image", key)
+    if len(encoded) > MAX_IMAGE_BYTES:
+        raise BadSample("too_large", key, f"{len(encoded):,} bytes")
     image = read_header(encoded, key)
     width, height = image.size
     told = f"{width} x {height}"
