@@ -220,7 +220,10 @@ def parse(argv: list[str], usage: str, config_needed: bool = True) -> Any:
     whole, sys.argv = sys.argv, usable  # ml_collections looks for overrides there
     try:
         rest = flags.FLAGS(usable, known_only=True)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:  # the only fields that were not looked for yet
+        problems.append(f"eval.sets has no set {error.args[0]}: sets are named in the config file")
+        raise UserError("; ".join(problems)) from error
+    except (flags.Error, AttributeError, TypeError, ValueError) as error:
         problems.append(" ".join(str(error).split()))
         raise UserError("; ".join(problems)) from error
     finally:

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from disco_jax.config import default, flatten
-from disco_jax.validation import unknown_field
+from disco_jax.validation import of_a_set, unknown_field
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
@@ -19,7 +19,7 @@ def check_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
         problem = ""
         if matched:
             negated, field, text = matched.groups()
-            if field not in known and not field.startswith("eval.sets."):
+            if field not in known and not of_a_set(field):
                 problem = unknown_field(field)
             elif field in known and not negated and text is not None:
                 problem = _of_type(field, known[field], text)
@@ -41,7 +41,7 @@ def _of_type(field: str, default_value: Any, text: str) -> str:
     read, told = kinds.get(type(default_value), (str, "a text"))
     try:
         read(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return f"{field} is {text!r}, and must be {told}"
     return ""
 

@@ -62,6 +62,10 @@ POSITIVE = (
 )
 BELOW_1 = ("model.dropout", "model.patch_dropout", "optimizer.b1", "optimizer.b2")
 UP_TO_1 = ("data.crop_scale", "data.max_bad_fraction")
+# Whole numbers that go to JAX or the system have its bounds; all others that of a count of 32 bits.
+AT_MOST = {"data.num_workers": 1024, "fake_devices": 4096, "seed": 2**32 - 1}
+COUNT = 2**31 - 1
+SECONDS = 10**8  # three years: what a wait can be told
 NOT_EMPTY = ("data.name", "model.name", "data.image_key", "data.caption_key")
 ROUNDING = 0.05  # the paper's steps, epochs and data sizes are rounded so far
 
@@ -75,18 +79,20 @@ def validate(config: ConfigDict) -> None:
 def problems_of(config: ConfigDict) -> list[str]:
     """Every problem of the fields' values, with the field's name and what would be right."""
     known, given = flatten(default()), flatten(config)
-    problems = [unknown_field(f) for f in given.keys() - known.keys() if not _of_a_set(f)]
+    problems = [unknown_field(f) for f in given.keys() - known.keys() if not of_a_set(f)]
     c = {**known, **given}
     limits: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
         (AT_LEAST_1, lambda x: x >= 1, "must be 1 or more"),
         (AT_LEAST_0, lambda x: x >= 0, "must be 0 or more"),
         (AT_LEAST_MINUS_1, lambda x: x >= -1, "must be -1 or more"),
-        (POSITIVE, lambda x: 0 < x < math.inf, "must be more than 0"),
+        (POSITIVE, lambda x: x > 0, "must be more than 0"),
         (BELOW_1, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
         (UP_TO_1, lambda x: 0 < x <= 1, "must be more than 0 and at most 1"),
     )
+    beyond = {field: told for field, value in c.items() if (told := _beyond(field, value))}
+    problems += [f"{field} is {_short(c[field])}, and must be {t}" for field, t in beyond.items()]
     for fields, allowed, told in limits:
-        wrong = [field for field in fields if not allowed(c[field])]
+        wrong = [field for field in fields if field not in beyond and not allowed(c[field])]
         problems += [f"{field} is {c[field]}, and {told}" for field in wrong]
     problems += [f"{field} is empty, and must not be" for field in NOT_EMPTY if not c[field]]
     for field, choices in CHOICES.items():
@@ -94,7 +100,26 @@ def problems_of(config: ConfigDict) -> list[str]:
             named = ", ".join(choice or '""' for choice in choices)
             hint = near(c[field], choices)
             problems.append(f"{field} is {c[field]!r}, and must be one of {named}{hint}")
-    return sorted(problems + _of_several(c))
+    return sorted(problems + ([] if beyond else _of_several(c)))
+
+
+def _beyond(field: str, value: Any) -> str:
+    """What every value of a type must be, where this one is not."""
+    if isinstance(value, str):
+        return "a text without the character NUL" if "\0" in value else ""
+    if isinstance(value, tuple | list):
+        return next((told for x in value if (told := _beyond(field, x))), "")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number, not infinite"
+    most = SECONDS if field.endswith("timeout") else AT_MOST.get(field, COUNT)
+    if isinstance(value, int) or field.endswith("timeout"):
+        return f"at most {most:,}" if value > most else ""
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
 def _of_several(c: dict[str, Any]) -> list[str]:
@@ -132,7 +157,8 @@ def near(given: str, known: Sequence[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def _of_a_set(field: str) -> bool:
+def of_a_set(field: str) -> bool:
+    """Whether it is a field of one of `eval.sets`, whatever the set's name."""
     parts = field.split(".")
     return parts[:2] == ["eval", "sets"] and len(parts) == 4 and parts[3] in zeroshot_set("")
 

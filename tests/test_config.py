@@ -1,14 +1,14 @@
 """Mistakes in a config: one line each, with the field's name and what would be right."""
 
+import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from disco_jax import losses
-from disco_jax.config import default, zeroshot_set
+from disco_jax.config import default, flatten, zeroshot_set
 from disco_jax.models.transformer import ACTIVATIONS
 from disco_jax.training.optimizer import make_optimizer
 from disco_jax.validation import CHOICES, problems_of
@@ -32,6 +32,13 @@ CASES = [
     ("num_steps=0", "num_steps is 0, and must be 1 or more"),
     ("num_steps=1.5", "num_steps is '1.5', and must be a whole number"),
     ("seed=-1", "seed is -1, and must be 0 or more"),
+    ("seed=5000000000", "seed is 5000000000, and must be at most 4,294,967,295"),
+    ("batch_size=12345678901234567890", "and must be at most 2,147,483,647"),
+    ("optimizer.eps=nan", "optimizer.eps is nan, and must be a number, not infinite"),
+    ("data.weights=1e999", "data.weights is (inf,), and must be a number, not infinite"),
+    ("data.timeout=1e30", "data.timeout is 1e+30, and must be at most 100,000,000"),
+    ("eval.sets.new.source=x", "eval.sets has no set 'new': sets are named in the config file"),
+    ("eval.sets.zeroshot.sauce=x", "unknown config field eval.sets.zeroshot.sauce"),
     ("seed=x", "seed is 'x', and must be a whole number"),
     ("microbatch=-1", "microbatch is -1, and must be 0 or more"),
     ("microbatch_mode=gpu", "microbatch_mode is 'gpu', and must be one of scan, host"),
@@ -61,7 +68,7 @@ CASES = [
     ("loss.method=rng", "loss.method is 'rng', and must be one of auto, reference, disco"),
     ("optimizer.name=adam", "optimizer.name is 'adam', and must be one of adamw, lion"),
     ("optimizer.learning_rate=0", "optimizer.learning_rate is 0.0, and must be more than 0"),
-    ("optimizer.learning_rate=inf", "optimizer.learning_rate is inf, and must be more than 0"),
+    ("optimizer.learning_rate=inf", "optimizer.learning_rate is inf, and must be a number"),
     ("optimizer.b2=1", "optimizer.b2 is 1.0, and must be at least 0 and less than 1"),
     ("optimizer.eps=0", "optimizer.eps is 0.0, and must be more than 0"),
     ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0, and must be 0 or more"),
@@ -78,27 +85,73 @@ CASES = [
 ]
 
 
+# Of every field's type: wrong ones, extremes, what is no number, unicode.
+WRONG = ["", "x", "é😀", "\u202etxet", "\x1b[31mred", "[/bold]", "None", "a" * 4096, "((((", "1,2"]
+NUMBERS = ["-1", "0", "1e3", "1.5", "nan", "inf", "-inf", "1e999", "1e-320", "-0.0", "00", "1_0"]
+HUGE = ["9" * 20, "9" * 5000, "-" + "9" * 20, "4294967296", "2147483648", "0x10", "1e308"]
+TUPLES = ["()", "(1,)", "(0,)", "(-1.0,)", "(nan,)", "(1,2,3)", "[1]", "('a',)", "(1e999,)"]
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "train.py", *arguments], cwd=ROOT, env=ENV, capture_output=True, text=True
     )
 
 
+def starts(folder: Path, given: list[str], *options: str) -> list[tuple[int, str]]:
+    """Exit code and messages of a start for each setting of a field."""
+    common = ["--config=configs/shapes.py", f"--workdir={folder / 'run'}"]
+    (folder / "cases.json").write_text(json.dumps([[*common, f"--config.{x}"] for x in given]))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.many_starts", folder / "cases.json", *options],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
 def test_every_mistake_is_one_line(tmp_path):
-    workdir = tmp_path / "run"
-
-    def mistaken(case: tuple[str, str]) -> subprocess.CompletedProcess:
-        return run("--config=configs/shapes.py", f"--workdir={workdir}", f"--config.{case[0]}")
-
     assert len(CASES) >= 40
-    with ThreadPoolExecutor(2) as pool:
-        for (given, message), result in zip(CASES, pool.map(mistaken, CASES), strict=True):
-            assert result.returncode == 2, (given, result.stderr)
-            assert result.stderr.startswith("error: "), (given, result.stderr)
-            assert result.stderr.count("\n") == 1, (given, result.stderr)
-            assert message in result.stderr, (given, result.stderr)
-            assert not result.stdout
-    assert not workdir.exists()
+    found = starts(tmp_path, [given for given, _ in CASES])
+    for (given, message), (code, errors) in zip(CASES, found, strict=True):
+        assert code == 2, (given, errors)
+        assert errors.startswith("error: "), (given, errors)
+        assert errors.count("\n") == 1, (given, errors)
+        assert message in errors, (given, errors)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    result = run("--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", "--config.seed=x")
+    assert result.returncode == 2
+    assert result.stderr == "error: seed is 'x', and must be a whole number\n"
+    assert not result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_any_value_of_any_field_is_right_or_told(tmp_path):
+    """Whatever is given, it starts, or ends with the field's name and what would be right."""
+    given = [
+        f"{field}={value}"
+        for field in (*flatten(default()), "eval.sets.new.source", "eval.sets.zeroshot.split")
+        for value in (*WRONG, *NUMBERS, *HUGE, *TUPLES)
+        if len(value) < 100 or field in ("batch_size", "data.weights", "model.name")
+    ]
+    assert len(given) >= 2000
+    found = starts(tmp_path, given)
+    right = 0
+    for setting, (code, errors) in zip(given, found, strict=True):
+        assert code in (0, 2), (setting, errors)
+        right += code == 0
+        if code:
+            name = "eval.sets" if setting.startswith("eval.sets") else setting.partition("=")[0]
+            assert name in errors, (setting, errors)
+            assert errors.count("\n") == 1, (setting, errors)
+            assert errors.rstrip("\n").isprintable(), (setting, errors)
+    assert right >= 500
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):

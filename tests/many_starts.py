@@ -1,0 +1,56 @@
+"""Starts `train.py` with each list of arguments in a file, every time in a fork of this process.
+
+    python -m tests.many_starts CASES.json [--whole]
+
+Prints a JSON line for each: its exit code, and what it wrote to standard error. Without --whole a
+run ends, with 0, where its config has been read and found right.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from disco_jax import cli
+
+SECONDS = 60  # that one start may take
+
+
+def main() -> None:
+    cases, whole = json.loads(Path(sys.argv[1]).read_text()), "--whole" in sys.argv
+    if not whole:
+        cli._stop_at_signals = lambda: sys.exit(0)  # what comes after the config
+    for case in cases:
+        with tempfile.TemporaryFile() as errors:
+            child = os.fork()
+            if not child:
+                start(case, errors.fileno())
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            errors.seek(0)
+            told = errors.read().decode(errors="backslashreplace")
+        print(json.dumps([code, told]), flush=True)
+
+
+def start(arguments: list[str], errors: int) -> None:
+    """Never returns."""
+    code = 1
+    signal.alarm(SECONDS)
+    os.dup2(errors, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.argv = ["train.py", *arguments]
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
