@@ -27,7 +27,9 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     names = sorted({name for row in rows for name in row if name.endswith("/top1")})
     for name in names:
         steps, accuracies = _series(rows, name)
-        right.plot(steps, [100 * a for a in accuracies], marker="o", label=name.split("/")[0])
+        right.plot(
+            steps, [100 * a for a in accuracies], marker="o", label=_label(name.split("/")[0])
+        )
     right.set(xlabel="step", ylabel="top-1 (%)", title="Zero-shot accuracy", ylim=(0, 100))
     if names:
         right.legend(loc="lower right")
@@ -43,13 +45,15 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], sets: Sequence[str], path: 
     """
     figure, (left, right) = subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, (name, rows) in enumerate(runs.items()):
-        left.plot(*_series(rows, "train/loss", "epoch"), color=f"C{i}", label=name, alpha=0.8)
+        left.plot(
+            *_series(rows, "train/loss", "epoch"), color=f"C{i}", label=_label(name), alpha=0.8
+        )
         for k, of in enumerate(sets):
             epochs, accuracies = _series(rows, f"{of}/top1", "epoch")
             if not epochs:
                 continue
             style = ("-", "--", ":", "-.")[k % 4]
-            told = name if len(sets) == 1 else f"{name}, {of}"
+            told = _label(name if len(sets) == 1 else f"{name}, {of}")
             right.plot(
                 epochs, [100 * a for a in accuracies], style, color=f"C{i}", marker=".", label=told
             )
@@ -60,6 +64,12 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], sets: Sequence[str], path: 
         if axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _label(name: str) -> str:
+    """For a legend, which leaves out names that begin with _ and takes $ for mathematics."""
+    shown = textwrap.shorten(printable(name), 60, placeholder="…") or "…"
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
 def _series(

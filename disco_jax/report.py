@@ -123,7 +123,8 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
 
 def as_markdown(cells: list[list[str]]) -> str:
     """A table of Markdown; accuracies are top-1 in %."""
-    head, *rows = ["| " + " | ".join(row) + " |" for row in cells]
+    texts = [[printable(html.escape(cell)).replace("|", r"\|") for cell in row] for row in cells]
+    head, *rows = ["| " + " | ".join(row) + " |" for row in texts]
     rule = "|" + "|".join("---" if i < 2 else "---:" for i in range(len(cells[0]))) + "|"
     return "\n".join([head, rule, *rows]) + "\n"
 
@@ -131,7 +132,7 @@ def as_markdown(cells: list[list[str]]) -> str:
 def as_html(cells: list[list[str]], picture: bytes) -> str:
     """One page that needs nothing else: the figure and the table."""
     head, *rows = [
-        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        "<tr>" + "".join(f"<{tag}>{html.escape(printable(cell))}</{tag}>" for cell in row) + "</tr>"
         for tag, row in zip(["th", *["td"] * len(cells)], cells, strict=False)
     ]
     data = base64.b64encode(picture).decode()
@@ -173,7 +174,7 @@ def report(workdirs: Sequence[Path], out: Path) -> None:
     cells = table(runs)
     (out / "report.md").write_text(as_markdown(cells))
     (out / "report.html").write_text(as_html(cells, (out / "report.png").read_bytes()))
-    print(printable(as_markdown(cells), keep="\n"))
+    print(as_markdown(cells))
     say(f"written: {out / 'report.html'}")
 
 

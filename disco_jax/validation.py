@@ -67,6 +67,7 @@ AT_MOST = {"data.num_workers": 1024, "fake_devices": 4096, "seed": 2**32 - 1}
 COUNT = 2**31 - 1
 SECONDS = 10**8  # three years: what a wait can be told
 NOT_EMPTY = ("data.name", "model.name", "data.image_key", "data.caption_key")
+LEAST = 1e-6  # weight of a source
 ROUNDING = 0.05  # the paper's steps, epochs and data sizes are rounded so far
 
 
@@ -128,6 +129,8 @@ def _of_several(c: dict[str, Any]) -> list[str]:
     weights, parts = c["data.weights"], len(str(c["data.name"]).split("::"))
     if weights and (len(weights) != parts or min(weights) <= 0):
         problems.append(f"data.weights must be {parts} positive numbers, one for each in data.name")
+    elif weights and (min(weights) < LEAST or max(weights) > min(weights) / LEAST):
+        problems.append(f"data.weights must be {LEAST:g} or more, and none a million times another")
     if c["microbatch_mode"] == "host" and not c["microbatch"]:
         problems.append(
             "microbatch_mode 'host' needs microbatch, the samples a device takes at once"

@@ -36,6 +36,7 @@ CASES = [
     ("batch_size=12345678901234567890", "and must be at most 2,147,483,647"),
     ("optimizer.eps=nan", "optimizer.eps is nan, and must be a number, not infinite"),
     ("data.weights=1e999", "data.weights is (inf,), and must be a number, not infinite"),
+    ("data.weights=1e-320", "data.weights must be 1e-06 or more, and none a million times another"),
     ("data.timeout=1e30", "data.timeout is 1e+30, and must be at most 100,000,000"),
     ("eval.sets.new.source=x", "eval.sets has no set 'new': sets are named in the config file"),
     ("eval.sets.zeroshot.sauce=x", "unknown config field eval.sets.zeroshot.sauce"),

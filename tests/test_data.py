@@ -17,7 +17,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from disco_jax.config import default
-from disco_jax.data.load import Load
+from disco_jax.data.folder_source import FolderSource
+from disco_jax.data.load import Load, usable_captions
+from disco_jax.data.patterns import expand
 from disco_jax.data.pipeline import Collate, eval_batches, piece_size, train_batches
 from disco_jax.data.shapes import vocabulary as words
 from disco_jax.data.shapes.builder import SPLITS, make_example
@@ -381,3 +383,41 @@ def test_tables_of_paths_and_captions(suffix, tmp_path):
     table.write_bytes(b"")
     with pytest.raises(UserError, match="can't be read"):
         open_source(data, str(table), "")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("{1..999999999999}.tar", "stands for more than 1,000,000 files"),
+        ("{1..99999}{1..99999}.tar", "stands for more than 1,000,000 files"),
+        ("{a,b}" * 40 + ".tar", "stands for more than 1,000,000 files"),
+        ("{9..9999999999999999999999}.tar", "stands for more than 1,000,000 files"),
+        ("pipe.tar", "pipe.tar is not a file"),
+        ("p*.tar", "pipe.tar is not a file"),
+        ("folder.tar", "folder.tar is not a file"),
+        ("gone.tar", "gone.tar is a link to a file that is not there"),
+    ],
+)
+def test_patterns_that_would_never_end_are_refused(pattern, told, tmp_path):
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "gone.tar").symlink_to("nowhere")
+    with pytest.raises(UserError, match=re.escape(told)):
+        expand(f"{tmp_path}/{pattern}")
+
+
+def test_pipes_among_class_folders_are_counted_and_never_opened(tmp_path):
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "1.png")
+    os.mkfifo(tmp_path / "cat" / "2.png")
+    source = FolderSource(tmp_path, lambda name: 0)
+    assert len(source) == 1
+    assert source[0].label == 0
+    assert source.problems == {"not_a_file": 1}
+
+
+@pytest.mark.parametrize("caption", ["x" * 1_100_000, b"x" * 1_100_000, ["a", "y" * 10_000_000]])
+def test_a_caption_of_any_source_has_its_limit(caption):
+    with pytest.raises(BadSample) as bad:
+        usable_captions(Sample("key", b"", caption))
+    assert bad.value.kind == "too_large"

@@ -1,9 +1,12 @@
 """Hostile texts through every place where a user's text meets a terminal, a log, HTML or a plot."""
 
+import argparse
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +14,11 @@ from PIL import Image
 from rich.table import Table
 
 from disco_jax import cli, plots, report
+from disco_jax.embed import embed
 from disco_jax.errors import UserError
 from disco_jax.jsonl import JsonLines, read_lines
 from disco_jax.terminal import PlainConsole, printable, say
+from tests.small_run import make
 
 HOSTILE = {
     "markup": "[bold]a[/bold] [/x] [a-z]*.tar [link=file:///x]y[/link]",
@@ -106,7 +111,52 @@ print(json.dumps([a == b for a, b in zip(before, state())] + ["matplotlib.pyplot
     assert json.loads(done.stdout.splitlines()[-1]) == [True, True, True, False]
 
 
-def test_a_report_escapes_what_it_shows():
-    text = HOSTILE["html"] + HOSTILE["escape"]
-    shown = printable(report.as_markdown([["run"], [text]]), keep="\n")
-    assert harmless(shown)
+@ALL
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+def test_a_report_holds_any_name(text, tmp_path):
+    cells = [["run", "model"], [text, text]]
+    markdown = report.as_markdown(cells)
+    page = report.as_html(cells, b"")
+    for made in (markdown, page):
+        assert harmless(made)
+        made.encode()
+        assert "<script>" not in made
+    assert len(markdown.splitlines()) == 3
+    assert markdown.splitlines()[2].replace(r"\|", "").count("|") == 3
+    rows = [{"step": 1, "epoch": 1.0, "train/loss": 1.0, f"{text}/top1": 0.5}]
+    plots.plot_runs({text: rows, "b": rows}, [text], tmp_path / "report.png")
+    with Image.open(tmp_path / "report.png") as drawn:
+        assert min(drawn.size) > 100
+
+
+def test_files_of_any_name_are_embedded(tmp_path, capsys):
+    make(tmp_path, samples=1)
+    names = [text for text in HOSTILE.values() if "/" not in text and "\0" not in text]
+    paths = [os.fsencode(f"{tmp_path}/{name[:200]}.png") for name in names]
+    (tmp_path / "0.png").rename(tmp_path / "image")
+    for path in paths:
+        Path(os.fsdecode(path)).write_bytes((tmp_path / "image").read_bytes())
+    (tmp_path / "broken[x]\x1b[2J.png").write_bytes(b"no image")
+    out = tmp_path / "features.npz"
+    arguments = argparse.Namespace(
+        model=str(tmp_path / "model"), images=f"{tmp_path}/*.png", out=out, batch_size=8
+    )
+    embed(arguments)
+    told = capsys.readouterr()
+    assert harmless(told.out + told.err)
+    assert r"broken[x]\x1b[2J.png" in told.err
+    with np.load(out) as kept:
+        assert kept["features"].shape == (len(names), 16)
+        assert sorted(kept["paths"].tolist()) == sorted(map(os.fsdecode, paths))
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("out", ["no/such/folder/x.npz", "x.npy", "there.npz"])
+def test_where_features_go_is_looked_at_before_any_work(out, tmp_path):
+    (tmp_path / "there.npz").touch()
+    (tmp_path / "a.png").touch()
+    arguments = argparse.Namespace(
+        model="never read", images=f"{tmp_path}/*.png", out=tmp_path / out, batch_size=8
+    )
+    with pytest.raises(UserError, match="--out: "):
+        embed(arguments)

@@ -1,10 +1,14 @@
 """Token ids against OpenCLIP's."""
 
+import html
 import json
+import random
+import time
 
+import ftfy
 import numpy as np
 
-from disco_jax.tokenizer import CLIPTokenizer
+from disco_jax.tokenizer import CLIPTokenizer, clean
 
 
 def test_ids_equal_openclips(golden):
@@ -26,3 +30,55 @@ def test_padding_and_cutting():
     np.testing.assert_array_equal(tokens[1, [0, 5]], [49406, 49407])  # cut, and still ended
     np.testing.assert_array_equal(tokens[2], [49406, 49407, 0, 0, 0, 0])
     assert tokenizer.vocab_size == 49408
+
+
+PARTS = [
+    "a",
+    "word",
+    " ",
+    "\n",
+    "\r",
+    "\r\n",
+    "\t",
+    "\0",
+    "\x1c",
+    "\x7f",
+    "\x85",
+    "\u2028",
+    "\ufeff",
+]
+PARTS += [
+    "Ã©",
+    "&amp;",
+    "&am",
+    "p;",
+    "&lt;",
+    "<b>",
+    "&#10;",
+    "&#x26;lt;",
+    "ΑΣ",
+    "ﬁ",
+    "“",
+    "\x1b[0m",
+]
+
+
+def test_cleaning_by_lines_is_cleaning_the_whole():
+    draw = random.Random(0)
+    for _ in range(5_000):
+        text = "".join(draw.choices(PARTS, k=draw.randint(0, 30)))
+        whole = html.unescape(html.unescape(ftfy.fix_text(text)))
+        assert clean(text) == " ".join(whole.split()).lower(), ascii(text)
+
+
+def test_a_book_is_cut_as_if_all_of_it_had_been_read():
+    """And in moments: ftfy takes seven seconds for a megabyte of short lines."""
+    tokenizer = CLIPTokenizer()
+    draw = random.Random(0)
+    for _ in range(20):
+        text = "".join(draw.choices(PARTS, k=30_000))
+        ids = tokenizer.ids([text])[0]
+        np.testing.assert_array_equal(tokenizer([text])[0], [*ids[:76], ids[-1]])
+    began = time.process_time()
+    tokenizer(["a\n" * 500_000, "\n" * 1_000_000])
+    assert time.process_time() - began < 2

@@ -31,6 +31,8 @@ def expand(pattern: str) -> list[Path]:
     for name in names:
         whole = Path(name)
         found = [whole] if whole.is_file() else sorted(Path(whole.anchor).glob(_relative(whole)))
+        if whole.is_symlink() and not whole.exists():
+            raise UserError(f"data.name: {whole} is a link to a file that is not there")
         if not found and glob.has_magic(name):
             raise UserError(f"data.name: no file matches {name}")
         if not found:
