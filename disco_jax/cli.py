@@ -82,7 +82,8 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
                 _hold(stack, workdir, launch, index, count, config)
             if not jax_tells:
                 _set_up_jax(config, launch)
-            main(config, workdir)
+            with _telling_memory():
+                main(config, workdir)
 
     guard(call)
 
@@ -146,6 +147,23 @@ def _stop_at_signals() -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
+
+
+@contextlib.contextmanager
+def _telling_memory() -> Any:
+    """A device without memory left is the user's to mend, on every process alike."""
+    from jax.errors import JaxRuntimeError
+
+    try:
+        yield
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        told = str(error).partition("\n")[0]
+        raise UserError(
+            f"a device has not enough memory ({told}): microbatch, model.image_remat or more "
+            "devices take less, and python -m disco_jax.plan tells how much each takes"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -8,8 +8,11 @@ import threading
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from disco_jax import cli
 from disco_jax.data import shared_memory
 from disco_jax.data.batches import Batches
 from disco_jax.data.shared_memory import FOLDER, SharedMemory, remove_left_behind
@@ -139,3 +142,18 @@ def test_only_what_nobody_holds_is_removed():
     kept[:] = 1
     own.remove()
     assert not {name for name in segments() if own._run in name}
+
+
+def test_a_device_without_memory_is_told_in_one_line(capsys):
+    """The allocation is real: 256 TiB."""
+
+    def main() -> None:
+        with cli._telling_memory():
+            jax.jit(lambda: jnp.zeros(1 << 46, jnp.float32))()
+
+    with pytest.raises(SystemExit) as ended:
+        cli.guard(main)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: a device has not enough memory (RESOURCE_EXHAUSTED")
+    assert told.count("\n") == 1
