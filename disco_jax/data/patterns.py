@@ -1,6 +1,7 @@
 """Patterns of file names: braces and globs, as webdataset's users write them."""
 
 import glob
+import math
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -22,7 +23,7 @@ def expand(pattern: str) -> list[Path]:
     """
     text = str(Path(pattern).expanduser())
     try:
-        names = [] if _ranges(text) > MOST else list(islice(_expanded(text), MOST + 1))
+        names = [] if _least(text) > MOST else list(islice(_expanded(text), MOST + 1))
     except ValueError as error:
         raise UserError(f"data.name: the braces of {pattern!r} do not match") from error
     if not 0 < len(names) <= MOST:
@@ -47,9 +48,9 @@ def _expanded(text: str) -> Iterator[str]:
     return iter(braceexpand(text, escape=False))
 
 
-def _ranges(text: str) -> int:
-    """How many names the `{1..9}` in it make; they would be counted out one by one."""
-    count = 1
+def _least(text: str) -> int:
+    """How many names `{1..9}` and `{a,b}` in it make at least; they would be made one by one."""
+    count = math.prod(inner.count(",") + 1 for inner in re.findall(r"\{([^{}]*)\}", text))
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", text):
         count *= abs(int(last[:20]) - int(first[:20])) + 1
     return count
