@@ -186,6 +186,7 @@ def _hashes(leaves: list[jax.Array]) -> jax.Array:
             x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
         return x ^ (x >> np.uint32(16))
 
+    @jax.jit  # traced once for all arrays of a shape
     def hashes(x: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(x, jnp.uint32)
         place = jnp.zeros(x.shape, jnp.uint32)

@@ -28,6 +28,7 @@ from disco_jax.errors import (
     DataLost,
     Preempted,
     UserError,
+    says_no_name,
     says_unwritable,
 )
 from disco_jax.overrides import check_overrides
@@ -194,9 +195,11 @@ def guard(function: Callable[[], None]) -> None:
     except DataLost as lost:
         _exit(f"error: {printable(lost)}; the same command goes on", EXIT_DATA_LOST)
     except OSError as error:
+        name = printable(error.filename or "a file")
+        if says_no_name(error):
+            _exit(f"error: {name[:100]}: {error.strerror}", EXIT_USER)
         if not says_unwritable(error):
             raise
-        name = printable(error.filename or "a file")
         _exit(f"error: {name} can't be written: {error.strerror}", EXIT_USER)
     except KeyboardInterrupt:
         _exit("\ninterrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED)

@@ -24,6 +24,11 @@ def says_unwritable(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in codes
 
 
+def says_no_name(error: BaseException) -> bool:
+    """Whether what was taken for the name of a file can't be one."""
+    return isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+
+
 class Preempted(Exception):
     """The run was told to stop, and is saved; all of its processes stop at the same step."""
 

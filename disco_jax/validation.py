@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -107,6 +108,8 @@ def problems_of(config: ConfigDict) -> list[str]:
 def _beyond(field: str, value: Any) -> str:
     """What every value of a type must be, where this one is not."""
     if isinstance(value, str):
+        if value.startswith("~") and os.path.expanduser(value) == value:  # noqa: PTH111 (it raises)
+            return "a path in the home of a user of this machine"
         return "a text without the character NUL" if "\0" in value else ""
     if isinstance(value, tuple | list):
         return next((told for x in value if (told := _beyond(field, x))), "")

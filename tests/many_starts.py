@@ -20,8 +20,10 @@ SECONDS = 60  # that one start may take
 
 
 def main() -> None:
-    cases, whole = json.loads(Path(sys.argv[1]).read_text()), "--whole" in sys.argv
-    if not whole:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    if "--whole" in sys.argv:
+        import disco_jax.training.loop  # noqa: F401  (for all; no device is touched yet)
+    else:
         cli._stop_at_signals = lambda: sys.exit(0)  # what comes after the config
     for case in cases:
         with tempfile.TemporaryFile() as errors:

@@ -238,8 +238,12 @@ def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
 
 
 def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
-    jobs = pair(made, tmp_path, "--config.checkpoint_every=1000000", "--config.data.record_keys=1")
-    until_training(tmp_path, jobs)
+    """Then, while they go on: it comes while a checkpoint is read or the step compiled."""
+    rarely = ["--config.checkpoint_every=1000000", "--config.data.record_keys=1"]
+    jobs = pair(made, tmp_path, *rarely, "--config.profile_steps=2:3")
+    until_training(tmp_path, jobs, steps=4)
+    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")  # the first process's alone
+    assert trace.stat().st_size > 1000
     jobs[1].send_signal(signal.SIGUSR1)
     told = [job.communicate(timeout=60)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, told
@@ -253,6 +257,14 @@ def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
     assert len(keys[0]) == len(keys[1]) == int(steps[0])
     seen = [key for row in zip(*keys, strict=True) for part in row for key in part["keys"]]
     assert len(set(seen[:48])) == 48  # the first epoch, each sample once between the two
+    jobs = pair(made, tmp_path, *rarely)
+    end = time.monotonic() + 60
+    while len((tmp_path / "starts.jsonl").read_text().splitlines()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    jobs[0].send_signal(signal.SIGTERM)
+    told = [job.communicate(timeout=60)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, told
 
 
 def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
@@ -269,27 +281,6 @@ def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
     for job in running:
         job.kill()
         job.communicate()
-
-
-def test_a_signal_while_going_on_stops_both(made, tmp_path):
-    """It comes while a checkpoint is read or the step compiled: they stop after the first step."""
-    several = ["--config.checkpoint_every=3", "--config.log_every=1"]
-    jobs = pair(made, tmp_path, *several, "--config.profile_steps=2:3")
-    until_training(tmp_path, jobs, steps=12)
-    assert (tmp_path / "checkpoints" / "3").exists()
-    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")  # the first process's alone
-    assert trace.stat().st_size > 1000
-    for job in jobs:
-        job.kill()
-        job.communicate()
-    jobs = pair(made, tmp_path, *several)
-    end = time.monotonic() + 60
-    while len((tmp_path / "starts.jsonl").read_text().splitlines()) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    jobs[0].send_signal(signal.SIGTERM)
-    told = [job.communicate(timeout=60)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, told
 
 
 def test_the_loop_alone_asks_for_signals(tmp_path, monkeypatch):

@@ -76,6 +76,7 @@ CASES = [
     ("optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1, and must be 0 or more"),
     ("data.name=", "data.name is empty"),
     ("data.weights=(1.0,2.0)", "data.weights must be 1 positive numbers"),
+    ("data.dir=~nobody-here/x", "and must be a path in the home of a user of this machine"),
     ("data.weights=a", "data.weights is 'a', and must be numbers"),
     ("data.crop_scale=0", "data.crop_scale is 0.0, and must be more than 0 and at most 1"),
     ("data.num_workers=-1", "data.num_workers is -1, and must be 0 or more"),

@@ -188,37 +188,43 @@ def wait_for_the_end_of_all(group: int) -> None:
     pytest.fail("processes of a killed run are still there after 30 s")
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--config.batch_size=17"], "batch_size 17 is not divisible by the 2 devices"),
-        (["--config.batchsize=16"], "unknown config field batchsize; did you mean batch_size?"),
-        (["--config.optimizer.lr=1"], "unknown config field optimizer.lr"),
-        (["--config.batch_size=many"], "batch_size"),
-        (["--config=configs/missing.py"], "there is no file configs/missing.py"),
-        (["--config.data.name=no_such_set"], "unknown data set 'no_such_set'"),
-        (["--config.data.split=tset"], "has no split 'tset'"),
-        (["--config.data.caption_key=txt"], "has no feature 'txt'"),
-        (["--config.model.name=ViT"], "model.name: unknown model 'ViT'"),
-        (["--config.loss.method=rng"], "loss.method is 'rng', and must be one of"),
-        (["--config.data.name=LAION-400M"], "unknown data set 'LAION-400M'"),
-        (["--config.data.name=configs"], "data.name: configs is a folder"),
-        (["--config.data.name=configs/*.tar"], "data.name: no file matches configs/*.tar"),
-        (["--config.eval.batch_size=0"], "eval.batch_size is 0, and must be 1 or more"),
-        (["--config.num_steps=0"], "num_steps is 0, and must be 1 or more"),
-        (["stray"], "unexpected argument 'stray'"),
-    ],
-)
-def test_mistakes_get_one_line(extra, message, tmp_path, data_dir):
-    args = command("train.py", tmp_path, data_dir, *extra)
-    if extra[0].startswith("--config="):
-        args = [a for a in args if a != "--config=configs/shapes.py"]
-    result = run(*args)
-    assert result.returncode == 2
-    assert result.stderr.strip().startswith("error: ")
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert message in result.stderr
-    assert not (tmp_path / "config.json").exists()
+MISTAKES = [
+    (["--config.batch_size=17"], "batch_size 17 is not divisible by the 2 devices"),
+    (["--config.batchsize=16"], "unknown config field batchsize; did you mean batch_size?"),
+    (["--config.optimizer.lr=1"], "unknown config field optimizer.lr"),
+    (["--config.batch_size=many"], "batch_size"),
+    (["--config=configs/missing.py"], "there is no file configs/missing.py"),
+    (["--config.data.name=no_such_set"], "unknown data set 'no_such_set'"),
+    (["--config.data.split=tset"], "has no split 'tset'"),
+    (["--config.data.caption_key=txt"], "has no feature 'txt'"),
+    (["--config.model.name=ViT"], "model.name: unknown model 'ViT'"),
+    (["--config.loss.method=rng"], "loss.method is 'rng', and must be one of"),
+    (["--config.data.name=LAION-400M"], "unknown data set 'LAION-400M'"),
+    (["--config.data.name=configs"], "data.name: configs is a folder"),
+    (["--config.data.name=configs/*.tar"], "data.name: no file matches configs/*.tar"),
+    (["--config.eval.batch_size=0"], "eval.batch_size is 0, and must be 1 or more"),
+    (["--config.num_steps=0"], "num_steps is 0, and must be 1 or more"),
+    (["stray"], "unexpected argument 'stray'"),
+    (["--config.model.name=" + "a" * 4096], "aaaa: File name too long"),
+]
+
+
+def test_mistakes_get_one_line(tmp_path, data_dir):
+    cases = []
+    for extra, _ in MISTAKES:
+        arguments = command("train.py", tmp_path / "run", data_dir, *extra)[2:]
+        if extra[0].startswith("--config="):
+            arguments.remove("--config=configs/shapes.py")
+        cases.append(arguments)
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    starts = [sys.executable, "-m", "tests.many_starts", str(tmp_path / "cases.json"), "--whole"]
+    found = [json.loads(line) for line in run(*starts).stdout.splitlines()]
+    for (extra, message), (code, errors) in zip(MISTAKES, found, strict=True):
+        assert code == 2, (extra, errors)
+        assert errors.startswith("error: "), (extra, errors)
+        assert errors.count("\n") == 1, (extra, errors)
+        assert message in errors, (extra, errors)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_workdir_of_another_config_is_refused(finished, data_dir):
