@@ -39,6 +39,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # Runs the commands of README.md and docs/, shortened where they would take hours.
 docs-check: $(VENV)/dev.stamp

@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from disco_jax import cli
+from disco_jax.processes import cli
 
 _ALL = flags.DEFINE_bool("all", False, "Every checkpoint of the run, not only the newest.")
 _WATCH = flags.DEFINE_bool("watch", False, "Goes on with each checkpoint that comes.")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from disco_jax import cli
+from disco_jax.processes import cli
 
 
 def main(config: ConfigDict, workdir: Path) -> None:

@@ -160,12 +160,12 @@ def parameters(workdir: Path, step: int) -> dict[str, bytes]:
     import jax
 
     from configs.tars import get_config
-    from disco_jax.backend import use_fake_devices
-    from disco_jax.checkpoint import Checkpoints
     from disco_jax.mesh import make_mesh
-    from disco_jax.training.build import model_config
-    from disco_jax.training.optimizer import make_optimizer
-    from disco_jax.training.state import abstract_state
+    from disco_jax.models.build import model_config
+    from disco_jax.processes.backend import use_fake_devices
+    from disco_jax.runs.checkpoint import Checkpoints
+    from disco_jax.step.optimizer import make_optimizer
+    from disco_jax.step.state import abstract_state
 
     use_fake_devices(1)
     config = get_config()

@@ -19,15 +19,15 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from disco_jax.backend import use_fake_devices
 from disco_jax.config import default, zeroshot_set
+from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.evaluation.classes import load_classes, load_templates
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.evaluation.zeroshot import class_embeddings
 from disco_jax.mesh import make_mesh
-from disco_jax.tokenizer import make_tokenizer
-from disco_jax.training.build import model_config
-from disco_jax.training.state import init_state
+from disco_jax.models.build import model_config
+from disco_jax.processes.backend import use_fake_devices
+from disco_jax.step.state import init_state
 
 
 def parse_arguments() -> argparse.Namespace:

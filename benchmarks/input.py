@@ -28,7 +28,7 @@ from disco_jax.config import default
 from disco_jax.data.load import Load
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.sources import open_source
-from disco_jax.tokenizer import CLIPTokenizer
+from disco_jax.data.tokenizer import CLIPTokenizer
 
 SHARD = 250  # samples
 CAPTION = "a photo of a harbour with boats, number {} of the set, taken in the evening light"

@@ -19,11 +19,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from disco_jax.backend import use_fake_devices
-from disco_jax.collectives import all_gather
 from disco_jax.losses import METHODS, contrastive_loss
+from disco_jax.losses.collectives import all_gather
 from disco_jax.losses.tiles import default_tile, scan_tiles
 from disco_jax.mesh import BATCH_AXES, batch_sharding, make_mesh
+from disco_jax.processes.backend import use_fake_devices
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -183,7 +183,7 @@ def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    from disco_jax.plots import subplots
+    from disco_jax.display.plots import subplots
 
     figure, (left, right) = subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     batches = [result["batch"] for result in results]

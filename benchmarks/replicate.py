@@ -26,7 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from disco_jax.backend import use_fake_devices  # noqa: E402
+from disco_jax.processes.backend import use_fake_devices  # noqa: E402
 
 METHODS = ("reference", "disco", "stream", "ring")
 DEVICES = (1, 8)
@@ -67,10 +67,10 @@ class Trainer:
 
         from disco_jax.evaluation.evaluator import Evaluator
         from disco_jax.mesh import make_mesh
-        from disco_jax.training.build import model_config
-        from disco_jax.training.optimizer import make_optimizer
-        from disco_jax.training.state import init_state
-        from disco_jax.training.step import make_train_step
+        from disco_jax.models.build import model_config
+        from disco_jax.step.optimizer import make_optimizer
+        from disco_jax.step.state import init_state
+        from disco_jax.step.train_step import make_train_step
 
         self._mesh, model = make_mesh(jax.devices()[:devices]), model_config(config)
         self._state = init_state(model, make_optimizer(config), self._mesh, config.seed)
@@ -95,8 +95,8 @@ def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
     from disco_jax.data.load import Load
     from disco_jax.data.pipeline import Collate, train_batches
     from disco_jax.data.sources import open_source
-    from disco_jax.tokenizer import make_tokenizer
-    from disco_jax.training.build import model_config
+    from disco_jax.data.tokenizer import make_tokenizer
+    from disco_jax.models.build import model_config
 
     model = model_config(config)
     source = open_source(config.data, config.data.name, config.data.split)
@@ -109,8 +109,8 @@ def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
 def drawn_batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
     """Samples of `shapes` as they are drawn, one after the other, without a data set on a disk."""
     from disco_jax.data.shapes.builder import make_example
-    from disco_jax.tokenizer import make_tokenizer
-    from disco_jax.training.build import model_config
+    from disco_jax.data.tokenizer import make_tokenizer
+    from disco_jax.models.build import model_config
 
     tokenize = make_tokenizer(model_config(config).text)
     for step in range(config.num_steps):
@@ -224,7 +224,7 @@ def json_of(command: list[str]) -> Any:
 
 
 def draw_equivalence(found: dict[str, Any], path: Path) -> None:
-    from disco_jax.plots import subplots
+    from disco_jax.display.plots import subplots
 
     figure, (left, right) = subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, (name, curve) in enumerate(found["curves"].items()):
@@ -240,7 +240,7 @@ def draw_equivalence(found: dict[str, Any], path: Path) -> None:
 
 
 def draw_batch_size(found: dict[str, Any], path: Path) -> None:
-    from disco_jax.plots import subplots
+    from disco_jax.display.plots import subplots
 
     figure, axis = subplots(figsize=(6, 4), layout="constrained")
     for name in ("zeroshot/top1", "zeroshot_heldout/top1"):

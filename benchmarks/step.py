@@ -20,15 +20,15 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from disco_jax.backend import use_fake_devices
 from disco_jax.config import default
 from disco_jax.mesh import make_mesh, place_batch
-from disco_jax.training.build import model_config
-from disco_jax.training.gradients import make_parts, split
-from disco_jax.training.host_step import HostStep
-from disco_jax.training.optimizer import make_optimizer
-from disco_jax.training.state import init_state
-from disco_jax.training.step import make_train_step
+from disco_jax.models.build import model_config
+from disco_jax.processes.backend import use_fake_devices
+from disco_jax.step.gradients import make_model_fns, split
+from disco_jax.step.host_step import HostStep
+from disco_jax.step.optimizer import make_optimizer
+from disco_jax.step.state import init_state
+from disco_jax.step.train_step import make_train_step
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,7 +70,7 @@ def forward(config: ConfigDict, batch: dict[str, np.ndarray]) -> Callable[[], No
     """The towers' forward pass, which microbatches take twice."""
     mesh, model = make_mesh(), model_config(config)
     state = init_state(model, make_optimizer(config), mesh, seed=0)
-    parts = make_parts(config, model, mesh)
+    parts = make_model_fns(config, model, mesh)
     places = np.arange(config.batch_size, dtype=np.int32)
     encode = jax.jit(lambda params, samples: parts.encode(split(params)[0], samples, places, 0))
     return lambda: jax.block_until_ready(encode(state.params, place_batch(batch, mesh)))

@@ -3,7 +3,7 @@
     python train.py --config=configs/pairs.py --workdir=runs/pairs --config.data.name='/data/*.tar'
 
 Fits one GPU of 24 GB; other sizes: python -m disco_jax.plan --config=configs/pairs.py ...
-Fields that are not here have the defaults of disco_jax/config.py, where each is explained.
+Fields that are not here have the defaults of disco_jax/config/defaults.py, where each is explained.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """The paper's main run: ViT-B/32 on LAION-400M, batch 65,536, 32 epochs (DisCo-CLIP, section 5).
 
 Where the paper is silent, OpenCLIP's settings for its LAION-400M ViT-B/32 are taken, and marked so.
-Fields that are not here have the defaults of disco_jax/config.py, where each is explained.
+Fields that are not here have the defaults of disco_jax/config/defaults.py, where each is explained.
 """
 
 from ml_collections import ConfigDict

@@ -13,9 +13,9 @@ from typing import BinaryIO
 import numpy as np
 from rich.progress import track
 
-from disco_jax.cli import guard
+from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
-from disco_jax.terminal import say
+from disco_jax.processes.cli import guard
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -8,15 +8,14 @@ import numpy as np
 from PIL import Image
 
 from disco_jax.data.source import BadSample
+from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.data.transforms import ImageLimits, open_image, to_pixels
 from disco_jax.errors import UserError
 from disco_jax.evaluation.encoder import Encoder
 from disco_jax.evaluation.zeroshot import class_embeddings
 from disco_jax.interop.transfer import read_model
 from disco_jax.mesh import make_mesh, replicated
-from disco_jax.models import CLIPConfig
-from disco_jax.tokenizer import make_tokenizer
-from disco_jax.training.state import Params
+from disco_jax.models import CLIPConfig, Params
 
 Picture = Image.Image | str | Path
 TEMPLATES = ("a photo of a {}.",)  # CLIP's, section 3.1.4

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from disco_jax.cli import guard
+from disco_jax.display.plots import plot_runs
+from disco_jax.display.terminal import printable, say
 from disco_jax.errors import UserError
-from disco_jax.jsonl import read_lines
-from disco_jax.plots import plot_runs
-from disco_jax.terminal import printable, say
-from disco_jax.training.metrics import read_metrics
-from disco_jax.workdir import read_json, stored_config
+from disco_jax.processes.cli import guard
+from disco_jax.runs.jsonl import read_lines
+from disco_jax.runs.metrics import read_metrics
+from disco_jax.runs.workdir import read_json, stored_config
 
 SETS = {
     "imagenet": "ImageNet",

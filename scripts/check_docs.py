@@ -88,7 +88,7 @@ ELSEWHERE = (
 NAMES = """
 import jax, numpy as np
 from disco_jax.config import default
-from disco_jax.backend import use_fake_devices
+from disco_jax.processes.backend import use_fake_devices
 from disco_jax.mesh import make_mesh
 config = default()
 use_fake_devices(2)

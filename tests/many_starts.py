@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from disco_jax import cli
+from disco_jax.processes import cli
 
 SECONDS = 60  # that one start may take
 

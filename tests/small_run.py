@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from disco_jax.interop.store import flatten, save_model
 from disco_jax.models import CLIP, CLIPConfig, TextConfig, VisionConfig
+from disco_jax.models.folder import flatten, save_model
 from tests.conftest import ENV
 from tests.small_config import get_config
 

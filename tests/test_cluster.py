@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from disco_jax import watcher
-from disco_jax.checkpoint import Checkpoints
 from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER
+from disco_jax.processes import watcher
+from disco_jax.runs.checkpoint import Checkpoints
 from tests import small_run
 from tests.small_run import command, losses, rows, start
 
@@ -71,7 +71,8 @@ def free_port() -> int:
 WORKER = """
 import os, shutil, sys
 from pathlib import Path
-from disco_jax import backend, cluster
+from disco_jax.processes import backend
+from disco_jax.processes import cluster
 made, out, devices, *methods = sys.argv[1:]
 made, out = Path(made), Path(out)
 backend.use_fake_devices(int(devices))

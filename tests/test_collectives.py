@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from disco_jax.collectives import all_gather, psum_scatter, ring_shift
+from disco_jax.losses.collectives import all_gather, psum_scatter, ring_shift
 from tests.conftest import mesh_of
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from disco_jax import losses
 from disco_jax.config import default, flatten, zeroshot_set
+from disco_jax.config.validation import CHOICES, problems_of
 from disco_jax.models.transformer import ACTIVATIONS
-from disco_jax.training.optimizer import make_optimizer
-from disco_jax.validation import CHOICES, problems_of
+from disco_jax.step.optimizer import make_optimizer
 from tests.conftest import ENV
 
 ROOT = Path(__file__).parent.parent

@@ -29,6 +29,7 @@ from disco_jax.data.shapes.captions import caption
 from disco_jax.data.shapes.scene import SIDE, Item, Scene, draw, outline, pair, single
 from disco_jax.data.source import BadSample, Joined, Sample
 from disco_jax.data.sources import open_source
+from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.data.transforms import (
     ImageLimits,
     open_image,
@@ -37,7 +38,6 @@ from disco_jax.data.transforms import (
     to_random_pixels,
 )
 from disco_jax.errors import UserError
-from disco_jax.tokenizer import CLIPTokenizer
 from tests.tars import picture
 
 LIMITS = ImageLimits(max_image_pixels=10**8, min_image_side=1, max_aspect_ratio=1e4)

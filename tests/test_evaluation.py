@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.evaluation.baseline import bag_of_colours, fit_predict
 from disco_jax.evaluation.classes import load_templates
 from disco_jax.evaluation.encoder import Encoder
@@ -17,9 +18,8 @@ from disco_jax.evaluation.zeroshot import (
     nearest,
 )
 from disco_jax.models import PRESETS
-from disco_jax.tokenizer import CLIPTokenizer
-from disco_jax.training.optimizer import optax
-from disco_jax.training.state import init_state
+from disco_jax.step.optimizer import optax
+from disco_jax.step.state import init_state
 from tests.conftest import mesh_of
 
 

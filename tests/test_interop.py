@@ -19,15 +19,15 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import disco_jax
+from disco_jax.data.tokenizer import merges, vocabulary
 from disco_jax.errors import UserError
 from disco_jax.interop import export_model, import_model, load_model
 from disco_jax.interop.convert import resize_positions
 from disco_jax.interop.preprocessing import read_preprocessing
-from disco_jax.interop.store import flatten
 from disco_jax.models import CLIP, PRESETS, CLIPConfig
-from disco_jax.tokenizer import merges, vocabulary
+from disco_jax.models.folder import flatten
+from disco_jax.step.state import init_state
 from disco_jax.training.setup import begin_from
-from disco_jax.training.state import init_state
 from tests.conftest import mesh_of
 
 NAMES = ["openclip_tiny_gelu", "openclip_tiny_quickgelu"]

@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from disco_jax.errors import UserError
-from disco_jax.jsonl import JsonLines, read_lines
+from disco_jax.runs.jsonl import JsonLines, read_lines
 
 
 def test_what_was_written_survives_a_kill_in_mid_rewrite(tmp_path, monkeypatch):

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from disco_jax import backend
-from disco_jax.cluster import Launch, find
 from disco_jax.errors import UserError
+from disco_jax.processes import backend
+from disco_jax.processes.cluster import Launch, find
 from tests import small_run
 
 KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": "8"}

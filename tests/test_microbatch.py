@@ -10,25 +10,25 @@ import numpy as np
 import pytest
 
 from disco_jax.config import default
+from disco_jax.config.validation import check_division
 from disco_jax.errors import UserError
 from disco_jax.mesh import batch_sharding, place_batch, state_sharding
 from disco_jax.models import CLIP, CLIPConfig, TextConfig, VisionConfig
 from disco_jax.models.vision import drop_patches
 from disco_jax.plan.flops import matmul_flops
-from disco_jax.training import gradients, loop
-from disco_jax.training.gradients import (
+from disco_jax.step.gradients import (
     by_microbatches,
-    make_parts,
+    make_model_fns,
     split,
     sum_over_devices,
     whole_batch,
 )
+from disco_jax.step.host_step import HostStep
+from disco_jax.step.optimizer import make_optimizer
+from disco_jax.step.state import init_state
+from disco_jax.step.train_step import batches_on_devices, state_shardings
+from disco_jax.training import gradients, loop
 from disco_jax.training.health import Health
-from disco_jax.training.host_step import HostStep
-from disco_jax.training.optimizer import make_optimizer
-from disco_jax.training.state import init_state
-from disco_jax.training.step import batches_on_devices, state_shardings
-from disco_jax.validation import check_division
 from tests import small_run
 from tests.conftest import mesh_of
 
@@ -101,9 +101,9 @@ def loss_and_gradients(config, model, devices, fsdp=1, mode="scan"):
         loss, own, scalars = HostStep(config, model, mesh).gradients(state, random_batch())
         result = loss, sum_over_devices(mesh, own, config.reduce_dtype) | scalars
     else:
-        parts = make_parts(config, model, mesh)
+        fns = make_model_fns(config, model, mesh)
         make = by_microbatches if config.microbatch else whole_batch
-        gradient = make(config, parts, model, mesh)
+        gradient = make(config, fns, model, mesh)
         batch = place_batch(random_batch(), mesh)
         result = jax.jit(gradient)(state.params, batch, state.step)
     return jax.tree.map(np.asarray, result)
@@ -155,9 +155,9 @@ def test_the_devices_gradients_are_summed_in_fp32(fsdp):
 def test_gradients_cross_devices_once_in_the_dtype_asked_for(dtype, microbatch):
     config, model = small(microbatch=microbatch, dtype="bfloat16")
     config.reduce_dtype = dtype
-    parts, mesh = make_parts(config, model, mesh_of(2)), mesh_of(2)
+    fns, mesh = make_model_fns(config, model, mesh_of(2)), mesh_of(2)
     make = by_microbatches if microbatch else whole_batch
-    gradient = make(config, parts, model, mesh)
+    gradient = make(config, fns, model, mesh)
     params = initial_state("softmax").params
     jaxpr = jax.make_jaxpr(gradient)(params, random_batch(), jnp.int32(0))
     short = {"float32": "f32", "bfloat16": "bf16"}
@@ -188,8 +188,8 @@ def test_both_passes_must_draw_the_same(monkeypatch):
     """With other keys in the second pass the gradients are visibly others."""
     real = gradients.pullback
 
-    def other_keys(parts, model, towers):
-        pull = real(parts, model, towers)
+    def other_keys(fns, model, towers):
+        pull = real(fns, model, towers)
         return lambda samples, places, d, step: pull(samples, places, d, step + 1)
 
     monkeypatch.setattr(gradients, "pullback", other_keys)
@@ -200,10 +200,10 @@ def test_both_passes_must_draw_the_same(monkeypatch):
 def test_dropout_changes_with_the_step():
     config, model = small(drop=(0.0, 0.1))
     mesh = mesh_of(1)
-    parts = make_parts(config, model, mesh)
+    fns = make_model_fns(config, model, mesh)
     params = split(initial_state("softmax").params)[0]
     samples, places = random_batch(), np.arange(BATCH, dtype=np.int32)
-    encode = jax.jit(parts.encode)
+    encode = jax.jit(fns.encode)
     first, again, later = (encode(params, samples, places, jnp.int32(step)) for step in (3, 3, 4))
     for a, b, c in zip(first, again, later, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -221,10 +221,10 @@ def test_each_sample_and_tower_drops_by_a_key_of_its_own(monkeypatch):
 
         monkeypatch.setattr(CLIP, name, encode)
     config, model = small(drop=(0.5, 0.1))
-    parts = make_parts(config, model, mesh_of(1))
+    fns = make_model_fns(config, model, mesh_of(1))
     towers = split(initial_state("softmax").params)[0]
     for step in (0, 1):
-        parts.encode(towers, random_batch(), np.arange(BATCH, dtype=np.int32), jnp.int32(step))
+        fns.encode(towers, random_batch(), np.arange(BATCH, dtype=np.int32), jnp.int32(step))
     keys = np.concatenate([np.asarray(jax.random.key_data(k)) for k in seen])
     assert len(np.unique(keys, axis=0)) == len(keys) == 4 * BATCH
 
@@ -248,11 +248,11 @@ def test_the_loss_is_computed_once():
     config, model = small(drop=(0.0, 0.0), microbatch=4)
     mesh = mesh_of(2)
     state = first_state(config, model, mesh)
-    parts, batch = make_parts(config, model, mesh), random_batch()
+    fns, batch = make_model_fns(config, model, mesh), random_batch()
     functions = {
-        "whole": whole_batch(config, parts, model, mesh),
-        "microbatches": by_microbatches(config, parts, model, mesh),
-        "forward": lambda params, batch, step: parts.encode(
+        "whole": whole_batch(config, fns, model, mesh),
+        "microbatches": by_microbatches(config, fns, model, mesh),
+        "forward": lambda params, batch, step: fns.encode(
             split(params)[0], batch, np.arange(BATCH, dtype=np.int32), step
         ),
     }
@@ -266,13 +266,13 @@ def test_parameters_are_cast_once():
     """In bfloat16: one conversion of a kernel, before the loops, and none of the norms'."""
     config, model = small(drop=(0.0, 0.0), dtype="bfloat16", microbatch=4)
     mesh = mesh_of(2)
-    parts = make_parts(config, model, mesh)
+    fns = make_model_fns(config, model, mesh)
     state = first_state(config, model, mesh)
-    gradient = by_microbatches(config, parts, model, mesh)
+    gradient = by_microbatches(config, fns, model, mesh)
     text = str(jax.make_jaxpr(gradient)(state.params, random_batch(), state.step))
     kernel = "bf16[2,32,128] = convert_element_type"  # mlp_in of both layers, both towers
     assert text.count(kernel) == 2
-    towers = jax.eval_shape(parts.prepare, split(state.params)[0])
+    towers = jax.eval_shape(fns.cast_params, split(state.params)[0])
     dtypes = {
         jax.tree_util.keystr(path, simple=True, separator="."): str(x.dtype)
         for path, x in jax.tree_util.tree_leaves_with_path(towers)
@@ -293,9 +293,9 @@ def test_cudnns_attention_can_be_trained_with(microbatch, monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     config, model = small(microbatch=microbatch, dtype="bfloat16", attention="cudnn", drop=(0, 0))
-    parts, mesh = make_parts(config, model, mesh_of(2)), mesh_of(2)
+    fns, mesh = make_model_fns(config, model, mesh_of(2)), mesh_of(2)
     make = by_microbatches if microbatch else whole_batch
-    gradient = jax.jit(make(config, parts, model, mesh))
+    gradient = jax.jit(make(config, fns, model, mesh))
     params = jax.eval_shape(lambda: initial_state("softmax").params)
     traced = gradient.trace(params, random_batch(), jnp.int32(0))
     calls = re.findall(r"__cudnn\$fmha\w+", traced.lower(lowering_platforms=("cuda",)).as_text())

@@ -11,11 +11,18 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from disco_jax.config import default
-from disco_jax.models import CLIP, PRESETS, CLIPConfig, TextConfig, VisionConfig, preset
+from disco_jax.models import (
+    CLIP,
+    PRESETS,
+    CLIPConfig,
+    TextConfig,
+    VisionConfig,
+    abstract_model,
+    preset,
+)
 from disco_jax.models.transformer import LayerNorm, gelu
 from disco_jax.models.vision import normalize_pixels
-from disco_jax.training.gradients import make_parts, split
-from disco_jax.training.state import abstract_model
+from disco_jax.step.gradients import make_model_fns, split
 from tests.conftest import mesh_of
 
 
@@ -274,8 +281,8 @@ def test_norms_and_scalars_stay_in_fp32(name):
     """Whatever the towers compute in; `scale` is what Flax calls a norm's gain."""
     config = dataclasses.replace(preset(name), dtype="bfloat16")
     towers, _ = split(abstract_model(config)[1])
-    parts = make_parts(default(), config, mesh_of(1))
-    cast = jax.tree_util.tree_leaves_with_path(jax.eval_shape(parts.prepare, towers))
+    fns = make_model_fns(default(), config, mesh_of(1))
+    cast = jax.tree_util.tree_leaves_with_path(jax.eval_shape(fns.cast_params, towers))
     norms = {path[:-1] for path, _ in cast if path[-1].key == "scale"}
     assert len(norms) == 7  # 2 of each tower's blocks; 2 more of images, 1 of texts
     for path, x in cast:

@@ -10,7 +10,6 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from disco_jax import cli
 from disco_jax.config import default
 from disco_jax.errors import UserError
 from disco_jax.losses import contrastive_loss
@@ -21,6 +20,7 @@ from disco_jax.plan.flops import matmul_flops
 from disco_jax.plan.hlo import collectives
 from disco_jax.plan.program import measure, shard_bytes, step_job
 from disco_jax.plan.search import largest_batch
+from disco_jax.processes import cli
 from tests.conftest import mesh_of
 
 MIB, GIB = 2**20, 2**30

@@ -7,10 +7,9 @@ import pytest
 
 from configs.vit_b32_laion400m import get_config
 from disco_jax.config import default
-from disco_jax.models import preset
+from disco_jax.models import abstract_model, preset
 from disco_jax.plan.accelerators import parse_topology
 from disco_jax.plan.compiler import MARGIN, Compiler, environment
-from disco_jax.training.state import abstract_model
 from tests.test_plan import GIB, MIB, needs_linux, run
 
 

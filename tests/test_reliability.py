@@ -18,19 +18,19 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from disco_jax import checkpoint
-from disco_jax.checkpoint import Checkpoints
 from disco_jax.errors import EXIT_PREEMPTED, UserError
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.mesh import own_rows, place_batch
-from disco_jax.training.build import model_config
+from disco_jax.models.build import model_config
+from disco_jax.processes.preemption import Preemption
+from disco_jax.runs import checkpoint
+from disco_jax.runs.checkpoint import Checkpoints
+from disco_jax.runs.workdir import locked
+from disco_jax.step.optimizer import make_optimizer, make_schedule
+from disco_jax.step.state import abstract_state, init_state
+from disco_jax.step.train_step import make_train_step, make_update, of_schedule
 from disco_jax.training.health import Health
 from disco_jax.training.loop import train
-from disco_jax.training.optimizer import make_optimizer, make_schedule
-from disco_jax.training.preemption import Preemption
-from disco_jax.training.state import abstract_state, init_state
-from disco_jax.training.step import make_train_step, make_update, of_schedule
-from disco_jax.workdir import locked
 from tests import small_run
 from tests.conftest import mesh_of
 from tests.small_run import command, config_of, losses, start
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tm
     assert job.returncode == 2, told
     assert f"error: checkpoint {newest} can't be restored: " in told
     assert f"python -m disco_jax.checkpoint {workdir} --go_back_to=4" in told
-    back = [sys.executable, "-m", "disco_jax.checkpoint", workdir, "--go_back_to"]
+    back = [sys.executable, "-m", "disco_jax.runs.checkpoint", workdir, "--go_back_to"]
     wrong = subprocess.run([*back, "3"], cwd=small_run.ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "there is no checkpoint 3" in wrong.stderr
@@ -231,13 +231,13 @@ def test_a_checkpoint_goes_on_elsewhere(devices, fsdp, made, calm):
     state, data = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh), 4)
     checkpoints.close()
     from disco_jax.data.sources import open_source
-    from disco_jax.data.stream import TrainStream
+    from disco_jax.data.train_data import TrainData
 
     source = open_source(config.data, config.data.name, "")
     workdir = calm / f"{devices}-{fsdp}"
     workdir.mkdir()
     rows = own_rows(mesh, config.batch_size)
-    stream = TrainStream(config, model, source, rows, workdir, 4, data)
+    stream = TrainData(config, model, source, rows, workdir, 4, data)
     step, found = make_train_step(config, model, mesh), []
     for _ in range(4):
         state, metrics = step(state, place_batch(next(stream).arrays, mesh))

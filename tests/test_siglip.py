@@ -16,18 +16,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import disco_jax
 from disco_jax.config import default
+from disco_jax.data.tokenizer import FileTokenizer, make_tokenizer
 from disco_jax.data.transforms import to_pixels
 from disco_jax.errors import UserError
 from disco_jax.interop import export_model, import_model, load_model
 from disco_jax.interop.names import openclip_siglip
-from disco_jax.interop.store import flatten, shapes_of
 from disco_jax.models import CLIP, PRESETS
+from disco_jax.models.build import model_config
 from disco_jax.models.config import TextConfig
-from disco_jax.tokenizer import FileTokenizer, make_tokenizer
-from disco_jax.training.build import model_config
-from disco_jax.training.optimizer import make_optimizer
+from disco_jax.models.folder import flatten, shapes_of
+from disco_jax.step.optimizer import make_optimizer
+from disco_jax.step.state import init_state
 from disco_jax.training.setup import begin_from
-from disco_jax.training.state import init_state
 from tests.conftest import mesh_of
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "dog", "cat"]

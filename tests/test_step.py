@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from disco_jax.mesh import place_batch
-from disco_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
-from disco_jax.training.state import abstract_model, init_state
-from disco_jax.training.step import clamp_logit_scale, make_train_step
+from disco_jax.models import abstract_model
+from disco_jax.step.optimizer import decay_mask, make_optimizer, make_schedule
+from disco_jax.step.state import init_state
+from disco_jax.step.train_step import clamp_logit_scale, make_train_step
 from tests.conftest import mesh_of
 from tests.test_microbatch import first_state, random_batch, small
 

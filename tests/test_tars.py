@@ -20,8 +20,8 @@ from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import KINDS, BadSample, Joined
 from disco_jax.data.sources import open_source
 from disco_jax.data.tar_source import TarSource
+from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.errors import UserError
-from disco_jax.tokenizer import CLIPTokenizer
 from tests.tars import picture, shard, write
 
 

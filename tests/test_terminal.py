@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 from rich.table import Table
 
-from disco_jax import cli, plots, report
+from disco_jax import report
+from disco_jax.display import plots
+from disco_jax.display.terminal import PlainConsole, printable, say
 from disco_jax.embed import embed
 from disco_jax.errors import UserError
-from disco_jax.jsonl import JsonLines, read_lines
-from disco_jax.terminal import PlainConsole, printable, say
+from disco_jax.processes import cli
+from disco_jax.runs.jsonl import JsonLines, read_lines
 from tests.small_run import make
 
 HOSTILE = {

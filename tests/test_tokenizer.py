@@ -8,7 +8,7 @@ import time
 import ftfy
 import numpy as np
 
-from disco_jax.tokenizer import CLIPTokenizer, clean
+from disco_jax.data.tokenizer import CLIPTokenizer, clean
 
 
 def test_ids_equal_openclips(golden):

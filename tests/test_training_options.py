@@ -11,10 +11,10 @@ import pytest
 from disco_jax.config import default
 from disco_jax.mesh import place_batch
 from disco_jax.plan.flops import matmul_flops
-from disco_jax.training.gradients import by_microbatches, make_parts, whole_batch
-from disco_jax.training.optimizer import make_optimizer
-from disco_jax.training.state import init_state, trained
-from disco_jax.training.step import make_train_step
+from disco_jax.step.gradients import by_microbatches, make_model_fns, whole_batch
+from disco_jax.step.optimizer import make_optimizer
+from disco_jax.step.state import init_state, trained
+from disco_jax.step.train_step import make_train_step
 from tests.conftest import mesh_of
 from tests.test_microbatch import first_state, random_batch, small
 
@@ -92,7 +92,7 @@ def test_the_last_blocks_alone_are_trained(microbatch):
 
     def gradient(model):
         make = by_microbatches if microbatch else whole_batch
-        return jax.jit(make(config, make_parts(config, model, mesh), model, mesh))
+        return jax.jit(make(config, make_model_fns(config, model, mesh), model, mesh))
 
     inputs = (params, batch, jnp.int32(0))
     expected = trained(part, gradient(model)(*inputs)[1])

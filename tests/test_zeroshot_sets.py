@@ -21,8 +21,8 @@ from disco_jax.evaluation.classes import Classes, load_classes, load_subset, loa
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.inference import Model
 from disco_jax.models import CLIP, PRESETS
-from disco_jax.training.optimizer import optax
-from disco_jax.training.state import init_state
+from disco_jax.step.optimizer import optax
+from disco_jax.step.state import init_state
 from tests.conftest import mesh_of
 from tests.tars import write
 

@@ -9,7 +9,7 @@ import numpy as np
 from disco_jax.data.load import Failure
 from disco_jax.data.source import KINDS
 from disco_jax.errors import UserError
-from disco_jax.jsonl import JsonLines
+from disco_jax.runs.jsonl import JsonLines
 
 WRITTEN = 10_000  # bad samples written down; beyond, they are only counted
 AT_LEAST = 1_000  # samples that the share of bad ones is taken of, so that one alone is not a lot

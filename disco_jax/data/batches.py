@@ -18,8 +18,8 @@ import numpy as np
 
 from disco_jax.data.load import Failure
 from disco_jax.data.shared_memory import SharedMemory
+from disco_jax.display.terminal import say
 from disco_jax.errors import READER, DataLost
-from disco_jax.terminal import say
 
 POLL = 0.5  # seconds between looks at the workers while a batch is waited for
 GRACE = 5.0  # seconds for a batch that is due when the run is told to stop, and for a worker's end

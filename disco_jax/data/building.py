@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from disco_jax.terminal import say
+from disco_jax.display.terminal import say
 
 
 @contextmanager

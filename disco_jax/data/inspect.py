@@ -15,14 +15,14 @@ from rich.progress import track
 from rich.table import Table
 
 from disco_jax import config
-from disco_jax.cli import guard
 from disco_jax.data.bad_samples import describe
 from disco_jax.data.load import Load, Loaded
 from disco_jax.data.source import KINDS, BadSample, Joined
 from disco_jax.data.sources import open_source
+from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.data.transforms import ImageLimits, open_image
-from disco_jax.terminal import PlainConsole, say
-from disco_jax.tokenizer import CLIPTokenizer
+from disco_jax.display.terminal import PlainConsole, say
+from disco_jax.processes.cli import guard
 
 SHOWN = 32  # samples on the sheet
 CONTEXT = 77
@@ -69,7 +69,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     for kind, example in sorted(seen.examples.items()):
         say(f"{kind}: {KINDS[kind]}; {example}")
     if seen.shown:
-        from disco_jax.plots import plot_pairs  # here: Matplotlib takes a second to import
+        from disco_jax.display.plots import plot_pairs  # here: Matplotlib takes a second to import
 
         captions = [" / ".join(sample.captions) for sample in seen.shown]
         plot_pairs([sample.pixels for sample in seen.shown], captions, arguments.sheet)

@@ -13,12 +13,12 @@ from pathlib import Path
 from rich.progress import track
 
 from disco_jax import config
-from disco_jax.cli import guard
 from disco_jax.data.source import BadSample, Sample
 from disco_jax.data.sources import open_source
 from disco_jax.data.transforms import read_header
+from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
-from disco_jax.terminal import say
+from disco_jax.processes.cli import guard
 
 
 def parse_arguments() -> argparse.Namespace:

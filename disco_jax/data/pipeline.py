@@ -26,7 +26,7 @@ from disco_jax.data.batches import Batch, Batches
 from disco_jax.data.load import Failure, Load, Loaded
 from disco_jax.data.shared_memory import SharedMemory
 from disco_jax.data.source import BadSample, Joined
-from disco_jax.tokenizer import TextTokenizer
+from disco_jax.data.tokenizer import TextTokenizer
 
 ENDLESS = 2**48  # samples: more than any run sees
 

@@ -14,8 +14,8 @@ import tensorflow_datasets as tfds
 import disco_jax.data.shapes  # noqa: F401  (registers `shapes` with TFDS)
 from disco_jax.data.building import building
 from disco_jax.data.source import Sample
+from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
-from disco_jax.terminal import say
 
 
 def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:

@@ -8,8 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from disco_jax.mesh import batch_sharding, own_rows, place_batch, place_rows, replicated
-from disco_jax.models import CLIPConfig
-from disco_jax.training.state import Params, abstract_model
+from disco_jax.models import CLIPConfig, Params, abstract_model
 
 EncodeFn = Callable[[Params, jax.Array], jax.Array]
 

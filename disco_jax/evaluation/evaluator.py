@@ -17,6 +17,8 @@ from disco_jax.data.load import Load, Loaded
 from disco_jax.data.pipeline import EvalBatch, eval_batches
 from disco_jax.data.source import Joined
 from disco_jax.data.sources import open_source
+from disco_jax.data.tokenizer import make_tokenizer
+from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.evaluation import zeroshot
 from disco_jax.evaluation.classes import Classes, load_classes, load_subset, load_templates
@@ -24,10 +26,7 @@ from disco_jax.evaluation.encoder import Encoder
 from disco_jax.evaluation.retrieval import recall_at
 from disco_jax.evaluation.zeroshot import Results, class_embeddings
 from disco_jax.mesh import gather_rows
-from disco_jax.models import CLIPConfig
-from disco_jax.terminal import say
-from disco_jax.tokenizer import make_tokenizer
-from disco_jax.training.state import Params
+from disco_jax.models import CLIPConfig, Params
 
 RECALL_AT = (1, 5, 10)
 

@@ -13,20 +13,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from disco_jax.backend import first_then_all
-from disco_jax.checkpoint import Checkpoints
+from disco_jax.display.plots import plot_predictions
+from disco_jax.display.terminal import console
 from disco_jax.errors import UserError
 from disco_jax.evaluation.baseline import baselines
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.evaluation.zeroshot import Results
 from disco_jax.mesh import make_mesh
-from disco_jax.models import CLIPConfig
-from disco_jax.plots import plot_predictions
-from disco_jax.training.build import model_config
-from disco_jax.training.optimizer import make_optimizer
-from disco_jax.training.progress import console
-from disco_jax.training.state import Params, abstract_state
-from disco_jax.workdir import check_same, read_json
+from disco_jax.models import CLIPConfig, Params
+from disco_jax.models.build import model_config
+from disco_jax.processes.backend import first_then_all
+from disco_jax.runs.checkpoint import Checkpoints
+from disco_jax.runs.workdir import check_same, read_json
+from disco_jax.step.optimizer import make_optimizer
+from disco_jax.step.state import abstract_state
 
 SHOWN = 32  # predictions drawn
 WORST = 5  # classes told of each set

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from disco_jax.data.tokenizer import TextTokenizer
 from disco_jax.evaluation.encoder import Encoder
 from disco_jax.mesh import replicated
-from disco_jax.tokenizer import TextTokenizer
-from disco_jax.training.state import Params
+from disco_jax.models import Params
 
 TOP = 5
 

@@ -7,8 +7,8 @@ python -m disco_jax.interop export --to openclip|hf MODEL_OR_RUN --out DIR
 import argparse
 from pathlib import Path
 
-from disco_jax.cli import guard
-from disco_jax.terminal import say
+from disco_jax.display.terminal import say
+from disco_jax.processes.cli import guard
 
 
 def parse_arguments() -> argparse.Namespace:

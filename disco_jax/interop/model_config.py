@@ -154,19 +154,3 @@ def _activation(config: CLIPConfig) -> str:
     if acts not in ({"gelu"}, {"quick_gelu"}):
         raise UserError(f"a CLIP with the activations {', '.join(sorted(acts))} has no place there")
     return acts.pop()
-
-
-def as_dict(config: CLIPConfig) -> Spec:
-    """All fields, for `model.json`."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(spec: Spec) -> CLIPConfig:
-    """The inverse of `as_dict`. Raises UserError for a field that is unknown."""
-    try:
-        vision = dict(spec["vision"])
-        vision |= {field: tuple(vision[field]) for field in ("mean", "std")}
-        towers = {"vision": VisionConfig(**vision), "text": TextConfig(**spec["text"])}
-        return CLIPConfig(**{**spec, **towers})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"this is no model.json: {error}") from error

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from disco_jax.errors import UserError
-from disco_jax.interop.files import copy_tokenizer, read_object
 from disco_jax.models import CLIPConfig, TextConfig
+from disco_jax.models.files import copy_tokenizer, read_object
 
 Spec = dict[str, Any]
 BICUBIC = 3  # Pillow's number, which is transformers' too
@@ -99,7 +99,7 @@ def _write_siglip_tokenizer(out: Path, text: TextConfig) -> None:
 
 
 def _write_clip_tokenizer(out: Path, context_length: int) -> None:
-    from disco_jax.tokenizer import merges, vocabulary
+    from disco_jax.data.tokenizer import merges, vocabulary
 
     start, end = "<|startoftext|>", "<|endoftext|>"  # as OpenAI and transformers spell them
     write_json(out / "vocab.json", vocabulary(start, end))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
+from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.errors import UserError
 from disco_jax.interop import names
 from disco_jax.interop.convert import to_ours, to_theirs
-from disco_jax.interop.files import copy_tokenizer, find_weights, read_object, read_tensors
 from disco_jax.interop.model_config import (
     from_huggingface,
     from_openclip,
@@ -22,7 +22,9 @@ from disco_jax.interop.preprocessing import (
     write_json,
     write_openclip_preprocessing,
 )
-from disco_jax.interop.store import (
+from disco_jax.models import CLIPConfig, Params, preset
+from disco_jax.models.files import copy_tokenizer, find_weights, read_object, read_tensors
+from disco_jax.models.folder import (
     MODEL_JSON,
     TOKENIZER,
     flatten,
@@ -30,10 +32,7 @@ from disco_jax.interop.store import (
     save_model,
     shapes_of,
 )
-from disco_jax.models import CLIPConfig, preset
-from disco_jax.tokenizer import make_tokenizer
-from disco_jax.training.state import Params
-from disco_jax.workdir import stored_config
+from disco_jax.runs.workdir import stored_config
 
 
 def table(library: str, config: CLIPConfig) -> list[names.Weight]:
@@ -150,11 +149,11 @@ def read_model(source: Path) -> tuple[CLIPConfig, Params]:
         raise UserError(f"{source} is neither a model folder nor a run's workdir")
     import jax
 
-    from disco_jax.checkpoint import Checkpoints
     from disco_jax.mesh import make_mesh, to_host
-    from disco_jax.training.build import model_config
-    from disco_jax.training.optimizer import make_optimizer
-    from disco_jax.training.state import abstract_state
+    from disco_jax.models.build import model_config
+    from disco_jax.runs.checkpoint import Checkpoints
+    from disco_jax.step.optimizer import make_optimizer
+    from disco_jax.step.state import abstract_state
 
     config = stored_config(source)
     model = model_config(config)

@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 
-from disco_jax.collectives import AxisName, replicated_axes, to_varying
 from disco_jax.losses import disco, reference, ring, stream
+from disco_jax.losses.collectives import AxisName, replicated_axes, to_varying
 from disco_jax.losses.sigmoid import tiled_sigmoid
 from disco_jax.losses.softmax import tiled_softmax
 from disco_jax.losses.tiles import Side, default_tile

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from disco_jax.collectives import AxisName, all_gather
 from disco_jax.losses import reference
+from disco_jax.losses.collectives import AxisName, all_gather
 from disco_jax.losses.reference import MASKED, scaled_cosines
 from disco_jax.losses.tiles import Side, share_of, tile_masks
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from disco_jax.collectives import AxisName, ring_shift
+from disco_jax.losses.collectives import AxisName, ring_shift
 from disco_jax.losses.tiles import Combine, TileFn, scan_tiles
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from disco_jax.collectives import AxisName
+from disco_jax.losses.collectives import AxisName
 from disco_jax.losses.reference import cosines
 from disco_jax.losses.tiles import SUM, Combine, Side, Walk, share_of, tile_masks, varying
 

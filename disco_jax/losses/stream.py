@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from disco_jax.collectives import AxisName, all_gather
+from disco_jax.losses.collectives import AxisName, all_gather
 from disco_jax.losses.tiles import Combine, TileFn, scan_tiles
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from disco_jax.collectives import AxisName, psum_scatter, to_varying
+from disco_jax.losses.collectives import AxisName, psum_scatter, to_varying
 
 Array = jax.Array
 # (carry, columns of one tile, global index of its first column) -> (carry, outputs a column)

@@ -3,6 +3,8 @@
 Parameters are fp32; `dtype` is the compute dtype of both towers. Features leave in fp32.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,9 @@ def l2_normalize(x: Array) -> Array:
     """Rows of `[..., D]` scaled to unit length, in fp32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+Params = dict[str, Any]  # nested, by the names of modules
 
 
 class CLIP(nnx.Module):
@@ -47,3 +52,9 @@ class CLIP(nnx.Module):
     def encode_text(self, tokens: Array, keys: Array | None = None) -> Array:
         """L2-normalised fp32 features `[b, embed_dim]` of token ids `[b, context_length]`."""
         return l2_normalize(self.text(tokens, keys))
+
+
+def abstract_model(config: CLIPConfig) -> tuple[nnx.GraphDef, Params]:
+    """The model's structure, and its parameters as shapes alone: nothing is allocated."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return graph, nnx.to_pure_dict(params)

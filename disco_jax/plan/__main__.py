@@ -7,13 +7,13 @@ from pathlib import Path
 
 from absl import flags
 
-from disco_jax import cli
+from disco_jax.config.validation import METHODS
+from disco_jax.display.terminal import PlainConsole
 from disco_jax.errors import UserError
 from disco_jax.plan.accelerators import ACCELERATORS, parse_topology
 from disco_jax.plan.plans import find_max_batch, plan_all
 from disco_jax.plan.show import draw, show_many, show_one
-from disco_jax.terminal import PlainConsole
-from disco_jax.validation import METHODS
+from disco_jax.processes import cli
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", None, f"{', '.join(ACCELERATORS)} or cpu, and how many: NAME:8")

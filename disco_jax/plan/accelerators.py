@@ -8,8 +8,8 @@ import math
 import os
 from dataclasses import dataclass, field
 
+from disco_jax.config.validation import near
 from disco_jax.errors import UserError
-from disco_jax.validation import near
 
 GIB = 2**30
 

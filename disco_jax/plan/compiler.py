@@ -11,9 +11,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from disco_jax.config.validation import check_division
 from disco_jax.errors import UserError
 from disco_jax.plan.accelerators import Topology
-from disco_jax.validation import check_division
 
 Row = dict[str, Any]
 

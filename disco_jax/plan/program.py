@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 
 from disco_jax.losses import contrastive_loss
 from disco_jax.mesh import batch_sharding, replicated
+from disco_jax.models.build import model_config
 from disco_jax.plan.flops import matmul_flops
 from disco_jax.plan.hlo import Collective, collectives
-from disco_jax.training.build import model_config
-from disco_jax.training.host_step import HostStep
-from disco_jax.training.optimizer import make_optimizer
-from disco_jax.training.state import abstract_batch, abstract_state
-from disco_jax.training.step import batches_on_devices, make_train_step
+from disco_jax.step.host_step import HostStep
+from disco_jax.step.optimizer import make_optimizer
+from disco_jax.step.state import abstract_batch, abstract_state
+from disco_jax.step.train_step import batches_on_devices, make_train_step
 
 
 class Job(NamedTuple):

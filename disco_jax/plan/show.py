@@ -70,7 +70,7 @@ def show_many(rows: list[Row], console: Console) -> None:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Peak memory against batch, a line a method, and what the device has."""
-    from disco_jax.plots import subplots
+    from disco_jax.display.plots import subplots
 
     figure, axis = subplots(figsize=(7, 4.5), layout="constrained")
     methods = list(dict.fromkeys(row["method"] for row in rows))

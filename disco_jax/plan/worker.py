@@ -13,11 +13,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from disco_jax.backend import use_fake_devices
 from disco_jax.mesh import make_mesh
+from disco_jax.models.build import model_config
 from disco_jax.plan.accelerators import Topology, gpu_target_config, tpu_grid
 from disco_jax.plan.program import loss_job, measure, measure_step
-from disco_jax.training.build import model_config
+from disco_jax.processes.backend import use_fake_devices
 
 
 def devices_of(topology: Topology) -> list[Any]:

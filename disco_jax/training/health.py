@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from disco_jax.errors import UserError
-from disco_jax.jsonl import JsonLines, process_file
+from disco_jax.runs.jsonl import JsonLines, process_file
 
 SPIKE = 6.0  # standard deviations above the mean loss
 MEMORY = 0.98  # what of mean and variance is kept a step: they look back some 50 steps

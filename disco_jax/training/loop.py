@@ -8,27 +8,28 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from disco_jax.backend import first_then_all
-from disco_jax.checkpoint import Checkpoints
-from disco_jax.data.stream import TrainStream
+from disco_jax.data.train_data import TrainData
+from disco_jax.display.plots import plot_curves
+from disco_jax.display.terminal import console
 from disco_jax.errors import Preempted
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.mesh import own_rows, place_batch
-from disco_jax.plots import plot_curves
+from disco_jax.processes.backend import first_then_all
+from disco_jax.processes.preemption import Preemption
+from disco_jax.runs.checkpoint import Checkpoints
+from disco_jax.runs.metrics import MetricWriter, read_metrics
+from disco_jax.step.host_step import HostStep
+from disco_jax.step.train_step import Metrics, batches_on_devices, make_train_step
 from disco_jax.training.health import Health
-from disco_jax.training.host_step import HostStep
-from disco_jax.training.metrics import MetricWriter, read_metrics
-from disco_jax.training.preemption import Preemption
 from disco_jax.training.profile import Profiler
-from disco_jax.training.progress import Stopwatch, TrainProgress, console
-from disco_jax.training.setup import Run, prepare
-from disco_jax.training.step import Metrics, batches_on_devices, make_train_step
+from disco_jax.training.progress import Stopwatch, TrainProgress
+from disco_jax.training.setup import Setup, set_up
 
 
-class Parts(NamedTuple):
+class Resources(NamedTuple):
     """What a run's loop works with, each with a `close`."""
 
-    stream: TrainStream
+    data: TrainData
     health: Health
     metrics: MetricWriter
     preemption: Preemption
@@ -44,42 +45,44 @@ def train(config: ConfigDict, workdir: Path) -> None:
       Preempted: a signal asked to stop; the run is saved.
       DataLost: a data worker died, or the data do not come.
     """
-    run = prepare(config, workdir)
-    _announce(config, run)
-    with _opened(config, run, workdir) as parts:
-        evaluator = first_then_all(lambda: Evaluator(config, run.model, run.mesh))
-        _run_steps(config, run, evaluator, parts)
+    setup = set_up(config, workdir)
+    _announce(config, setup)
+    with _opened(config, setup, workdir) as resources:
+        evaluator = first_then_all(lambda: Evaluator(config, setup.model, setup.mesh))
+        _run_steps(config, setup, evaluator, resources)
     if jax.process_index() == 0:
         plot_curves(read_metrics(workdir), workdir / "curves.png")
     console.print(f"done: {workdir / 'curves.png'}")
 
 
 @contextmanager
-def _opened(config: ConfigDict, run: Run, workdir: Path) -> Iterator[Parts]:
-    start, rows = int(run.state.step), own_rows(run.mesh, config.batch_size)
-    parts = Parts(
-        TrainStream(config, run.model, run.source, rows, workdir, start, run.position),
-        Health(workdir, config.max_bad_steps, start, run.position.get("health", {})),
+def _opened(config: ConfigDict, setup: Setup, workdir: Path) -> Iterator[Resources]:
+    start, rows = int(setup.state.step), own_rows(setup.mesh, config.batch_size)
+    resources = Resources(
+        TrainData(config, setup.model, setup.source, rows, workdir, start, setup.position),
+        Health(workdir, config.max_bad_steps, start, setup.position.get("health", {})),
         MetricWriter(workdir, resume_from=start),
         Preemption(),
         Profiler(config.profile_steps, workdir),
-        run.checkpoints,
+        setup.checkpoints,
     )
     with ExitStack() as stack:  # all are closed, whatever one of them raises
-        for part in reversed(parts):
+        for part in reversed(resources):
             stack.callback(part.close)
         try:
-            yield parts
+            yield resources
         finally:
-            if report := parts.stream.report():
+            if report := resources.data.report():
                 console.print(report, soft_wrap=True)
 
 
-def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts) -> None:
-    state, mesh = run.state, run.mesh
-    stream, health, metrics, preemption, profiler, checkpoints = parts
+def _run_steps(
+    config: ConfigDict, setup: Setup, evaluator: Evaluator, resources: Resources
+) -> None:
+    state, mesh = setup.state, setup.mesh
+    data, health, metrics, preemption, profiler, checkpoints = resources
     by_host = config.microbatch and config.microbatch_mode == "host"
-    train_step = (HostStep if by_host else make_train_step)(config, run.model, mesh)
+    train_step = (HostStep if by_host else make_train_step)(config, setup.model, mesh)
     start = int(state.step)
     progress = TrainProgress(start, config.num_steps, config.batch_size)
     watch = Stopwatch()
@@ -87,12 +90,12 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
 
     def save(step: int) -> None:
         with watch.timed("checkpoint"):
-            checkpoints.save(step, state, stream.position() | {"health": health.saved()})
+            checkpoints.save(step, state, data.position() | {"health": health.saved()})
 
     for step in range(start + 1, config.num_steps + 1):
         last = step == config.num_steps
         with watch.timed("data"):
-            batch = stream.next(preemption.asked)
+            batch = data.next(preemption.asked)
         if batch is None:  # it was to stop, and the data don't come
             steps.wait()
             if step - 1 > start:
@@ -115,7 +118,7 @@ def _run_steps(config: ConfigDict, run: Run, evaluator: Evaluator, parts: Parts)
         if logs:
             row = {k: float(v) for k, v in values.items() if k != "train/skipped"}
             row |= progress.update(step, row["train/loss"], row["train/logit_scale"])
-            row |= stream.metrics() | health.metrics()
+            row |= data.metrics() | health.metrics()
         evaluates = last or (config.eval.every and step % config.eval.every == 0)
         if stops and not last:  # who told it to stop may not wait for an evaluation
             save(step)
@@ -158,14 +161,14 @@ class InFlight:
                 console.print(told, soft_wrap=True)
 
 
-def _announce(config: ConfigDict, run: Run) -> None:
-    start = int(run.state.step)
-    count = sum(x.size for x in jax.tree.leaves(run.state.params))
+def _announce(config: ConfigDict, setup: Setup) -> None:
+    start = int(setup.state.step)
+    count = sum(x.size for x in jax.tree.leaves(setup.state.params))
     origin = f"going on from step {start}" if start else "from scratch"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     console.print(
-        f"{config.model.name}, {count / 1e6:.1f} M parameters, on {run.mesh.devices.size} "
-        f"{jax.devices()[0].platform} devices{processes}; {len(run.source):,} samples, batch "
+        f"{config.model.name}, {count / 1e6:.1f} M parameters, on {setup.mesh.devices.size} "
+        f"{jax.devices()[0].platform} devices{processes}; {len(setup.source):,} samples, batch "
         f"{config.batch_size:,}, "
         f"{config.num_steps:,} steps, loss method {config.loss.method}; {origin}",
         soft_wrap=True,

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from disco_jax.training.progress import console
+from disco_jax.display.terminal import console
 
 
 class Profiler:

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from disco_jax.terminal import PlainConsole
-
-console = PlainConsole()  # made quiet in all processes but the first
+from disco_jax.display.terminal import console
 
 
 class Stopwatch:

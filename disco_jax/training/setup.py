@@ -9,23 +9,23 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from disco_jax import workdir as workdir_lib
-from disco_jax.backend import first_then_all
-from disco_jax.checkpoint import Checkpoints
+from disco_jax.config.validation import check_division
 from disco_jax.data.source import Joined
 from disco_jax.data.sources import open_source
 from disco_jax.errors import UserError
-from disco_jax.interop.store import flatten, nest
 from disco_jax.interop.transfer import read_model
 from disco_jax.mesh import make_mesh
 from disco_jax.models import CLIPConfig
-from disco_jax.training.build import model_config
-from disco_jax.training.optimizer import make_optimizer
-from disco_jax.training.state import TrainState, abstract_state, init_state
-from disco_jax.validation import check_division
+from disco_jax.models.build import model_config
+from disco_jax.models.folder import flatten, nest
+from disco_jax.processes.backend import first_then_all
+from disco_jax.runs import workdir as workdir_lib
+from disco_jax.runs.checkpoint import Checkpoints
+from disco_jax.step.optimizer import make_optimizer
+from disco_jax.step.state import TrainState, abstract_state, init_state
 
 
-class Run(NamedTuple):
+class Setup(NamedTuple):
     """A run, ready to take steps."""
 
     model: CLIPConfig
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     position: dict[str, Any]  # what the checkpoint says of the data; empty for a new run
 
 
-def prepare(config: ConfigDict, workdir: Path) -> Run:
+def set_up(config: ConfigDict, workdir: Path) -> Setup:
     """Opens all that a run needs, by the first process first: it makes what the others then find.
 
     Raises:
@@ -57,7 +57,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         )
     checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
     state, position = _restore_or_init(config, model, mesh, checkpoints)
-    return Run(model, mesh, source, checkpoints, state, position)
+    return Setup(model, mesh, source, checkpoints, state, position)
 
 
 def _restore_or_init(

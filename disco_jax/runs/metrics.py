@@ -8,7 +8,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from disco_jax.errors import UserError
-from disco_jax.jsonl import JsonLines, read_lines
+from disco_jax.runs.jsonl import JsonLines, read_lines
 
 METRICS_FILE = "metrics.jsonl"
 LEAST_FREE = 16 << 20  # bytes; TensorBoard's thread would end in a stack trace

@@ -9,8 +9,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
-from disco_jax.terminal import say
 
 
 def process_file(workdir: Path, name: str) -> Path:

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from disco_jax.config import default, flatten
-from disco_jax.validation import of_a_set, unknown_field
+from disco_jax.config.validation import of_a_set, unknown_field
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 

@@ -20,11 +20,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from disco_jax.collectives import to_varying
 from disco_jax.losses import contrastive_loss
+from disco_jax.losses.collectives import to_varying
 from disco_jax.mesh import BATCH_AXES, batch_sharding, state_sharding
-from disco_jax.models import CLIPConfig
-from disco_jax.training.state import Params, abstract_model, trained, with_trained
+from disco_jax.models import CLIPConfig, Params, abstract_model
+from disco_jax.step.state import trained, with_trained
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -35,25 +35,25 @@ SCALARS = ("logit_scale", "logit_bias")
 ROWS = P(BATCH_AXES)
 
 
-class Parts(NamedTuple):
+class ModelFns(NamedTuple):
     """What the gradients are made of, for one config, model and mesh."""
 
     # fp32 parameters, sharded or not -> the towers' in their compute dtype, whole on all devices
-    prepare: Callable[[Params], Params]
+    cast_params: Callable[[Params], Params]
     # (prepared parameters, samples, their places in the batch, step) -> features
     encode: Callable[[Params, Batch, Array, Array], Features]
     # (the scalars among the parameters, features of the whole batch) -> loss
     loss: Callable[[Params, Features], Array]
 
 
-def make_parts(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> Parts:
+def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFns:
     """The functions that `whole_batch`, `by_microbatches` and the host's loop are built from."""
     graph, abstract = abstract_model(model)
     root = jax.random.key(config.seed)
     random = bool(config.model.dropout or config.model.patch_dropout)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
-    def prepare(params: Params) -> Params:
+    def cast_params(params: Params) -> Params:
         cast = jax.tree_util.tree_map_with_path(
             lambda path, x: x.astype(model.dtype) if _computes_in_dtype(path) else x, params
         )
@@ -88,7 +88,7 @@ def make_parts(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> Parts:
             method=config.loss.method,
         )
 
-    return Parts(prepare, encode, loss)
+    return ModelFns(cast_params, encode, loss)
 
 
 def _computes_in_dtype(path: tuple[Any, ...]) -> bool:
@@ -122,23 +122,23 @@ def split(params: Params) -> tuple[Params, Params]:
     return towers, {name: x for name, x in params.items() if name in SCALARS}
 
 
-def whole_batch(config: ConfigDict, parts: Parts, model: CLIPConfig, mesh: Mesh) -> GradientFn:
+def whole_batch(config: ConfigDict, fns: ModelFns, model: CLIPConfig, mesh: Mesh) -> GradientFn:
     """Loss and gradients in one go, by differentiating through everything."""
 
     def encode(towers: Params, own: Params, samples: Batch, step: Array) -> Features:
         """This device's features, of its own copy of the trained parameters, `[1, ...]`."""
         changing = jax.tree.map(lambda x: x[0], own)
         places = own_places(len(samples["tokens"]))
-        return parts.encode(with_trained(model, towers, changing), samples, places, step)
+        return fns.encode(with_trained(model, towers, changing), samples, places, step)
 
     encode_all = jax.shard_map(encode, mesh=mesh, in_specs=(P(), ROWS, ROWS, P()), out_specs=ROWS)
 
     def gradient(params: Params, batch: Batch, step: Array) -> tuple[Array, Params]:
         towers, scalars = split(params)
-        towers = parts.prepare(towers)
+        towers = fns.cast_params(towers)
 
         def loss(copies: Params, scalars: Params) -> Array:
-            return parts.loss(scalars, encode_all(towers, copies, batch, step))
+            return fns.loss(scalars, encode_all(towers, copies, batch, step))
 
         copies = one_each(mesh, trained(model, towers))
         value, (own, d_scalars) = jax.value_and_grad(loss, (0, 1))(copies, scalars)
@@ -147,7 +147,7 @@ def whole_batch(config: ConfigDict, parts: Parts, model: CLIPConfig, mesh: Mesh)
     return gradient
 
 
-def by_microbatches(config: ConfigDict, parts: Parts, model: CLIPConfig, mesh: Mesh) -> GradientFn:
+def by_microbatches(config: ConfigDict, fns: ModelFns, model: CLIPConfig, mesh: Mesh) -> GradientFn:
     """The same numbers, with the activations of `config.microbatch` samples a device at a time."""
 
     def fold(x: Array) -> Array:
@@ -156,14 +156,14 @@ def by_microbatches(config: ConfigDict, parts: Parts, model: CLIPConfig, mesh: M
 
     def forward(towers: Params, samples: Batch, step: Array) -> Features:
         def turn(_: None, piece: tuple[Batch, Array]) -> tuple[None, Features]:
-            return None, parts.encode(towers, *piece, step)
+            return None, fns.encode(towers, *piece, step)
 
         pieces = jax.tree.map(fold, (samples, own_places(len(samples["tokens"]))))
         _, features = lax.scan(turn, None, pieces)
         return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), features)
 
     def backward(towers: Params, samples: Batch, d_features: Features, step: Array) -> Params:
-        pull = pullback(parts, model, towers)
+        pull = pullback(fns, model, towers)
 
         def turn(total: Params, piece: tuple[Batch, Array, Features]) -> tuple[Params, None]:
             return add(total, pull(*piece, step)), None
@@ -180,9 +180,9 @@ def by_microbatches(config: ConfigDict, parts: Parts, model: CLIPConfig, mesh: M
 
     def gradient(params: Params, batch: Batch, step: Array) -> tuple[Array, Params]:
         towers, scalars = split(params)
-        towers = parts.prepare(towers)
+        towers = fns.cast_params(towers)
         features = forward_all(towers, batch, step)
-        value, (d_scalars, d_features) = jax.value_and_grad(parts.loss, (0, 1))(scalars, features)
+        value, (d_scalars, d_features) = jax.value_and_grad(fns.loss, (0, 1))(scalars, features)
         own = backward_all(towers, batch, d_features, step)
         return value, sum_over_devices(mesh, own, config.reduce_dtype) | d_scalars
 
@@ -196,7 +196,7 @@ def own_places(count: int) -> Array:
 
 
 def pullback(
-    parts: Parts, model: CLIPConfig, towers: Params
+    fns: ModelFns, model: CLIPConfig, towers: Params
 ) -> Callable[[Batch, Array, Features, Array], Params]:
     """On one device: (samples, places, dL/dfeatures, step) -> gradients of what is trained."""
     # A copy of its own for each device: the gradients of a shared one would be summed at once.
@@ -204,7 +204,7 @@ def pullback(
 
     def pull(samples: Batch, places: Array, cotangents: Features, step: Array) -> Params:
         def encode(changing: Params) -> Features:
-            return parts.encode(with_trained(model, towers, changing), samples, places, step)
+            return fns.encode(with_trained(model, towers, changing), samples, places, step)
 
         _, transpose = jax.vjp(encode, changing)
         return transpose(cotangents)[0]

@@ -17,15 +17,15 @@ from ml_collections import ConfigDict
 
 import disco_jax
 from disco_jax.config import default, flatten
+from disco_jax.config.validation import validate
+from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
-from disco_jax.terminal import say
-from disco_jax.validation import validate
 
 # What may differ when a run goes on, besides all of `eval`: none of it changes more than rounding.
 FREE_FIELDS = (
     "data.dir",
     "data.max_bad_fraction",
-    "data.name",  # data may have moved: a checkpoint knows what they were (data/stream.py)
+    "data.name",  # data may have moved: a checkpoint knows what they were (data/train_data.py)
     "data.num_workers",
     "data.record_keys",
     "data.timeout",

@@ -17,8 +17,10 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from disco_jax import cluster
 from disco_jax.config import default
+from disco_jax.config.overrides import check_overrides
+from disco_jax.config.validation import near, problems_of
+from disco_jax.display.terminal import console, printable, say
 from disco_jax.errors import (
     EXIT_DATA_LOST,
     EXIT_INTERRUPTED,
@@ -31,11 +33,9 @@ from disco_jax.errors import (
     says_no_name,
     says_unwritable,
 )
-from disco_jax.overrides import check_overrides
-from disco_jax.peers import Watch, watched
-from disco_jax.terminal import printable, say
-from disco_jax.validation import near, problems_of
-from disco_jax.workdir import locked
+from disco_jax.processes import cluster
+from disco_jax.processes.peers import Watch, watched
+from disco_jax.runs.workdir import locked
 
 # Of a GPU's memory, for JAX's pool; by itself it takes 0.75. The planner's limit is 0.03 below it:
 # inside the pool that much may be lost to fragmentation. The rest is for the CUDA context, library
@@ -67,7 +67,7 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
             raise UserError("--workdir=DIR is missing")
         workdir = Path(flags.FLAGS.workdir)
         _stop_at_signals()
-        from disco_jax import backend  # after --help, which needs no JAX
+        from disco_jax.processes import backend  # after --help, which needs no JAX
 
         launch = cluster.find(
             _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, backend.has_tpu()
@@ -94,7 +94,7 @@ def _place(launch: cluster.Launch | None) -> tuple[int, int]:
     if launch is None:
         return 0, 1
     if launch.index is None or launch.count is None:
-        from disco_jax import backend
+        from disco_jax.processes import backend
 
         return backend.processes()
     return launch.index, launch.count
@@ -123,15 +123,14 @@ def _hold(
 
 def _set_up_jax(config: ConfigDict, launch: cluster.Launch | None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    from disco_jax import backend
-    from disco_jax.training import progress
+    from disco_jax.processes import backend
 
     backend.ignore_absent_accelerators()
     if config.fake_devices:
         backend.use_fake_devices(config.fake_devices)
     if launch:
         cluster.start(launch, config.start_timeout)
-    progress.console.quiet = backend.processes()[0] > 0
+    console.quiet = backend.processes()[0] > 0
 
 
 def _stop_at_signals() -> None:
@@ -229,7 +228,7 @@ def parse(argv: list[str], usage: str, config_needed: bool = True) -> Any:
     """
     if any(arg in ("-h", "--help", "--helpshort", "--helpfull") for arg in argv):
         print(f"usage: {usage} [--config.FIELD=VALUE ...]")
-        print("Fields, their defaults and meanings: disco_jax/config.py")
+        print("Fields, their defaults and meanings: disco_jax/config/defaults.py")
         print(flags.FLAGS.main_module_help())
         sys.exit(0)
     path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)

@@ -14,7 +14,7 @@ def default() -> ConfigDict:
     c.seed = 0  # of parameters and of the order of samples
     c.batch_size = 1024  # samples a step
     # Exact large batches: towers run on so many samples a device at a time, the loss on all of them
-    # at once (disco_jax/training/gradients.py). 0: everything at once.
+    # at once (disco_jax/step/gradients.py). 0: everything at once.
     c.microbatch = 0
     # Where a batch's images wait: `scan`, on the devices, in one program; `host`, in the host's
     # memory, which then bounds the batch.
@@ -56,7 +56,7 @@ def default() -> ConfigDict:
     c.loss.method = "ring"  # auto, reference, disco, stream or ring (docs/losses.md)
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # adamw, lion, adafactor or muon (disco_jax/training/optimizer.py)
+    c.optimizer.name = "adamw"  # adamw, lion, adafactor or muon (disco_jax/step/optimizer.py)
     c.optimizer.learning_rate = 5e-4  # after warm-up; falls to 0 along a cosine
     # Updates until then: update n of them has n / warmup_steps of the rate, as in OpenCLIP.
     c.optimizer.warmup_steps = 2_000

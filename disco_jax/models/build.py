@@ -7,9 +7,9 @@ import jax
 from ml_collections import ConfigDict
 
 from disco_jax.errors import UserError
-from disco_jax.interop.store import MODEL_JSON, load_config
 from disco_jax.models import CLIPConfig, preset
 from disco_jax.models.config import Attention
+from disco_jax.models.folder import MODEL_JSON, load_config
 
 INITIAL_LOGIT_BIAS = -10.0  # most pairs are negatives, and begin as such (SigLIP, section 3.2)
 

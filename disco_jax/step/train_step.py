@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from disco_jax.mesh import batch_sharding, replicated
-from disco_jax.models import CLIPConfig
+from disco_jax.models import CLIPConfig, Params
 from disco_jax.models.clip import MAX_LOGIT_SCALE
-from disco_jax.training.gradients import by_microbatches, make_parts, whole_batch
-from disco_jax.training.optimizer import make_optimizer, make_schedule
-from disco_jax.training.state import Params, TrainState, abstract_state, trained, with_trained
+from disco_jax.step.gradients import by_microbatches, make_model_fns, whole_batch
+from disco_jax.step.optimizer import make_optimizer, make_schedule
+from disco_jax.step.state import TrainState, abstract_state, trained, with_trained
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -32,8 +32,8 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
     Raises:
       ValueError: the config names what is not there, or sizes do not fit the mesh.
     """
-    parts = make_parts(config, model, mesh)
-    gradient = (by_microbatches if config.microbatch else whole_batch)(config, parts, model, mesh)
+    fns = make_model_fns(config, model, mesh)
+    gradient = (by_microbatches if config.microbatch else whole_batch)(config, fns, model, mesh)
     update = make_update(config, model)
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:

@@ -9,9 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from disco_jax.mesh import batch_sharding, state_sharding
-from disco_jax.models import CLIP, CLIPConfig
-
-Params = dict[str, Any]
+from disco_jax.models import CLIP, CLIPConfig, Params
 
 # A tower's parameters behind its blocks, trained with the last of them.
 AFTER_BLOCKS = ("ln_post", "pool", "ln_final", "proj", "proj_bias")
@@ -26,12 +24,6 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Params
     opt_state: optax.OptState
-
-
-def abstract_model(config: CLIPConfig) -> tuple[nnx.GraphDef, Params]:
-    """The model's structure, and its parameters as shapes alone: nothing is allocated."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return graph, nnx.to_pure_dict(params)
 
 
 def trained(config: CLIPConfig, params: Params) -> Params:

@@ -12,10 +12,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from disco_jax.errors import UserError
-from disco_jax.interop.files import copy_tokenizer, read_object, read_tensors
-from disco_jax.interop.model_config import as_dict, from_dict
-from disco_jax.models import CLIPConfig
-from disco_jax.training.state import Params, abstract_model
+from disco_jax.models.clip import Params, abstract_model
+from disco_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from disco_jax.models.files import copy_tokenizer, read_object, read_tensors
 
 MODEL_JSON, WEIGHTS, TOKENIZER = "model.json", "model.safetensors", "tokenizer.json"
 
@@ -101,3 +100,19 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[last] = leaf
     return tree
+
+
+def as_dict(config: CLIPConfig) -> dict[str, Any]:
+    """All fields, for `model.json`."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(spec: dict[str, Any]) -> CLIPConfig:
+    """The inverse of `as_dict`. Raises UserError for a field that is unknown."""
+    try:
+        vision = dict(spec["vision"])
+        vision |= {field: tuple(vision[field]) for field in ("mean", "std")}
+        towers = {"vision": VisionConfig(**vision), "text": TextConfig(**spec["text"])}
+        return CLIPConfig(**{**spec, **towers})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"this is no model.json: {error}") from error

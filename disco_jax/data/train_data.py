@@ -21,13 +21,13 @@ from disco_jax.data.batches import Batch
 from disco_jax.data.load import Load
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import Joined
+from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.errors import UserError
-from disco_jax.jsonl import JsonLines, process_file
 from disco_jax.models import CLIPConfig
-from disco_jax.tokenizer import make_tokenizer
+from disco_jax.runs.jsonl import JsonLines, process_file
 
 
-class TrainStream:
+class TrainData:
     """This process's share of the batches, without an end, from where `position` says.
 
     Args:

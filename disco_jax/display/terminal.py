@@ -38,3 +38,6 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Of every string that is printed, in a table too."""
         return super().render_str(printable(text, keep="\n"), **options)
+
+
+console = PlainConsole()  # silenced in every process but the first

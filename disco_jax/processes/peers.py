@@ -22,7 +22,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from disco_jax.errors import EXIT_PEER_LOST, EXIT_USER, Preempted, UserError, says_unwritable
-from disco_jax.watcher import BEATS
+from disco_jax.processes.watcher import BEATS
 
 
 @contextmanager

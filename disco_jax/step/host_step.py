@@ -15,21 +15,21 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from disco_jax.mesh import batch_sharding, place_batch, replicated
-from disco_jax.models import CLIPConfig
-from disco_jax.training.gradients import (
+from disco_jax.models import CLIPConfig, Params
+from disco_jax.step.gradients import (
     ROWS,
     Features,
     add,
-    make_parts,
+    make_model_fns,
     own_places,
     pullback,
     split,
     sum_over_devices,
     zeros,
 )
-from disco_jax.training.optimizer import make_optimizer
-from disco_jax.training.state import Params, TrainState, abstract_batch, abstract_state, trained
-from disco_jax.training.step import Metrics, make_update, state_shardings
+from disco_jax.step.optimizer import make_optimizer
+from disco_jax.step.state import TrainState, abstract_batch, abstract_state, trained
+from disco_jax.step.train_step import Metrics, make_update, state_shardings
 
 Array = jax.Array
 Samples = dict[str, Array]
@@ -51,7 +51,7 @@ class HostStep:
     """
 
     def __init__(self, config: ConfigDict, model: CLIPConfig, mesh: Mesh):
-        parts = make_parts(config, model, mesh)
+        fns = make_model_fns(config, model, mesh)
         update = make_update(config, model)
         self._config, self._model, self._mesh = config, model, mesh
         self._count = count = config.batch_size // mesh.devices.size // config.microbatch
@@ -71,7 +71,7 @@ class HostStep:
             towers: Params, features: Features, samples: Samples, i: Array, step: Array
         ) -> tuple[Features, Array]:
             """On a device: puts microbatch i's features in place; and a number to wait for."""
-            new = parts.encode(towers, samples, places(i), step)
+            new = fns.encode(towers, samples, places(i), step)
             image, text = (
                 lax.dynamic_update_slice_in_dim(old, piece[None, None], i, axis=1)
                 for old, piece in zip(features, new, strict=True)
@@ -80,9 +80,7 @@ class HostStep:
 
         def loss(scalars: Params, folded: Features) -> tuple[Array, Params, Features]:
             features = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), folded)
-            value, (d_scalars, d_features) = jax.value_and_grad(parts.loss, (0, 1))(
-                scalars, features
-            )
+            value, (d_scalars, d_features) = jax.value_and_grad(fns.loss, (0, 1))(scalars, features)
             return (
                 value,
                 d_scalars,
@@ -99,7 +97,7 @@ class HostStep:
         ) -> tuple[Params, Array]:
             """On a device: adds microbatch i's gradients; and a number to wait for."""
             of_samples = jax.tree.map(lambda x: x[0, i], cotangents)
-            grads = pullback(parts, model, towers)(samples, places(i), of_samples, step)
+            grads = pullback(fns, model, towers)(samples, places(i), of_samples, step)
             return add(total, grads), jax.tree.leaves(grads)[0].ravel()[:1]
 
         def on_devices(function: Any, *specs: P) -> Any:
@@ -111,7 +109,9 @@ class HostStep:
             grads = sum_over_devices(mesh, total, config.reduce_dtype)
             return update(state, value, grads | d_scalars)
 
-        self._prepare = jax.jit(lambda params: parts.prepare(split(params)[0]), out_shardings=whole)
+        self._cast_params = jax.jit(
+            lambda params: fns.cast_params(split(params)[0]), out_shardings=whole
+        )
         self._empty = jax.jit(empty, out_shardings=(rows, rows))
         self._encode = jax.jit(on_devices(encode, P(), ROWS, ROWS, P(), P()), donate_argnums=1)
         self._loss = jax.jit(loss, donate_argnums=1, out_shardings=(whole, whole, (rows, rows)))
@@ -133,7 +133,7 @@ class HostStep:
 
         All else is freed before the update.
         """
-        towers = self._prepare(state.params)
+        towers = self._cast_params(state.params)
         features = self._each(
             batch,
             self._empty(),
@@ -174,14 +174,14 @@ class HostStep:
         config, model, mesh = self._config, self._model, self._mesh
         state = abstract_state(model, make_optimizer(config), mesh)
         towers, scalars = split(state.params)
-        towers = _like(jax.eval_shape(self._prepare, state.params), lambda _: replicated(mesh))
+        towers = _like(jax.eval_shape(self._cast_params, state.params), lambda _: replicated(mesh))
         features = _like(jax.eval_shape(self._empty), lambda _: batch_sharding(mesh))
         total = _like(jax.eval_shape(self._begin, towers), lambda _: batch_sharding(mesh))
         samples = abstract_batch(model, config.microbatch * mesh.devices.size, mesh)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
         value = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
         return {
-            "prepare": Phase(self._prepare, (state.params,), 1, (state.opt_state,)),
+            "prepare": Phase(self._cast_params, (state.params,), 1, (state.opt_state,)),
             "encode": Phase(
                 self._encode,
                 (towers, features, samples, number, number),

@@ -1,0 +1,1 @@
+"""One optimiser update: state, gradients, the jitted step. Pure: no files, no flags."""
