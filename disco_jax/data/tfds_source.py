@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-import disco_jax.data.shapes  # noqa: F401  (registers `shapes` with TFDS)
+import disco_jax.data.shapes.builder  # noqa: F401  (registers `shapes` with TFDS)
 from disco_jax.data.building import building
 from disco_jax.data.source import Sample
 from disco_jax.display.terminal import say

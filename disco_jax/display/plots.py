@@ -3,16 +3,20 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from disco_jax.display.terminal import printable
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+
+def subplots(rows: int = 1, columns: int = 1, **options: Any) -> "tuple[Figure, Any]":
     """A figure and its axes, for files. pyplot would choose a backend for the whole process."""
+    from matplotlib.figure import Figure  # takes half a second to import
+
     squeeze = options.pop("squeeze", True)
     figure = Figure(**options)
     return figure, figure.subplots(rows, columns, squeeze=squeeze)
