@@ -273,7 +273,7 @@ def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
     rarely = ["--config.checkpoint_every=1000000", "--config.log_every=50"]
     running = pair(made, tmp_path, *rarely)
     until_training(tmp_path, running)
-    second = pair(made, tmp_path, "--config.start_timeout=16", *rarely)
+    second = pair(made, tmp_path, "--config.start_timeout=8", *rarely)
     told = [job.communicate(timeout=60)[1] for job in second]
     assert [job.returncode for job in second] == [EXIT_USER] * 2, told
     assert all(f"workdir {tmp_path} is in use by another run" in line for line in told), told

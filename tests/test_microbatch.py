@@ -49,7 +49,7 @@ def standard_promotion():
         yield
 
 
-def small(kind="softmax", method="ring", microbatch=0, drop=(0.5, 0.0), **model):
+def small(kind="softmax", method="ring", microbatch=0, drop=(0.5, 0.1), **model):
     """A config that drops patches and more, and a model small enough to compile often."""
     config = default()
     config.batch_size, config.microbatch, config.num_steps = BATCH, microbatch, 20
@@ -174,14 +174,6 @@ def test_gradients_cross_devices_once_in_the_dtype_asked_for(dtype, microbatch):
 def test_every_method_takes_microbatches(method):
     config, model = small("softmax", method, 8)
     assert difference(loss_and_gradients(config, model, 2), whole("softmax")) < 1e-5
-
-
-def test_dropout_is_replayed():
-    config, model = small(drop=(0.5, 0.1), method="reference")
-    expected = loss_and_gradients(config, model, 1)
-    config, model = small(drop=(0.5, 0.1), microbatch=4)
-    assert difference(loss_and_gradients(config, model, 2), expected) < 1e-5
-    assert difference(loss_and_gradients(config, model, 2, mode="host"), expected) < 1e-5
 
 
 def test_both_passes_must_draw_the_same(monkeypatch):

@@ -1,7 +1,9 @@
 """SigLIP in and out: transformers' outputs, OpenCLIP's names, a tokenizer of its own."""
 
+import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from disco_jax.config import default
 from disco_jax.data.tokenizer import FileTokenizer, make_tokenizer
 from disco_jax.data.transforms import to_pixels
 from disco_jax.errors import UserError
-from disco_jax.interop import export_model, import_model, load_model
+from disco_jax.interop import export_model, import_model, load_model, siglip_config
 from disco_jax.interop.names import openclip_siglip
 from disco_jax.models import CLIP, PRESETS
 from disco_jax.models.build import model_config
@@ -92,22 +94,32 @@ def test_openclips_names_are_all_known(golden):
     assert seen == theirs.keys()
 
 
-def test_openclips_form_goes_out_and_in(golden, tmp_path):
-    """A B/16 of random numbers: split and joined queries, keys and values are put back."""
-    config = PRESETS["ViT-B-16-SigLIP"]
+def test_openclips_form_goes_out_and_in(golden, tmp_path, monkeypatch):
+    """A B/16 of random numbers: split and joined queries, keys and values are put back.
+
+    Two blocks of each tower stand for all twelve.
+    """
+    monkeypatch.setitem(siglip_config.TIMM, "base", (768, 2, *siglip_config.TIMM["base"][2:]))
+    preset = PRESETS["ViT-B-16-SigLIP"]
+    config = dataclasses.replace(
+        preset,
+        vision=dataclasses.replace(preset.vision, layers=2),
+        text=dataclasses.replace(preset.text, layers=2),
+    )
     words = [*WORDS, *(f"w{i}" for i in range(100))]
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json", words)
     rng = np.random.default_rng(0)
     spec = json.loads((golden / "siglip_b16_openclip_shapes.json").read_text())
+    spec = {k: v for k, v in spec.items() if not re.search(r"blocks\.([2-9]|1\d)\.", k)}
     from safetensors.numpy import save_file
-
-    from disco_jax.interop.siglip_config import to_openclip
 
     tensors = {k: rng.random(shape, np.float32) for k, shape in spec.items()}
     folder = tmp_path / "theirs"
     folder.mkdir()
     save_file(tensors, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": to_openclip(config)}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": siglip_config.to_openclip(config)})
+    )
     import_model(str(folder), "openclip", tmp_path / "ours", tokenizer=tokenizer)
     export_model(tmp_path / "ours", "openclip", tmp_path / "out")
     back = load_file(tmp_path / "out" / "open_clip_model.safetensors")
