@@ -16,6 +16,7 @@ from disco_jax.mesh import batch_sharding, place_batch, state_sharding
 from disco_jax.models import CLIP, CLIPConfig, TextConfig, VisionConfig
 from disco_jax.models.vision import drop_patches
 from disco_jax.plan.flops import matmul_flops
+from disco_jax.step import gradients
 from disco_jax.step.gradients import (
     by_microbatches,
     make_model_fns,
@@ -27,7 +28,7 @@ from disco_jax.step.host_step import HostStep
 from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import init_state
 from disco_jax.step.train_step import batches_on_devices, state_shardings
-from disco_jax.training import gradients, loop
+from disco_jax.training import loop
 from disco_jax.training.health import Health
 from tests import small_run
 from tests.conftest import mesh_of

@@ -204,7 +204,9 @@ def test_mistakes_end_in_one_line(flags, says):
 def test_the_wheels_change_no_ordinary_start():
     """JAX says nothing, and takes the CPU, though plug-ins for absent devices are installed."""
     code = (
-        "from disco_jax import backend, mesh; backend.ignore_absent_accelerators(); "
+        "from disco_jax import mesh\n"
+        "from disco_jax.processes import backend\n"
+        "backend.ignore_absent_accelerators()\n"
         "print(mesh.make_mesh())"
     )
     done = run("-c", code)
