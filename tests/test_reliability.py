@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tm
     assert job.returncode == 2, told
     assert f"error: checkpoint {newest} can't be restored: " in told
     assert f"python -m disco_jax.checkpoint {workdir} --go_back_to=4" in told
-    back = [sys.executable, "-m", "disco_jax.runs.checkpoint", workdir, "--go_back_to"]
+    back = [sys.executable, "-m", "disco_jax.checkpoint", workdir, "--go_back_to"]
     wrong = subprocess.run([*back, "3"], cwd=small_run.ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "there is no checkpoint 3" in wrong.stderr
