@@ -1,7 +1,7 @@
-"""Features of many images: python -m disco_jax.embed MODEL --images='*.jpg' --out=embeddings.npz.
+"""Embeds many images: python -m disco_jax.embed MODEL --images='*.jpg' --out=embeddings.npz.
 
-The file holds `features`, fp32 `[n, embed_dim]` of unit length, and `paths`, in the same order.
-Images that can't be read are told and left out.
+The output holds `features`, fp32 `[n, embed_dim]` of unit length, and `paths`, in the same order.
+Images that can't be read are reported and skipped.
 """
 
 import argparse
@@ -19,23 +19,28 @@ from disco_jax.processes.cli import guard
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command's arguments."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a model folder or a run's workdir")
-    parser.add_argument("--images", required=True, help="a glob; ** goes down into folders")
-    parser.add_argument("--out", type=Path, required=True, help="a new .npz file")
+    parser.add_argument("--images", required=True, help="a glob; ** matches subfolders")
+    parser.add_argument("--out", type=Path, required=True, help="the .npz file to create")
     parser.add_argument("--batch_size", type=int, default=64)
     return parser.parse_args()
 
 
 def embed(arguments: argparse.Namespace) -> None:
-    """Raises UserError where there is no model, no image, or a file that would be overwritten."""
+    """Writes the features of all matching images.
+
+    Raises:
+      UserError: if there is no model or no image, or the output file already exists.
+    """
     paths = sorted(glob.glob(str(Path(arguments.images).expanduser()), recursive=True))  # noqa: PTH207
     if not paths:
         raise UserError(f"--images: no file matches {arguments.images}")
     if arguments.out.suffix != ".npz" or arguments.out.exists():
         raise UserError(f"--out: {arguments.out} must be a new .npz file")
-    # Written beside and renamed; opened now, for after hours of work is late to find out.
+    # Write to a temporary file and rename it. Open it now, so that a bad path fails right away and
+    # not after hours of work.
     unfinished = arguments.out.with_name(arguments.out.name + ".unfinished")
     try:
         file = unfinished.open("xb")
@@ -47,12 +52,12 @@ def embed(arguments: argparse.Namespace) -> None:
         unfinished.rename(arguments.out)
     finally:
         unfinished.unlink(missing_ok=True)
-    say(f"written: {count} features in {arguments.out}")
+    say(f"wrote {count} features to {arguments.out}")
 
 
 def _embed_into(file: BinaryIO, arguments: argparse.Namespace, paths: list[str]) -> int:
-    """Writes features and paths of what can be read; how many that is."""
-    from disco_jax.inference import load  # after --help, which needs no JAX
+    """Writes the features and paths of all readable images, and returns how many there are."""
+    from disco_jax.inference import load  # lazy: --help needs no JAX
 
     model = load(arguments.model, arguments.batch_size)
     features: list[np.ndarray] = []
@@ -65,11 +70,11 @@ def _embed_into(file: BinaryIO, arguments: argparse.Namespace, paths: list[str])
                 batch.append(model.read(path))
                 kept.append(path)
             except UserError as error:
-                say(f"left out: {error}", sys.stderr)
+                say(f"skipped: {error}", sys.stderr)
         if batch:
             features.append(model.encode_pixels(np.stack(batch)))
     if not kept:
-        raise UserError(f"--images: none of {len(paths)} files can be read")
+        raise UserError(f"--images: none of the {len(paths)} files can be read")
     np.savez(file, features=np.concatenate(features), paths=np.array(kept))
     return len(kept)
 

@@ -1,4 +1,4 @@
-"""A trained model to use: features of images and texts, and classes by name."""
+"""Inference with a trained model: image and text features, and zero-shot classification."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +18,17 @@ from disco_jax.mesh import make_mesh, replicated
 from disco_jax.models import CLIPConfig, Params
 
 Picture = Image.Image | str | Path
-TEMPLATES = ("a photo of a {}.",)  # CLIP's, section 3.1.4
+TEMPLATES = ("a photo of a {}.",)  # from CLIP, section 3.1.4
 LIMITS = ImageLimits(max_image_pixels=100_000_000, min_image_side=1, max_aspect_ratio=100.0)
 
 
 class Model:
-    """Features of unit length, on all devices of the machine; every tower is compiled once.
+    """Computes unit-length features on all devices of the machine. Each tower is compiled once.
 
     Args:
       config: the towers.
       params: their parameters, by name.
-      batch_size: images or texts at once.
+      batch_size: images or texts per batch, rounded up to a multiple of the number of devices.
     """
 
     def __init__(self, config: CLIPConfig, params: Params, batch_size: int):
@@ -40,42 +40,49 @@ class Model:
 
     @property
     def batch_size(self) -> int:
-        """Images or texts at once: a multiple of the devices."""
+        """Images or texts per batch, a multiple of the number of devices."""
         return self._encoder.batch_size
 
     @property
     def logit_scale(self) -> float:
-        """What cosines are multiplied by, learned in training."""
+        """The learned factor that cosine similarities are multiplied by."""
         return float(np.exp(self._params["logit_scale"]))
 
     def encode_image(self, images: Sequence[Picture]) -> np.ndarray:
-        """fp32 `[n, embed_dim]` of Pillow's images or files, resized and cut as in evaluation.
+        """Encodes Pillow images or image files, resized and cropped as in evaluation.
+
+        Returns:
+          fp32 `[n, embed_dim]`.
 
         Raises:
-          UserError: one can't be read; it is named.
+          UserError: if an image can't be read; the message names it.
         """
         return self.encode_pixels(np.stack([self.read(image) for image in images]))
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """fp32 `[n, embed_dim]` of uint8 `[n, size, size, 3]`, as `read` gives them."""
+        """Encodes uint8 `[n, size, size, 3]`, as returned by `read`, to fp32 `[n, embed_dim]`."""
         return self._encoder.encode_all(self._encoder.image, self._params, pixels)
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """fp32 `[n, embed_dim]` of texts."""
+        """Encodes texts to fp32 `[n, embed_dim]`."""
         tokens = self._tokenizer(texts)
         return self._encoder.encode_all(self._encoder.text, self._params, tokens)
 
     def classify(
         self, images: Sequence[Picture], names: Sequence[str], templates: Sequence[str] = TEMPLATES
     ) -> np.ndarray:
-        """Probabilities fp32 `[n, names]`: softmax of the scaled cosines with the classes."""
+        """Returns class probabilities, fp32 `[n, names]`: the softmax of the scaled cosines."""
         classes = class_embeddings(self._encoder, self._params, self._tokenizer, names, templates)
         logits = self.logit_scale * self.encode_image(images) @ classes.T
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         return odds / odds.sum(axis=1, keepdims=True)
 
     def read(self, image: Picture) -> np.ndarray:
-        """uint8 `[size, size, 3]` of Pillow's image or a file; UserError where it can't be read."""
+        """Reads a Pillow image or an image file as uint8 `[size, size, 3]`.
+
+        Raises:
+          UserError: if it can't be read.
+        """
         size, squash = self.config.vision.image_size, self.config.vision.squash
         try:
             if isinstance(image, Image.Image):
@@ -89,9 +96,9 @@ class Model:
 
 
 def load(path: str | Path, batch_size: int = 64) -> Model:
-    """The model in a folder that `interop import` wrote, or a run's newest checkpoint.
+    """Loads the model in a folder written by `interop import`, or a run's newest checkpoint.
 
     Raises:
-      UserError: it is neither, or damaged.
+      UserError: if `path` is neither, or is damaged.
     """
     return Model(*read_model(Path(path).expanduser()), batch_size)

@@ -1,8 +1,8 @@
-"""Runs side by side: the paper's two-panel figure, and a table like the paper's beside its numbers.
+"""Compares runs: the paper's two-panel figure, and a table of results next to the paper's numbers.
 
     python -m disco_jax.report RUN [RUN ...] [--out=DIR]
 
-Writes report.png, report.md and report.html, which holds both.
+Writes the figure to report.png, the table to report.md, and both to report.html.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SETS = {
     "imagenet_r": "R",
     "imagenet_sketch": "Sketch",
 }
-# DisCo-CLIP (CVPR 2023), the table of batch sizes: ViT-B/32, 100 M samples, 16 epochs; top-1 in %.
+# DisCo-CLIP (CVPR 2023), batch size table: ViT-B/32, 100 M samples, 16 epochs. Top-1 in %.
 PAPER = {
     8_192: (48.76, 41.28, 56.67, 36.65),
     16_384: (50.95, 43.07, 59.24, 38.74),
@@ -38,23 +38,23 @@ PAPER = {
 
 
 class Run(NamedTuple):
-    """What a run's folder tells."""
+    """The config and metrics of a run."""
 
     name: str
     config: ConfigDict
     rows: list[dict[str, Any]]
-    samples: int  # of its data
+    samples: int  # number of samples in its data
 
     def epochs(self, step: int) -> float:
-        """Passes over the data after so many steps."""
+        """Returns the number of passes over the data after `step` steps."""
         return step * self.config.batch_size / self.samples
 
     def last(self, metric: str) -> float | None:
-        """The newest value of a metric."""
+        """Returns the newest value of a metric, or None if there is none."""
         return next((row[metric] for row in reversed(self.rows) if metric in row), None)
 
     def paper(self) -> dict[str, float]:
-        """The paper's top-1 for this config, in %, by set; empty where it is not one of them."""
+        """Returns the paper's top-1 in % by set; empty if the config is not one of the paper's."""
         c = self.config
         same = (c.model.name, c.num_epochs, c.data.num_samples) == ("ViT-B-32", 16, 100_000_000)
         return (
@@ -65,13 +65,13 @@ class Run(NamedTuple):
 
 
 def read_run(workdir: Path) -> Run:
-    """A run by its folder; evaluations of eval.py are taken too.
+    """Reads a run from its folder, including later evaluations by eval.py.
 
     Raises:
-      UserError: it holds no run, or one without a metric yet.
+      UserError: if the folder holds no run, or a run without metrics.
     """
     if not (workdir / "config.json").is_file():
-        raise UserError(f"{workdir} holds no run: train into it first")
+        raise UserError(f"{workdir} holds no run; train one there first")
     config = stored_config(workdir)
     rows = read_metrics(workdir)
     if not rows:
@@ -83,12 +83,12 @@ def read_run(workdir: Path) -> Run:
         counts = [start.get("samples") for start in read_lines(workdir / "starts.jsonl")]
         samples = next((n for n in reversed(counts) if isinstance(n, int)), 0)
         if not samples:
-            raise UserError(f"{workdir / 'starts.jsonl'} does not say how many samples there are")
+            raise UserError(f"{workdir / 'starts.jsonl'} does not give the number of samples")
     return Run(workdir.name, config, sorted(rows, key=lambda row: row["step"]), samples)
 
 
 def sets_of(runs: Sequence[Run]) -> list[str]:
-    """The labelled sets that any of the runs was evaluated on: the paper's first."""
+    """Returns the labeled sets that any run was evaluated on, the paper's sets first."""
     found = {
         k.removesuffix("/top1") for run in runs for row in run.rows for k in row if "/top1" in k
     }
@@ -97,7 +97,7 @@ def sets_of(runs: Sequence[Run]) -> list[str]:
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
-    """Header and rows, a run each; the paper's own under those that are its."""
+    """Returns a header and a row per run, followed by the paper's row if it has the same config."""
     sets = sets_of(runs)
     cells = [["run", "model", "batch", "epochs", "steps", "loss", *(SETS.get(s, s) for s in sets)]]
     for run in runs:
@@ -122,7 +122,7 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def as_markdown(cells: list[list[str]]) -> str:
-    """A table of Markdown; accuracies are top-1 in %."""
+    """Formats the table as Markdown. Accuracies are top-1 in %."""
     texts = [[printable(html.escape(cell)).replace("|", r"\|") for cell in row] for row in cells]
     head, *rows = ["| " + " | ".join(row) + " |" for row in texts]
     rule = "|" + "|".join("---" if i < 2 else "---:" for i in range(len(cells[0]))) + "|"
@@ -130,7 +130,7 @@ def as_markdown(cells: list[list[str]]) -> str:
 
 
 def as_html(cells: list[list[str]], picture: bytes) -> str:
-    """One page that needs nothing else: the figure and the table."""
+    """Returns a self-contained page with the figure and the table."""
     head, *rows = [
         "<tr>" + "".join(f"<{tag}>{html.escape(printable(cell))}</{tag}>" for cell in row) + "</tr>"
         for tag, row in zip(["th", *["td"] * len(cells)], cells, strict=False)
@@ -163,7 +163,11 @@ td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) {{ text-align: 
 
 
 def report(workdirs: Sequence[Path], out: Path) -> None:
-    """Writes the three files. Raises UserError where a folder holds no run."""
+    """Writes the three files.
+
+    Raises:
+      UserError: if a folder holds no run.
+    """
     runs = [read_run(workdir) for workdir in workdirs]
     out.mkdir(parents=True, exist_ok=True)
     plot_runs(
@@ -175,14 +179,14 @@ def report(workdirs: Sequence[Path], out: Path) -> None:
     (out / "report.md").write_text(as_markdown(cells))
     (out / "report.html").write_text(as_html(cells, (out / "report.png").read_bytes()))
     print(as_markdown(cells))
-    say(f"written: {out / 'report.html'}")
+    say(f"wrote {out / 'report.html'}")
 
 
 def main() -> None:
-    """Raises UserError where a folder holds no run."""
+    """Parses the command line and writes the report."""
     parser = argparse.ArgumentParser(prog="python -m disco_jax.report")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="where to write")
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="output folder")
     arguments = parser.parse_args()
     report(arguments.runs, arguments.out)
 

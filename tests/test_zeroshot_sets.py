@@ -279,11 +279,11 @@ def test_own_classes_and_prompts(tmp_path):
     assert classes.names == ["cat", "dog"]
     (tmp_path / "some.txt").write_text("Dog\n")
     np.testing.assert_array_equal(load_subset(str(tmp_path / "some.txt"), classes), [False, True])
-    with pytest.raises(UserError, match=r"templates: 'cat' of .* has not one"):
+    with pytest.raises(UserError, match=r"templates: 'cat' in .* must have exactly one"):
         load_templates(str(path))
     for wrong in ('{"a": 1}', '["cat", 3]', "[]", "5"):
         path.write_text(wrong)
-        with pytest.raises(UserError, match=r"classes: .*list\.json is not a list of texts"):
+        with pytest.raises(UserError, match=r"classes: .*list\.json must be a list of strings"):
             load_classes(str(path))
-    with pytest.raises(UserError, match="classes: cifar is not a known name, nor can it be read"):
+    with pytest.raises(UserError, match="classes: cifar is neither a known name nor a readable"):
         load_classes("cifar")

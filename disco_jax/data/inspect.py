@@ -1,6 +1,7 @@
-"""What is in a source: python -m disco_jax.data.inspect 'shards/*.tar' [--caption_key=txt].
+"""Summarizes a source: python -m disco_jax.data.inspect 'shards/*.tar' [--caption_key=txt].
 
-Counts, sizes, captions, bad samples by kind, the speed of reading, and a sheet of samples to see.
+Prints sample counts, image sizes, caption lengths, bad samples by kind and the reading speed, and
+draws a contact sheet of samples.
 """
 
 import argparse
@@ -24,39 +25,43 @@ from disco_jax.data.transforms import ImageLimits, open_image
 from disco_jax.display.terminal import PlainConsole, say
 from disco_jax.processes.cli import guard
 
-SHOWN = 32  # samples on the sheet
+SHOWN = 32  # samples on the contact sheet
 CONTEXT = 77
 
 
 class Seen(NamedTuple):
-    """What a look at some samples found."""
+    """What was found in the samples that were read."""
 
-    sizes: list[tuple[int, int]]  # width and height of the images, as they are stored
+    sizes: list[tuple[int, int]]  # width and height of the stored images
     formats: Counter[str]
-    bytes: list[int]  # of the encoded images
+    bytes: list[int]  # sizes of the encoded images
     captions: list[str]
     bad: Counter[str]
-    examples: dict[str, str]  # of each kind of bad sample, the first
+    examples: dict[str, str]  # the first bad sample of each kind
     shown: list[Loaded]
-    seconds: float  # of one process
+    seconds: float  # spent loading, in one process
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command's arguments, defaults as in `config.data`."""
+    """Parses the command line. The defaults are those of `config.data`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", help="shards, a table or a TFDS data set, as config.data.name")
-    parser.add_argument("--samples", type=int, default=2_000, help="to look at, spread evenly")
+    parser.add_argument("name", help="shards, a table or a TFDS dataset, as in config.data.name")
+    parser.add_argument("--samples", type=int, default=2_000, help="number to read, evenly spaced")
     parser.add_argument("--sheet", type=Path, default=Path("contact_sheet.png"))
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--split", default="train", help="of a TFDS data set")
-    parser.add_argument("--dir", default="data", help="where TFDS data sets are kept")
+    parser.add_argument("--split", default="train", help="split of a TFDS dataset")
+    parser.add_argument("--dir", default="data", help="where TFDS datasets are stored")
     parser.add_argument("--image_key", default="image")
-    parser.add_argument("--caption_key", help="txt for shards, caption for the rest, by default")
+    parser.add_argument("--caption_key", help="default: txt for shards, else caption")
     return parser.parse_args()
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Prints the table and draws the sheet. Raises UserError where there is nothing to read."""
+    """Prints the table and draws the contact sheet.
+
+    Raises:
+      UserError: if there is nothing to read.
+    """
     data = config.default().data
     data.update(dir=arguments.dir, image_key=arguments.image_key)
     default_key = "txt" if arguments.name.endswith(".tar") else "caption"
@@ -69,15 +74,15 @@ def inspect(arguments: argparse.Namespace) -> None:
     for kind, example in sorted(seen.examples.items()):
         say(f"{kind}: {KINDS[kind]}; {example}")
     if seen.shown:
-        from disco_jax.display.plots import plot_pairs  # here: Matplotlib takes a second to import
+        from disco_jax.display.plots import plot_pairs  # lazy: Matplotlib takes a second to import
 
         captions = [" / ".join(sample.captions) for sample in seen.shown]
         plot_pairs([sample.pixels for sample in seen.shown], captions, arguments.sheet)
-        say(f"drawn: {arguments.sheet}")
+        say(f"wrote the contact sheet to {arguments.sheet}")
 
 
 def look(source: Joined, data: ConfigDict, image_size: int, samples: int) -> Seen:
-    """Loads so many samples as training does, spread evenly over the source."""
+    """Loads `samples` samples, evenly spaced over the source, the way training does."""
     chosen = np.unique(np.linspace(0, len(source) - 1, min(samples, len(source))).astype(int))
     shown = set(chosen[np.linspace(0, len(chosen) - 1, SHOWN).astype(int)].tolist())
     load = Load(source, data, image_size)
@@ -106,25 +111,25 @@ def look(source: Joined, data: ConfigDict, image_size: int, samples: int) -> See
 
 def _table(name: str, source: Joined, seen: Seen, opened: float) -> Table:
     good, bad = len(seen.captions), seen.bad.total()
-    table = Table(title=f"{name}: {good + bad:,} of {len(source):,} samples looked at")
+    table = Table(title=f"{name}: {good + bad:,} of {len(source):,} samples read")
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("samples", f"{len(source):,}")
-    table.add_row("what they are", source.fingerprint)
-    table.add_row("opened in", f"{opened:.1f} s")
+    table.add_row("source fingerprint", source.fingerprint)
+    table.add_row("time to open", f"{opened:.1f} s")
     table.add_row("left out of the index", describe(source.problems) or "nothing")
     table.add_row("bad samples", describe(seen.bad) or "none")
     if seen.sizes:
         widths, heights = np.array(seen.sizes).T
         for what, values in (("width", widths), ("height", heights), ("bytes", seen.bytes)):
-            table.add_row(f"image {what}: least, median, most", _spread(values))
+            table.add_row(f"image {what}: min, median, max", _spread(values))
         table.add_row("formats", describe(seen.formats))
     if good:
         tokens = np.array([len(ids) for ids in CLIPTokenizer(CONTEXT).ids(seen.captions)])
         table.add_row("caption characters", _spread([len(text) for text in seen.captions]))
         table.add_row("caption tokens", _spread(tokens))
-        table.add_row(f"cut at {CONTEXT} tokens", f"{np.mean(tokens > CONTEXT):.1%}")
-        table.add_row("different captions", f"{len(set(seen.captions)) / good:.1%}")
+        table.add_row(f"truncated at {CONTEXT} tokens", f"{np.mean(tokens > CONTEXT):.1%}")
+        table.add_row("distinct captions", f"{len(set(seen.captions)) / good:.1%}")
         table.add_row("images/s, one process", f"{good / max(seen.seconds, 1e-9):,.0f}")
     return table
 

@@ -1,7 +1,8 @@
 """Writes a source as tar shards: python -m disco_jax.data.make_tars shapes --split=train --out=DIR.
 
-In the source's order, `000000000.png`, `.txt` and, where there are labels, `.cls`: what img2dataset
-writes and webdataset reads. Several captions of a sample go to its `.json`, under `captions`.
+Samples keep the source's order. Each one becomes `000000000.png`, `.txt` and, if it has a label,
+`.cls`: the format that img2dataset writes and webdataset reads. If a sample has several captions,
+they are stored in its `.json`, under `captions`.
 """
 
 import argparse
@@ -22,25 +23,29 @@ from disco_jax.processes.cli import guard
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command's arguments, defaults as in `config.data`."""
+    """Parses the command line. The defaults are those of `config.data`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", help="a source as config.data.name: shapes, say")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards, a new one")
+    parser.add_argument("name", help="a source, as in config.data.name, e.g. shapes")
+    parser.add_argument("--out", type=Path, required=True, help="output folder, without any shards")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--samples", type=int, default=1_000, help="of a shard")
-    parser.add_argument("--dir", default="data", help="where TFDS data sets are kept")
+    parser.add_argument("--samples", type=int, default=1_000, help="samples per shard")
+    parser.add_argument("--dir", default="data", help="where TFDS datasets are stored")
     parser.add_argument("--image_key", default="image")
     parser.add_argument("--caption_key", default="caption")
     return parser.parse_args()
 
 
 def write_shards(arguments: argparse.Namespace) -> None:
-    """Raises UserError where shards are there already: nothing is overwritten."""
+    """Writes the shards. Existing shards are never overwritten.
+
+    Raises:
+      UserError: if the output folder already holds shards.
+    """
     data = config.default().data
     data.update(dir=arguments.dir, image_key=arguments.image_key, caption_key=arguments.caption_key)
     source = open_source(data, arguments.name, arguments.split)
     if arguments.out.exists() and any(arguments.out.glob("*.tar")):
-        raise UserError(f"--out: there are shards in {arguments.out} already")
+        raise UserError(f"--out: {arguments.out} already holds shards; use an empty folder")
     arguments.out.mkdir(parents=True, exist_ok=True)
     bad = 0
     starts = range(0, len(source), arguments.samples)
@@ -51,7 +56,7 @@ def write_shards(arguments: argparse.Namespace) -> None:
                     _add(tar, index, source[index])
                 except BadSample:
                     bad += 1
-    say(f"{len(source) - bad} samples in {len(starts)} shards in {arguments.out}; {bad} bad")
+    say(f"wrote {len(source) - bad} samples in {len(starts)} shards to {arguments.out}; {bad} bad")
 
 
 def _add(tar: tarfile.TarFile, index: int, sample: Sample) -> None:

@@ -1,8 +1,8 @@
-"""The members of a tar file: where they lie, and nothing else. Nothing is ever extracted.
+"""Locates the members of a tar file from its headers. Nothing is ever extracted.
 
-`tarfile` from the standard library ends silently at a damaged header, can be made to loop by one,
-and takes ten times as long. Understood are ustar, GNU long names, GNU's binary sizes and PAX's
-`path` and `size` (POSIX.1-2001, pax interchange format).
+The standard library's `tarfile` stops silently at a damaged header, can be made to loop by one, and
+takes ten times as long. The supported formats are ustar, GNU long names, GNU binary sizes, and the
+`path` and `size` records of PAX (POSIX.1-2001, pax interchange format).
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,15 @@ from typing import NamedTuple
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _LONGEST_NAME = 1 << 16
-_PADDING = 1 << 20  # looked at after the end marker; tar pads to 10 KiB
-_FILES = b"0\0" + b"7"  # type flags of plain files; 7 is a contiguous one
+_PADDING = 1 << 20  # bytes checked after the end marker; tar pads to 10 KiB
+_FILES = b"0\0" + b"7"  # type flags of regular files; 7 is a contiguous file
 
 
 class Member(NamedTuple):
-    """A member's name, where its data starts in the file, and its bytes; links are no files."""
+    """A member's name, the offset of its data in the tar, and its size in bytes.
+
+    Links do not count as files.
+    """
 
     name: str
     offset: int
@@ -26,7 +29,7 @@ class Member(NamedTuple):
 
 
 class DamagedTar(Exception):
-    """The file can't be read on from here. `kind` is `truncated_shard` or `damaged_shard`."""
+    """The tar can't be read past `offset`. `kind` is `truncated_shard` or `damaged_shard`."""
 
     def __init__(self, kind: str, offset: int):
         super().__init__(kind, offset)
@@ -34,13 +37,13 @@ class DamagedTar(Exception):
 
 
 def members(data: bytes | mmap) -> Iterator[Member]:
-    """All members but directories, in order.
+    """Yields all members except directories, in order.
 
     Raises:
-      DamagedTar: after the members before the damage. A tar without its end marker is cut off,
-        and one that goes on after it is damaged: members may be missing.
+      DamagedTar: at the damage, after yielding the members before it. A tar without an end marker
+        is truncated, and one with data after the end marker is damaged: members may be missing.
     """
-    position, name, size = 0, None, None  # name and size: from an extended header, for the next
+    position, name, size = 0, None, None  # an extended header sets the next member's name and size
     while position < len(data):
         header = data[position : position + BLOCK]
         if header == _ZEROS:
@@ -79,8 +82,12 @@ def members(data: bytes | mmap) -> Iterator[Member]:
 
 
 def read_header(header: bytes) -> tuple[str, int, bytes]:
-    """Name, size in bytes and type flag of a header block; ValueError where it is not one."""
-    # The sum is of the header with its own field taken as eight spaces.
+    """Returns the name, size in bytes and type flag in a header block.
+
+    Raises:
+      ValueError: if the block is not a header.
+    """
+    # The checksum is computed with its own field filled with eight spaces.
     if sum(header) - sum(header[148:156]) + 8 * 32 != _number(header[148:156]):
         raise ValueError("the checksum does not match")
     name = _text(header[:100])
@@ -94,31 +101,35 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or GNU's binary form for what they can't hold; ValueError otherwise."""
+    """Parses octal digits, or GNU's binary form for larger numbers; otherwise raises ValueError."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b"\0 ")
     if not digits:
         return 0
-    if not all(48 <= digit <= 55 for digit in digits):  # int() takes signs and underscores too
-        raise ValueError(f"{field!r} is no octal number")
+    if not all(48 <= digit <= 55 for digit in digits):  # int() also accepts signs and underscores
+        raise ValueError(f"{field!r} is not an octal number")
     return int(digits, 8)
 
 
 def _pax(records: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
-    """`path` and `size` of PAX records, `length key=value\\n` each; ValueError where broken."""
+    """Reads `path` and `size` from PAX records, each of the form `length key=value\\n`.
+
+    Raises:
+      ValueError: if a record is malformed.
+    """
     position = 0
     while position < len(records) and records[position]:
         digits = records[position : position + 8].split(b" ", 1)[0]
         if not digits.isdigit() or int(digits) <= len(digits) + 1:
-            raise ValueError("a broken PAX record")
+            raise ValueError("malformed PAX record")
         record = records[position + len(digits) + 1 : position + int(digits)]
         key, _, value = record.rstrip(b"\n").partition(b"=")
         if key == b"path":
             name = value.decode(errors="surrogateescape")
         elif key == b"size":
             if not value.isdigit():
-                raise ValueError("a broken PAX size")
+                raise ValueError("malformed PAX size")
             size = int(value)
         position += int(digits)
     return name, size

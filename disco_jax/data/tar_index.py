@@ -1,9 +1,9 @@
-"""Where every sample of many tar shards lies: found once, in parallel, kept in one file.
+"""Index of the samples in tar shards, built once, in parallel, and stored in one file.
 
-The file holds a row of 32 bytes a sample, and is mapped into memory, not read: processes on one
-machine share it. After the rows comes a catalogue in JSON, and its length. A shard whose size or
-time has changed is read again, and only that one. Each file holds a hash of its content as its
-identity: who has read one catalogue never takes the rows of another for its own.
+The file holds one row of 32 bytes per sample. It is memory-mapped, so all processes on a machine
+share it. The rows are followed by a catalog in JSON and the catalog's length. When a shard's size
+or modification time changes, only that shard is scanned again. Each file stores a hash of its
+content as its identity, so a process never combines one catalog with the rows of another.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from disco_jax.data.building import building
 from disco_jax.data.tar_format import BLOCK, DamagedTar, members
 from disco_jax.errors import UserError
 
-# The columns of a row. Each is (first block of the data, bytes); a block of 0: there is none.
+# The columns of a row. Each is (first block of the data, size in bytes); block 0 means missing.
 IMAGE, TEXT, JSON, CLASS = range(4)
 _EXTENSIONS = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp"), IMAGE),
@@ -38,39 +38,39 @@ _EXTENSIONS = {
     "cls": CLASS,
 }
 _MAGIC = b"DISCOTAR"
-_HEADER = len(_MAGIC) + 24  # and its identity, in hexadecimal digits
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key and extension, as webdataset cuts
+_HEADER = len(_MAGIC) + 24  # the magic, then the identity in hexadecimal
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key and extension, as in webdataset
 
 
 class Shard(NamedTuple):
     """A shard as it was when it was indexed."""
 
     path: str
-    size: int  # bytes
-    time: int  # of the last change, ns
-    start: int  # its first row
+    size: int  # in bytes
+    time: int  # of the last modification, in ns
+    start: int  # index of its first row
     samples: int
     problems: dict[str, int]
 
 
 class TarIndex(NamedTuple):
-    """The index of some shards, as it lies on the disk."""
+    """The stored index of a list of shards."""
 
     file: Path
     identity: str
     shards: list[Shard]
 
     def rows(self) -> np.ndarray:
-        """uint32 `[samples, 4, 2]`, mapped from the file.
+        """Returns the rows, uint32 `[samples, 4, 2]`, memory-mapped from the file.
 
         Raises:
-          UserError: the file has been written anew since it was opened.
+          UserError: if the file has been replaced since it was opened.
         """
         with self.file.open("rb") as opened:
             if opened.read(_HEADER)[len(_MAGIC) :] != self.identity.encode():
                 raise UserError(
-                    f"the index {self.file} has been replaced: shards have changed meanwhile; "
-                    "start again"
+                    f"the index {self.file} has been replaced: shards have changed since it was "
+                    "opened; restart the run"
                 )
             last = max(shard.start + shard.samples for shard in self.shards)
             if not last:
@@ -79,18 +79,18 @@ class TarIndex(NamedTuple):
 
 
 def open_index(paths: Sequence[Path]) -> TarIndex:
-    """The index of `paths`, made or brought up to date where it has to be.
+    """Returns the index of `paths`, building or updating it if necessary.
 
-    It lies beside the first shard, or, where that folder can't be written, in the user's cache.
+    It is stored next to the first shard or, if that folder is not writable, in the user's cache.
 
     Raises:
-      UserError: a shard can't be read, or the index not be written anywhere.
+      UserError: if a shard can't be read, or the index can't be written anywhere.
     """
     paths = [path.absolute() for path in paths]
     places = _places(paths)
     if (index := _current(places, paths)[0]) is not None:
         return index
-    # Several runs may start on new shards at once: one makes the index, and the others take it.
+    # Several runs may start on new shards at once: one builds the index and the others reuse it.
     place = next((p for p in places if os.access(p.parent, os.W_OK)), places[-1])
     with building(place.with_suffix(".lock"), f"the index of {paths[0].parent}"):
         index, old = _current(places, paths)
@@ -100,7 +100,7 @@ def open_index(paths: Sequence[Path]) -> TarIndex:
 def _current(
     places: Sequence[Path], paths: Sequence[Path]
 ) -> tuple[TarIndex | None, TarIndex | None]:
-    """The index if it is one of just these shards as they are now; and the one there is."""
+    """Returns the stored index if it is up to date for exactly `paths`, and the one that exists."""
     old = next((index for place in places if (index := _read(place))), None)
     if old is None or [shard.path for shard in old.shards] != _names(paths):
         return None, old
@@ -140,7 +140,7 @@ def _is_current(path: Path, shard: Shard | None) -> bool:
 
 
 def _read(file: Path) -> TarIndex | None:
-    """The index in a file; None where there is none, or a broken one, which is made anew."""
+    """Returns the index in a file, or None if it is missing or broken and must be rebuilt."""
     try:
         with file.open("rb") as opened:
             if opened.read(len(_MAGIC)) != _MAGIC:
@@ -164,9 +164,9 @@ def _write(
     known: dict[str, Shard],
     kept: np.ndarray,
 ) -> TarIndex:
-    """Writes beside and renames: a reader sees the old index or the new one, never a half.
+    """Writes a temporary file and renames it, so readers never see a partial index.
 
-    The same shards give the same file, whoever writes it and whatever was known before.
+    The rows and the identity depend only on the shards, not on the writer or an earlier index.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     entries: list[Shard] = []
@@ -194,7 +194,7 @@ def _write(
             new.seek(0)
             new.write(_MAGIC + identity.encode())
             new.close()
-            Path(new.name).chmod(0o644)  # others read it; they must be able to map it
+            Path(new.name).chmod(0o644)  # other users must be able to map it
             Path(new.name).replace(file)
         except BaseException:
             Path(new.name).unlink(missing_ok=True)
@@ -203,7 +203,7 @@ def _write(
 
 
 def _scan_all(paths: Sequence[Path]) -> Iterable[tuple[int, int, bytes, dict[str, int]]]:
-    """What `scan` gives of each path, in order."""
+    """Yields the result of `scan` for each path, in order."""
     bar = Progress(
         "indexing shards",
         BarColumn(),
@@ -220,7 +220,7 @@ def _scan_all(paths: Sequence[Path]) -> Iterable[tuple[int, int, bytes, dict[str
                 yield scan(path)
                 bar.advance(task)
             return
-        # Forked workers would inherit the threads of whatever runs here; these start clean.
+        # Forked workers would inherit this process's threads; spawned workers start clean.
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
             for result in pool.map(scan, paths, chunksize=4):
                 yield result
@@ -228,7 +228,7 @@ def _scan_all(paths: Sequence[Path]) -> Iterable[tuple[int, int, bytes, dict[str
 
 
 def scan(path: Path) -> tuple[int, int, bytes, dict[str, int]]:
-    """A shard's bytes, its time, its rows as bytes, and what is wrong with it, by kind."""
+    """Returns a shard's size, modification time, rows as bytes, and count of problems by kind."""
     try:
         with path.open("rb") as opened:
             stat = os.fstat(opened.fileno())
@@ -249,7 +249,7 @@ def _rows_of(data: bytes | mmap.mmap) -> tuple[bytes, Counter[str]]:
             match = _NAME.fullmatch(member.name)
             column = _EXTENSIONS.get(match[2].lower()) if match else None
             if match is None or column is None:
-                continue  # not ours: never opened
+                continue  # other extensions are never opened
             if not member.is_file:
                 problems["not_a_file"] += 1
                 continue

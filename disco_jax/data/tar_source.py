@@ -1,4 +1,4 @@
-"""Image-text pairs in tar shards, as img2dataset and webdataset write them, in any order."""
+"""Random access to image-text pairs in tar shards, as written by img2dataset and webdataset."""
 
 import hashlib
 import json
@@ -24,18 +24,18 @@ from disco_jax.data.tar_format import BLOCK, read_header
 from disco_jax.data.tar_index import CLASS, IMAGE, JSON, TEXT, open_index
 from disco_jax.errors import UserError
 
-OPEN_SHARDS = 256  # that a process keeps open
+OPEN_SHARDS = 256  # maximum number of shards that a process keeps open
 
 
 class TarSource:
-    """The samples of `paths`, shard after shard; a `Source`.
+    """A `Source` of the samples in `paths`, shard by shard.
 
     Args:
       paths: the shards.
-      caption_key: `txt`, the sample's text file; a key of its `.json`; or "", no captions.
+      caption_key: `txt` for the sample's text file, a key of its `.json`, or "" for no captions.
 
     Raises:
-      UserError: a shard can't be read, or there is not one sample.
+      UserError: if a shard can't be read, or the shards hold no samples.
     """
 
     def __init__(self, paths: Sequence[Path], caption_key: str):
@@ -45,7 +45,7 @@ class TarSource:
         self._stops = np.cumsum([shard.samples for shard in shards]).tolist()
         self.problems = sum((Counter(shard.problems) for shard in shards), Counter())
         if not len(self):
-            raise UserError(f"data.name: there is no image in {paths[0]} and what follows it")
+            raise UserError(f"data.name: there is no image in {paths[0]} or the shards after it")
         told = "\n".join(f"{Path(s.path).name} {s.size} {s.samples}" for s in shards)
         self.fingerprint = (
             f"{len(shards)} shards, {len(self)} samples, "
@@ -95,7 +95,7 @@ class TarSource:
 
 
 class _OpenShard:
-    """A file descriptor that closes when nothing uses it any more."""
+    """A file descriptor that is closed when nothing refers to it anymore."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -111,12 +111,16 @@ def _open(path: str) -> _OpenShard:
 
 
 def _read(path: str, place: list[int], key: str, limit: int = MAX_TEXT_BYTES) -> tuple[str, bytes]:
-    """Key and bytes of the member at (block, size); its header must still tell that size."""
+    """Returns the key and content of the member at `place`, which is (block, size).
+
+    Raises:
+      BadSample: if it can't be read, is larger than `limit`, or no longer has that size.
+    """
     block, size = place
     if size > limit:
         raise BadSample("too_large", key, f"{size:,} bytes")
     try:
-        shard = _open(path)  # held while it is read: another thread may put it out of the cache
+        shard = _open(path)  # keeps it open if another thread evicts it from the cache
         stored = os.pread(shard.descriptor, BLOCK + size, (block - 1) * BLOCK)
         name, told, _ = read_header(stored[:BLOCK])
     except OSError as error:
@@ -128,6 +132,6 @@ def _read(path: str, place: list[int], key: str, limit: int = MAX_TEXT_BYTES) ->
     folder, _, file = name.rpartition("/")
     stem = f"{folder}{'/' if folder else ''}{file.split('.', 1)[0]}"
     if len(name) >= 100 or "?" in name:
-        # The whole name is in a header before this one, and this one may be another's too.
+        # The full name is in an earlier header, and the one here may not be unique.
         stem += f"@{(block - 1) * BLOCK}"
     return f"{path}/{stem}", stored[BLOCK:]

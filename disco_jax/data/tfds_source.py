@@ -1,4 +1,4 @@
-"""TFDS data sets as random-access sources, read from ArrayRecord without TensorFlow."""
+"""TFDS datasets as random-access sources, read from ArrayRecord without TensorFlow."""
 
 import logging
 import sys
@@ -19,24 +19,26 @@ from disco_jax.errors import UserError
 
 
 def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of data set `name`, `name/config` or `name:version`, made if it is not there.
+    """Returns a dataset's builder, after preparing the dataset if it is missing.
+
+    `name` can also be `name/config` or `name:version`.
 
     Raises:
-      UserError: no such data set, or it can't be prepared here.
+      UserError: if there is no such dataset, or it can't be prepared here.
     """
     try:
         with _quiet():
             builder = tfds.builder(name, data_dir=str(Path(data_dir).expanduser()))
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UserError(
-            f"unknown data set {name!r}: TFDS has none of that "
+            f"unknown dataset {name!r}: TFDS has no dataset of that "
             "name; shards end in .tar, tables in .csv, .tsv or .parquet"
         ) from error
     if builder.data_path.exists():
         return builder
-    # TFDS lets two processes prepare it at once, and the second fails when it is done.
+    # TFDS lets two processes prepare a dataset at once, and the second one then fails at the end.
     lock = Path(data_dir).expanduser() / f".{name.replace('/', '_').replace(':', '_')}.lock"
-    with building(lock, f"data set {name}"):
+    with building(lock, f"dataset {name}"):
         with _quiet():
             builder = tfds.builder(name, data_dir=str(Path(data_dir).expanduser()))
         if not builder.data_path.exists():
@@ -45,7 +47,7 @@ def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> None:
-    say(f"preparing data set {name} in {builder.data_path}")
+    say(f"preparing dataset {name} in {builder.data_path}")
     (tfds.enable_progress_bar if sys.stderr.isatty() else tfds.disable_progress_bar)()
     options = {"file_format": tfds.core.FileFormat.ARRAY_RECORD}
     try:
@@ -53,14 +55,14 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> Non
             builder.download_and_prepare(**options)
     except ImportError as error:
         raise UserError(
-            f"data set {name} needs {error.name} to be prepared; prepare it where that is "
-            f"installed, with --file_format=array_record, and copy it to {data_dir}"
+            f"dataset {name} can't be prepared without {error.name}; prepare it on a machine with "
+            f"that package, with --file_format=array_record, and copy it to {data_dir}"
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without TFDS's warnings of optional packages."""
+    """Silences TFDS's warnings about optional packages."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -71,17 +73,17 @@ def _quiet() -> Iterator[None]:
 
 
 class TfdsSource:
-    """A split; a `Source`. Images stay encoded bytes.
+    """A `Source` of one split. Images stay encoded bytes.
 
     Args:
-      name: the data set, `name`, `name/config` or `name:version`.
-      split: `train`, say, or `train[:1000]`.
-      data_dir: where TFDS data sets are kept.
-      image_key: the feature of images.
-      caption_key: the feature of captions, `captions/text` for one inside another; "", none.
+      name: the dataset, as `name`, `name/config` or `name:version`.
+      split: e.g. `train` or `train[:1000]`.
+      data_dir: where TFDS datasets are stored.
+      image_key: the image feature.
+      caption_key: the caption feature, e.g. `captions/text` for a nested one; "" for no captions.
 
     Raises:
-      UserError: no such data set, split or feature.
+      UserError: if the dataset, split or feature does not exist, or is not stored as ArrayRecord.
     """
 
     def __init__(self, name: str, split: str, data_dir: str, image_key: str, caption_key: str):
@@ -90,12 +92,12 @@ class TfdsSource:
         features = builder.info.features
         if any(p.split("[")[0].strip() not in builder.info.splits for p in split.split("+")):
             raise UserError(
-                f"data set {name} has no split {split!r}, only {', '.join(builder.info.splits)}"
+                f"dataset {name} has no split {split!r}, only {', '.join(builder.info.splits)}"
             )
         for key in filter(None, (image_key, caption_key)):
             if not _has(features, key.split("/")):
                 raise UserError(
-                    f"data set {name} has no feature {key!r}, it has {', '.join(features)}"
+                    f"dataset {name} has no feature {key!r}; its features: {', '.join(features)}"
                 )
         self._labelled = "label" in features and isinstance(
             features["label"], tfds.features.ClassLabel
@@ -106,7 +108,7 @@ class TfdsSource:
             )
         except NotImplementedError as error:
             raise UserError(
-                f"data set {name} in {builder.data_path} is not stored as ArrayRecord; prepare it "
+                f"dataset {name} in {builder.data_path} is not stored as ArrayRecord; prepare it "
                 "again with --file_format=array_record"
             ) from error
         self._split = f"{builder.info.full_name}/{split}"
@@ -131,7 +133,7 @@ class TfdsSource:
 
 def _has(features: Any, path: list[str]) -> bool:
     for part in path:
-        inner = getattr(features, "feature", features)  # of a sequence
+        inner = getattr(features, "feature", features)  # a sequence wraps its features
         if part not in getattr(inner, "keys", tuple)():
             return False
         features = inner[part]
@@ -139,5 +141,5 @@ def _has(features: Any, path: list[str]) -> bool:
 
 
 def class_names(name: str, data_dir: str) -> list[str]:
-    """The names of a classification set's labels."""
+    """Returns the label names of a classification dataset."""
     return load_builder(name, data_dir).info.features["label"].names

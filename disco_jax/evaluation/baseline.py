@@ -1,4 +1,4 @@
-"""What colours alone can tell: the measure that a model must beat to have seen shapes."""
+"""A baseline that sees only colors. A model must beat it to show that it recognizes shapes."""
 
 import contextlib
 
@@ -10,12 +10,12 @@ from disco_jax.data.source import BadSample
 from disco_jax.data.sources import open_source
 from disco_jax.evaluation.evaluator import ZeroShotSet
 
-BINS = 4  # a colour channel
-IMAGES = 10_000  # training images that it is fitted to
+BINS = 4  # per color channel
+IMAGES = 10_000  # training images that the baseline is fitted to
 
 
 def baselines(config: ConfigDict, sets: dict[str, ZeroShotSet], size: int) -> dict[str, float]:
-    """`NAME/chance` of every set, and `NAME/bag_of_colours` where `eval.baseline_name` is given."""
+    """Returns each set's `NAME/chance` and, given `eval.baseline_name`, `NAME/bag_of_colours`."""
     metrics = {f"{name}/chance": 1 / int(opened.subset.sum()) for name, opened in sets.items()}
     if not config.eval.baseline_name:
         return metrics
@@ -36,13 +36,13 @@ def baselines(config: ConfigDict, sets: dict[str, ZeroShotSet], size: int) -> di
 def _load(load: Load, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     samples = []
     for index in chosen:
-        with contextlib.suppress(BadSample):  # the evaluation itself tells of them
+        with contextlib.suppress(BadSample):  # the evaluation itself reports them
             samples.append(load.evaluate(int(index)))
     return np.stack([s.pixels for s in samples]), np.array([s.label for s in samples])
 
 
 def bag_of_colours(images: np.ndarray) -> np.ndarray:
-    """fp32 `[n, BINS**3]`: each uint8 image `[h, w, 3]` as a histogram of its pixels' colours."""
+    """Returns fp32 `[n, BINS**3]`: a color histogram of each uint8 image `[h, w, 3]`."""
     levels = images.astype(np.int64) * BINS // 256
     codes = (levels[..., 0] * BINS + levels[..., 1]) * BINS + levels[..., 2]
     counts = [np.bincount(code.ravel(), minlength=BINS**3) for code in codes]
@@ -52,10 +52,10 @@ def bag_of_colours(images: np.ndarray) -> np.ndarray:
 def fit_predict(
     images: np.ndarray, names: list[str], test_images: np.ndarray, classes: list[str]
 ) -> np.ndarray:
-    """Predicted classes `[n]` of `test_images` by ridge regression from bags of colours.
+    """Predicts the classes `[n]` of `test_images` by ridge regression from bags of colors.
 
-    Each word of a class name ("red", "circle") is regressed by itself, so that classes without a
-    training image can be predicted too.
+    Each word of a class name ("red", "circle") is regressed separately, so classes without
+    training images can be predicted too.
     """
     words = sorted({word for name in classes for word in name.split()})
     has = {name: np.array([word in name.split() for word in words], np.float64) for name in classes}

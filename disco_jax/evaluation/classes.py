@@ -1,4 +1,4 @@
-"""Class lists and prompts: those that come along, and users' own."""
+"""Class lists and prompts, bundled or user-provided."""
 
 import json
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ from disco_jax.errors import UserError
 
 
 class Classes(NamedTuple):
-    """The names that go into prompts, in the order of the labels, and what folders are called."""
+    """Class names for prompts and, where they exist, class ids, both in the order of the labels."""
 
     names: list[str]
-    ids: list[str]  # WordNet's, say; empty where there are none
+    ids: list[str]  # e.g. WordNet's; may be empty
 
     def label_of(self, folder: str) -> int:
-        """The label of a class folder: its id, its index or its name.
+        """Returns the label of a class folder, which is named by class id, index or name.
 
         Raises:
-          UserError: it is none of them, or may be several: two classes of one name, or the index
-            of one and the name of another.
+          UserError: if the folder matches no class, or more than one: two classes with the same
+            name, or the index of one and the name of another.
         """
         labels = _known(tuple(self.names), tuple(self.ids))
         found = labels.get(folder, set()) | labels.get(_plain(folder), set())
         if not found:
             raise UserError(
-                f"class folder {folder!r} is none of the {len(self.names)} classes, by id, index "
-                f"or name: {self.names[0]!r}, say"
+                f"class folder {folder!r} is none of the {len(self.names)} classes; a folder is "
+                f"named by class id, index or name, e.g. {self.names[0]!r}"
             )
         if len(found) > 1:
             told = ", ".join(map(str, sorted(found)))
-            raise UserError(f"class folder {folder!r} may be any of the classes {told}: use ids")
+            raise UserError(f"class folder {folder!r} may be any of the classes {told}; use ids")
         return found.pop()
 
 
@@ -53,10 +53,10 @@ def _plain(name: str) -> str:
 
 
 def load_classes(name: str) -> Classes:
-    """`imagenet` or `shapes`; or a file of names, a JSON list or one a line.
+    """Loads the classes of `imagenet` or `shapes`, or of a file: a JSON list or one name per line.
 
     Raises:
-      UserError: the file can't be read, or holds something else.
+      UserError: if the file can't be read or holds something else.
     """
     if name == "imagenet":
         return Classes(_asset("imagenet_classnames"), _asset("imagenet_wnids"))
@@ -66,10 +66,10 @@ def load_classes(name: str) -> Classes:
 
 
 def load_subset(name: str, classes: Classes) -> np.ndarray:
-    """bool `[classes]`, which of them count: all for "", those of `imagenet_r`, or a file's.
+    """Returns bool `[classes]`, the classes to use: all for "", those of `imagenet_r` or a file's.
 
     Raises:
-      UserError: it names something that is no class.
+      UserError: if the file can't be read, or names something that is not a class.
     """
     chosen = np.zeros(len(classes.names), bool)
     if not name:
@@ -80,10 +80,12 @@ def load_subset(name: str, classes: Classes) -> np.ndarray:
 
 
 def load_templates(name: str) -> Sequence[str]:
-    """Prompts: of `shapes`, CLIP's 80 of `openai_imagenet`; or a file, a JSON list or one a line.
+    """Loads the prompts of `shapes`, CLIP's 80 prompts (`openai_imagenet`), or those in a file.
+
+    A file is a JSON list or has one prompt per line.
 
     Raises:
-      UserError: the file can't be read, or a prompt has no {} for the class.
+      UserError: if the file can't be read, or a prompt does not contain exactly one {}.
     """
     if name == "shapes":
         return vocabulary.TEMPLATES
@@ -92,7 +94,7 @@ def load_templates(name: str) -> Sequence[str]:
     templates = _strings(name, "templates")
     wrong = [template for template in templates if template.count("{}") != 1]
     if wrong:
-        raise UserError(f"templates: {wrong[0]!r} of {name} has not one {{}} for the class")
+        raise UserError(f"templates: {wrong[0]!r} in {name} must have exactly one {{}} for a class")
     return templates
 
 
@@ -107,11 +109,11 @@ def _strings(file: str, field: str) -> list[str]:
         found = json.loads(text) if path.suffix == ".json" else text.split("\n")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{field}: {file} is not a known name, nor can it be read: {error}"
+            f"{field}: {file} is neither a known name nor a readable file: {error}"
         ) from error
     if not isinstance(found, list) or not all(isinstance(line, str) for line in found):
-        raise UserError(f"{field}: {file} is not a list of texts")
+        raise UserError(f"{field}: {file} must be a list of strings, with at least one")
     lines = [line.strip() for line in found if line.strip()]
     if not lines:
-        raise UserError(f"{field}: {file} is not a list of texts")
+        raise UserError(f"{field}: {file} must be a list of strings, with at least one")
     return lines

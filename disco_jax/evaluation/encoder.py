@@ -1,4 +1,4 @@
-"""The towers as jitted functions over the mesh, for any number of inputs, on every process."""
+"""The towers as jitted functions over the mesh that encode any number of inputs."""
 
 from collections.abc import Callable
 
@@ -14,21 +14,21 @@ EncodeFn = Callable[[Params, jax.Array], jax.Array]
 
 
 class Encoder:
-    """Images and texts to fp32 features of unit length.
+    """Encodes images and texts to fp32 features of unit length.
 
-    Inputs go through in batches of one size, the last filled up, so that each tower is compiled
-    once. Every process gets the features of all.
+    Inputs are processed in batches of a fixed size, with the last one padded, so that each tower is
+    compiled once. Every process gets the features of all inputs.
 
     Args:
       model: the towers.
-      mesh: over which a batch is split.
-      batch_size: rows of all processes together; made up to a multiple of the devices.
+      mesh: the mesh that a batch is sharded over.
+      batch_size: the global batch size, rounded up to a multiple of the number of devices.
     """
 
     def __init__(self, model: CLIPConfig, mesh: Mesh, batch_size: int):
         graph, _ = abstract_model(model)
         whole = replicated(mesh)
-        # Parameters come as they lie, and are whole where they are used.
+        # Parameters arrive in any sharding and are replicated inside the jitted functions.
         inputs = (None, batch_sharding(mesh))
         devices = mesh.devices.size
         self.mesh = mesh
@@ -45,14 +45,20 @@ class Encoder:
         self.image: EncodeFn = jax.jit(image, in_shardings=inputs, out_shardings=whole)
         self.text: EncodeFn = jax.jit(text, in_shardings=inputs, out_shardings=whole)
 
-        self.rows = own_rows(mesh, self.batch_size)  # of a batch, that this process feeds
+        self.rows = own_rows(mesh, self.batch_size)  # rows of a batch that this process feeds
 
     def place(self, rows: np.ndarray) -> jax.Array:
-        """This process's `rows` of a batch, `[own, ...]`, as a global array `[batch_size, ...]`."""
+        """Places this process's `rows`, `[own, ...]`, in a global array `[batch_size, ...]`."""
         return place_batch({"rows": rows}, self.mesh)["rows"]
 
     def encode_all(self, encode: EncodeFn, params: Params, inputs: np.ndarray) -> np.ndarray:
-        """fp32 `[n, embed_dim]` of `[n, ...]` that every process holds, by `image` or `text`."""
+        """Returns fp32 `[n, embed_dim]`, the features of `inputs`.
+
+        Args:
+          encode: `image` or `text`.
+          params: the parameters.
+          inputs: `[n, ...]`, the same on every process.
+        """
         features = []
         for start in range(0, len(inputs), self.batch_size):
             part = inputs[start : start + self.batch_size]

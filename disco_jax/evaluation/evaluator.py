@@ -1,4 +1,4 @@
-"""All that a config's `eval` section asks for, of given parameters, on every process."""
+"""Runs the evaluations in a config's `eval` section for given parameters, on every process."""
 
 import hashlib
 import sys
@@ -32,7 +32,7 @@ RECALL_AT = (1, 5, 10)
 
 
 class ZeroShotSet(NamedTuple):
-    """A labelled set, opened."""
+    """An opened labeled dataset."""
 
     source: Joined
     classes: Classes
@@ -41,7 +41,11 @@ class ZeroShotSet(NamedTuple):
 
 
 class Evaluator:
-    """Opens the data sets once; raises UserError where one is not there."""
+    """Evaluates parameters on datasets that are opened once.
+
+    Raises:
+      UserError: if a dataset is missing.
+    """
 
     def __init__(self, config: ConfigDict, model: CLIPConfig, mesh: Mesh):
         self._data, self._eval = config.data, config.eval
@@ -62,7 +66,7 @@ class Evaluator:
 
     def _open(self, spec: ConfigDict) -> ZeroShotSet:
         if spec.classes == "tfds":
-            from disco_jax.data.tfds_source import class_names  # here: TFDS takes seconds to import
+            from disco_jax.data.tfds_source import class_names  # lazy: TFDS takes seconds to import
 
             classes = Classes(class_names(spec.source, self._data.dir), [])
         else:
@@ -78,14 +82,14 @@ class Evaluator:
         return ZeroShotSet(source, classes, templates, load_subset(spec.subset, classes))
 
     def run(self, params: Params) -> dict[str, float]:
-        """Every set's metrics, `NAME/top1` and the like, and recall both ways."""
+        """Returns every set's metrics, e.g. `NAME/top1`, and recall in both directions."""
         metrics: dict[str, float] = {}
         for name in self.sets:
             metrics |= self.metrics(name, self.classify(params, name))
         return metrics | self.retrieval(params)
 
     def metrics(self, name: str, results: Sequence[Results]) -> dict[str, float]:
-        """The metrics of what `classify` gave: within the set's subset, and over all classes."""
+        """Returns metrics of `classify`'s results: within the set's subset and over all classes."""
         metrics = {f"{name}/{metric}": value for metric, value in results[0].metrics().items()}
         for over_all in results[1:]:
             count = len(self.sets[name].classes.names)
@@ -94,8 +98,14 @@ class Evaluator:
         return metrics
 
     def classify(self, params: Params, name: str) -> list[Results]:
-        """The nearest classes of every image of a set: in its subset, then, if that is not all of
-        them, over all classes."""
+        """Returns the nearest classes of every image of a set.
+
+        The first result is within the set's subset. Unless the subset covers all classes, a second
+        result over all of them follows.
+
+        Raises:
+          UserError: if no image is usable, or a label is out of range.
+        """
         opened = self.sets[name]
         subsets = opened.subset[None]
         if not opened.subset.all():
@@ -114,21 +124,21 @@ class Evaluator:
             nearest.append(np.asarray(found))
         label, index = np.concatenate(labels), np.flatnonzero(np.concatenate(labels) >= 0)
         if not len(index):
-            raise UserError(f"eval.sets.{name}: no image of {opened.source.fingerprint} is usable")
+            raise UserError(f"eval.sets.{name}: no usable image in {opened.source.fingerprint}")
         if label.max() >= len(opened.classes.names):
             raise UserError(
-                f"eval.sets.{name}: label {label.max()} is past the "
+                f"eval.sets.{name}: label {label.max()} is out of range for the "
                 f"{len(opened.classes.names)} classes of {self._eval.sets[name].classes}"
             )
         by_subset = np.concatenate(nearest, axis=1)
         return [Results(index, label[index], rows[index]) for rows in by_subset]
 
     def embeddings(self, params: Params, name: str) -> np.ndarray:
-        """fp32 `[classes, embed_dim]` of a set, from its prompts."""
+        """Returns fp32 `[classes, embed_dim]`, a set's class embeddings from its prompts."""
         opened = self.sets[name]
         key = (tuple(opened.classes.names), opened.templates)
-        # Sets of the same classes and prompts, as the paper's four are, share them; other
-        # parameters are another evaluation.
+        # Sets with the same classes and prompts, like the paper's four, share embeddings. New
+        # parameters mean a new evaluation, which clears the cache.
         if self._cached[0] is not params:
             self._cached = (params, {})
         known = self._cached[1]
@@ -139,9 +149,12 @@ class Evaluator:
         return known[key]
 
     def retrieval(self, params: Params) -> dict[str, float]:
-        """Recall at 1, 5 and 10, captions by image and images by caption; empty without a set.
+        """Returns recall at 1, 5 and 10 in both directions; empty without a retrieval set.
 
-        Rows of a table that name the same image are one image with several captions.
+        Rows of a table that name the same image count as one image with several captions.
+
+        Raises:
+          UserError: if no sample is usable.
         """
         if self._pairs is None:
             return {}
@@ -156,8 +169,8 @@ class Evaluator:
             tokens.append(ids)
             rows += len(counts)
         if not len(np.concatenate(tokens)):
-            raise UserError(f"retrieval: no sample of {self._pairs.fingerprint} is usable")
-        # An image stands where it is first seen; what is no image has no caption either.
+            raise UserError(f"retrieval: no usable sample in {self._pairs.fingerprint}")
+        # The first row that names an image stands for it. Bad samples, without captions, drop out.
         name = np.concatenate(names)
         _, first, same = np.unique(name, axis=0, return_index=True, return_inverse=True)
         shared = name.any(axis=1)
@@ -171,7 +184,10 @@ class Evaluator:
         return {f"retrieval/{name}": value for name, value in recalls.items()}
 
     def _caption_tokens(self, batch: EvalBatch) -> tuple[np.ndarray, np.ndarray]:
-        """All processes' captions of a batch, `[captions, context_length]`, and how many each."""
+        """Returns a batch's captions on all processes and the number of captions per sample.
+
+        The captions are tokens, `[captions, context_length]`.
+        """
         captions = [sample.captions if sample else () for sample in batch.samples]
         counts = self._gather([len(texts) for texts in captions], np.int32)
         most = int(counts.max())
@@ -183,7 +199,7 @@ class Evaluator:
         return self._gather(padded, np.int32)[real], counts
 
     def _gather(self, rows: Any, dtype: type) -> np.ndarray:
-        """This process's rows of a batch to all of it, in order, on every process."""
+        """Gathers the whole batch, in order, on every process from each process's rows."""
         return gather_rows(np.asarray(rows, dtype), self._encoder.mesh)
 
     def _batches(self, source: Joined, name: str) -> Iterator[EvalBatch]:
@@ -201,13 +217,13 @@ class Evaluator:
             say(f"left out of {name}: {describe(bad)}", sys.stderr)
 
     def pictures(self, name: str, chosen: np.ndarray) -> list[np.ndarray]:
-        """uint8 `[size, size, 3]` each: the set's images of these numbers."""
+        """Returns the set's images at the given indices, each uint8 `[size, size, 3]`."""
         load = Load(self.sets[name].source, self._data, self._size, squash=self._squash)
         return [load.evaluate(int(index)).pixels for index in chosen]
 
 
 def _digest(sample: Loaded | None) -> list[int]:
-    """The name of a sample's image as numbers that processes can exchange; zeros for none."""
+    """Hashes a sample's image name to numbers that processes can exchange; zeros without a name."""
     if sample is None or sample.image_name is None:
         return [0] * 16
     name = sample.image_name.encode(errors="surrogateescape")

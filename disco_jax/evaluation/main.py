@@ -1,4 +1,4 @@
-"""Evaluation of a run's checkpoints: what `eval.py` does."""
+"""Evaluation of a run's checkpoints: the implementation of `eval.py`."""
 
 import json
 import math
@@ -28,26 +28,27 @@ from disco_jax.runs.workdir import check_same, read_json
 from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import abstract_state
 
-SHOWN = 32  # predictions drawn
-WORST = 5  # classes told of each set
-POLL = 10  # seconds between looks for a new checkpoint
+SHOWN = 32  # predictions to draw
+WORST = 5  # least accurate classes to print per set
+POLL = 10  # seconds between checks for a new checkpoint
 
 
 def evaluate(
     config: ConfigDict, workdir: Path, *, every: bool = False, watch: bool = False
 ) -> None:
-    """Evaluates the newest checkpoint, `every` one there is, or (`watch`) each one that comes.
+    """Evaluates a run's newest checkpoint or, with `every`, all of its checkpoints.
 
-    Prints a table and a line of JSON of each, and writes that to `workdir/eval/STEP.json`; draws
-    predictions into `workdir`.
+    With `watch`, also evaluates new checkpoints as they appear. For each checkpoint, prints a table
+    and a line of JSON, writes the JSON to `workdir/eval/STEP.json`, and draws predictions into
+    `workdir`.
 
     Raises:
-      UserError: the folder holds no run, no checkpoint, or a run of another config.
+      UserError: if the folder holds no run, no checkpoint, or a run with another config.
     """
     if not (workdir / "config.json").exists():
-        raise UserError(f"workdir {workdir} holds no run: train into it first")
+        raise UserError(f"workdir {workdir} holds no run; train one there first")
     check_same(read_json(workdir / "config.json"), config, workdir)
-    # A run of many devices may be evaluated on few.
+    # A run trained on many devices may be evaluated on a few.
     fsdp = math.gcd(config.fsdp, jax.device_count())
     mesh, model = make_mesh(fsdp=fsdp), model_config(config)
     evaluator = first_then_all(lambda: Evaluator(config, model, mesh))
@@ -57,8 +58,8 @@ def evaluate(
         for step in _steps(checkpoints, config.num_steps, every=every, watch=watch):
             try:
                 params = _restore(checkpoints, step, config, model, mesh)
-            except FileNotFoundError:  # training keeps the newest ones
-                console.print(f"checkpoint {step} is gone: left out")
+            except FileNotFoundError:  # training keeps only the newest ones
+                console.print(f"checkpoint {step} has been deleted; skipped")
                 continue
             _evaluate(evaluator, params, fixed, step, workdir)
     finally:
@@ -68,7 +69,7 @@ def evaluate(
 def _steps(checkpoints: Checkpoints, last: int, *, every: bool, watch: bool) -> Iterator[int]:
     steps = _agreed(checkpoints.steps())
     if not steps and not watch:
-        raise UserError(f"there is no checkpoint in {checkpoints.folder}: train first")
+        raise UserError(f"there is no checkpoint in {checkpoints.folder}; train first")
     done = set(steps[:-1]) if not every else set()
     while True:
         for step in steps:
@@ -82,7 +83,7 @@ def _steps(checkpoints: Checkpoints, last: int, *, every: bool, watch: bool) -> 
 
 
 def _agreed(steps: list[int]) -> list[int]:
-    """The steps that the first process sees: all must evaluate the same ones."""
+    """Returns the first process's steps, so that all processes evaluate the same ones."""
     if jax.process_count() == 1:
         return steps
     padded = np.full(1024, -1, np.int32)
@@ -93,7 +94,7 @@ def _agreed(steps: list[int]) -> list[int]:
 def _restore(
     checkpoints: Checkpoints, step: int, config: ConfigDict, model: CLIPConfig, mesh: Mesh
 ) -> Params:
-    # The optimiser's state is restored with the rest, on the same mesh, and dropped.
+    # The optimizer state is restored along with the parameters, on the same mesh, and discarded.
     state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh), step)
     return state.params
 
@@ -122,14 +123,15 @@ def _evaluate(
     for name, found in results.items():
         for row in found[0].worst(evaluator.sets[name].classes.names, WORST):
             console.print(
-                f"{name}: {row.name} {row.accuracy:.1%}, taken for {row.taken_for} {row.share:.1%}",
+                f"{name}: {row.name} {row.accuracy:.1%}, "
+                f"mistaken for {row.taken_for} {row.share:.1%}",
                 soft_wrap=True,
             )
     print(json.dumps(told), flush=True)
 
 
 def _draw(evaluator: Evaluator, results: dict[str, Results], workdir: Path) -> None:
-    """Draws as many predictions of each set, spread evenly over it."""
+    """Draws the same number of predictions from each set, evenly spaced over it."""
     images, truth, guesses = [], [], []
     for name, found in results.items():
         names = evaluator.sets[name].classes.names
@@ -140,4 +142,4 @@ def _draw(evaluator: Evaluator, results: dict[str, Results], workdir: Path) -> N
         guesses += [names[i] for i in found.nearest[chosen, 0]]
     path = workdir / "predictions.png"
     plot_predictions(np.stack(images), truth, guesses, path)
-    console.print(f"drawn: {path}")
+    console.print(f"wrote predictions to {path}")

@@ -1,4 +1,4 @@
-"""Retrieval of images by caption and captions by image, in tiles: no matrix of all pairs."""
+"""Image-text retrieval in both directions, in tiles: the matrix of all pairs is never formed."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,22 +11,22 @@ from jax.sharding import Mesh
 
 from disco_jax.mesh import batch_sharding, place_rows, replicated
 
-QUERIES, CANDIDATES = 1024, 4096  # of a tile
+QUERIES, CANDIDATES = 1024, 4096  # per tile
 
 
 def recall_at(
     images: np.ndarray, texts: np.ndarray, owner: np.ndarray, ks: tuple[int, ...], mesh: Mesh
 ) -> dict[str, float]:
-    """`image_to_text_recall@k` and `text_to_image_recall@k`.
+    """Returns `image_to_text_recall@k` and `text_to_image_recall@k`.
 
-    An image is found if any of its captions is among the first k; a caption, if its image is.
+    An image is found if any of its captions ranks in the top k, and a caption if its image does.
 
     Args:
       images: fp32 `[n, D]` unit rows, on every process.
       texts: fp32 `[m, D]` unit rows.
-      owner: int `[m]`, the image that each caption is of.
-      ks: the ks.
-      mesh: over which queries are split.
+      owner: int `[m]`, the index of each caption's image.
+      ks: the values of k.
+      mesh: the mesh that queries are sharded over.
     """
     numbers = np.arange(len(images))
     ranks = {
@@ -45,16 +45,16 @@ def rank(
     candidate_ids: np.ndarray,
     mesh: Mesh,
 ) -> np.ndarray:
-    """int `[q]`: how many candidates stand before the best of a query's own, those of its id.
+    """Returns int `[q]`, how many candidates rank before the best candidate with a query's own id.
 
-    One that scores the same counts as standing before: features that do not tell candidates apart
-    are not rewarded for it. Without any of its own a query comes after all.
+    Ties count as ranking before, so features that don't tell candidates apart are not rewarded. For
+    a query without candidates of its own, all other candidates rank before.
     """
     compute = _jitted(mesh)
     width = min(CANDIDATES, len(candidates))
     count = -(-len(candidates) // width)
     padded = _padded(candidates, count * width, 0).reshape(count, width, -1)
-    # Fillers have an id of their own, which no query has, and never count.
+    # Padding rows have an id that no query has, and are never counted.
     ids = _padded(candidate_ids.astype(np.int32), count * width, -1).reshape(count, width)
     whole = replicated(mesh)
     tiles = [jax.make_array_from_process_local_data(whole, x) for x in (padded, ids)]
@@ -74,7 +74,7 @@ def _ranks(rows: tuple[jax.Array, jax.Array], candidates: jax.Array, ids: jax.Ar
     queries, query_ids = rows
 
     def scores(tile: jax.Array) -> jax.Array:
-        # The same product in both passes: an own score and its rivals are rounded alike.
+        # Both passes compute the same product, so own scores and their rivals are rounded alike.
         return jnp.matmul(queries, tile.T, precision="highest")
 
     def best(own: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -83,7 +83,7 @@ def _ranks(rows: tuple[jax.Array, jax.Array], candidates: jax.Array, ids: jax.Ar
 
     def before(rank: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         theirs = (query_ids[:, None] != tile[1][None, :]) & (tile[1] >= 0)[None, :]
-        # What is no number counts as before, too: a broken model finds nothing.
+        # A NaN also counts as ranking before, so a broken model finds nothing.
         ahead = theirs & ~(scores(tile[0]) < own[:, None])
         return rank + ahead.sum(axis=1, dtype=jnp.int32), None
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification, as CLIP does it (Radford et al., 2021, section 3.1)."""
+"""Zero-shot classification, as in CLIP (Radford et al., 2021, section 3.1)."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,7 +22,10 @@ def class_embeddings(
     names: Sequence[str],
     templates: Sequence[str],
 ) -> np.ndarray:
-    """fp32 `[classes, embed_dim]`: a class's mean over prompts of unit embeddings, unit again."""
+    """Returns fp32 `[classes, embed_dim]`: each class's unit prompt embeddings, averaged.
+
+    The averages are normalized to unit length again.
+    """
     prompts = [template.replace("{}", name) for name in names for template in templates]
     features = encoder.encode_all(encoder.text, params, tokenizer(prompts))
     mean = features.reshape(len(names), len(templates), -1).mean(axis=1)
@@ -30,12 +33,13 @@ def class_embeddings(
 
 
 def make_classify(encoder: Encoder) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Jitted: (params, images, labels, classes `[C, D]`, subsets `[S, C]`) to (labels, nearest).
+    """Returns a jitted function that finds the nearest classes of a batch of images.
 
-    Images and labels are split over the mesh; what comes back every process has whole: the labels,
-    int32 `[B]`, and for each subset the classes of the five highest scores within it, int32
-    `[S, B, 5]` (or fewer, where there are fewer classes), the lowest class first among equals, and
-    -1 in the places that a subset of fewer than five classes leaves empty.
+    It maps (params, images, labels, classes `[C, D]`, subsets `[S, C]`) to (labels, nearest).
+    Images and labels are sharded over the mesh, and the outputs are replicated: the labels, int32
+    `[B]`, and the five highest-scoring classes within each subset, int32 `[S, B, 5]` (or fewer, if
+    there are fewer classes). Ties go to the lowest class. A subset of fewer than five classes is
+    padded with -1.
     """
 
     def classify(
@@ -45,7 +49,7 @@ def make_classify(encoder: Encoder) -> Callable[..., tuple[jax.Array, jax.Array]
         classes: jax.Array,
         subsets: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        # As in retrieval: TF32 or bf16 passes would change the order of close classes.
+        # As in retrieval, TF32 or bf16 passes would change the order of close classes.
         scores = jnp.matmul(encoder.image(params, images), classes.T, precision="highest")
         return labels, jax.vmap(nearest, (None, 0))(scores, subsets)
 
@@ -54,9 +58,9 @@ def make_classify(encoder: Encoder) -> Callable[..., tuple[jax.Array, jax.Array]
 
 
 def nearest(scores: jax.Array, subset: jax.Array) -> jax.Array:
-    """int32 `[B, 5]` (or fewer): classes of the highest scores `[B, C]` in `subset` bool `[C]`.
+    """Returns int32 `[B, 5]` (or fewer): the top classes by `scores` `[B, C]` in `subset` `[C]`.
 
-    -1 where the subset has no more classes.
+    `subset` is bool. The result is -1 where the subset has no more classes.
     """
     scores = jnp.where(subset, scores, -jnp.inf)
     found = jax.lax.top_k(scores, min(TOP, scores.shape[1]))[1].astype(jnp.int32)
@@ -64,26 +68,26 @@ def nearest(scores: jax.Array, subset: jax.Array) -> jax.Array:
 
 
 class Confusion(NamedTuple):
-    """A class, its accuracy, and what it is most often taken for instead."""
+    """A class, its accuracy, and the class it is most often mistaken for."""
 
     name: str
     accuracy: float
     taken_for: str
-    share: float  # of the class's images
+    share: float  # fraction of the class's images
 
 
 class Results(NamedTuple):
-    """What was found for every usable image of a set, in order."""
+    """The nearest classes of every usable image of a set, in order."""
 
-    places: np.ndarray  # int [n], the image's number in its source
+    places: np.ndarray  # int [n], the index of the image in its source
     labels: np.ndarray  # int [n]
     nearest: np.ndarray  # int [n, 5]
 
     def metrics(self) -> dict[str, float]:
-        """`top1`, `top5`, and `mean_per_class`, the mean over classes of their top-1.
+        """Returns `top1`, `top5`, and `mean_per_class`, the mean over classes of their top-1.
 
         Raises:
-          ValueError: there is no image.
+          ValueError: if there are no images.
         """
         if not len(self.labels):
             raise ValueError("no image was classified")
@@ -97,7 +101,7 @@ class Results(NamedTuple):
         }
 
     def worst(self, names: Sequence[str], count: int) -> list[Confusion]:
-        """The classes of the lowest accuracy, with the mistake that is most common in each."""
+        """Returns the `count` least accurate classes, each with its most common mistake."""
         found = []
         for label in np.unique(self.labels):
             taken = np.bincount(self.nearest[self.labels == label, 0], minlength=len(names))

@@ -1,1 +1,1 @@
-"""`shapes`: drawn scenes with captions, the data set that comes with the library."""
+"""`shapes`: a dataset of drawn scenes with captions, bundled with the library."""

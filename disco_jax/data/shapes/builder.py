@@ -1,4 +1,4 @@
-"""The TFDS builder of `shapes`. It needs no TensorFlow: images are given as encoded bytes."""
+"""TFDS builder of `shapes`. Images are passed as encoded bytes, so it needs no TensorFlow."""
 
 import io
 import multiprocessing
@@ -14,19 +14,19 @@ from disco_jax.data.shapes import vocabulary as words
 from disco_jax.data.shapes.captions import caption
 from disco_jax.data.shapes.scene import SIDE, Scene, draw, pair, single
 
-# Scenes of each split. Classes of `heldout` are in no other split.
+# Scenes per split. The classes in `heldout` appear in no other split.
 SPLITS = {"train": 40_000, "validation": 1_000, "test": 2_000, "heldout": 1_000}
 TRAINED = tuple(name for name in words.CLASSES if name not in words.HELDOUT)
-PAIRS = 0.2  # of the scenes of train and validation hold two objects
-CHUNK = 250  # scenes a worker draws at a time
+PAIRS = 0.2  # fraction of train and validation scenes with two objects
+CHUNK = 250  # scenes that a worker draws at a time
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Drawn scenes of one or two coloured shapes, with captions in natural language.
+    """Drawn scenes of one or two colored shapes, with natural-language captions.
 
-    `train` and `validation` hold scenes of one and two objects, for training and for retrieval;
-    `test` and `heldout` hold one object each, for classification by colour and shape: `test` of the
-    combinations seen in training, `heldout` of the others.
+    `train` and `validation` contain scenes of one or two objects, for training and retrieval.
+    `test` and `heldout` contain scenes of one object, for classification by color and shape:
+    `test` has the combinations seen in training, and `heldout` has the others.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -39,7 +39,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                 {
                     "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="png"),
                     "caption": tfds.features.Text(),
-                    # The class of the object, of the one named first where there are two.
+                    # The class of the object, or of the one named first if there are two.
                     "label": tfds.features.ClassLabel(names=list(words.CLASSES)),
                 }
             ),
@@ -52,20 +52,20 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         chunks = [(split, start) for start in range(0, SPLITS[split], CHUNK)]
-        # Forked workers would inherit the threads of whatever runs here; these start clean.
+        # Forked workers would inherit this process's threads; spawned workers start clean.
         with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
             for (_, start), examples in zip(chunks, pool.imap(make_chunk, chunks), strict=True):
                 yield from enumerate(examples, start)
 
 
 def make_chunk(chunk: tuple[str, int]) -> list[dict[str, Any]]:
-    """`CHUNK` examples of a split, from the given index on."""
+    """Returns up to `CHUNK` examples of a split, starting at the given index."""
     split, start = chunk
     return [make_example(split, i) for i in range(start, min(start + CHUNK, SPLITS[split]))]
 
 
 def make_example(split: str, index: int) -> dict[str, Any]:
-    """Example `index` of `split`: the same for the same arguments, everywhere."""
+    """Returns example `index` of `split`; the same arguments always give the same example."""
     rng = np.random.default_rng([list(SPLITS).index(split), index])
     scene = _scene(rng, split, index)
     png = io.BytesIO()
@@ -78,7 +78,7 @@ def make_example(split: str, index: int) -> dict[str, Any]:
 
 
 def _scene(rng: Generator, split: str, index: int) -> Scene:
-    if split in ("test", "heldout"):  # every class as often as any other
+    if split in ("test", "heldout"):  # every class equally often
         names = TRAINED if split == "test" else sorted(words.HELDOUT)
         return single(rng, names[index % len(names)])
     if rng.random() < PAIRS:

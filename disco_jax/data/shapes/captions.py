@@ -1,4 +1,4 @@
-"""Sentences about a scene: many wordings, each of them true, few of them complete."""
+"""Captions of scenes in varied wordings. They are always true but rarely complete."""
 
 from numpy.random import Generator
 
@@ -7,7 +7,7 @@ from disco_jax.data.shapes.scene import Item, Scene
 
 
 def caption(rng: Generator, scene: Scene) -> str:
-    """One English caption of `scene`, without a full stop or with one."""
+    """Returns a random English caption of `scene`, with or without a final period."""
     first = _noun_phrase(rng, scene.items[0])
     if len(scene.items) == 1:
         body = first
@@ -26,7 +26,7 @@ def caption(rng: Generator, scene: Scene) -> str:
 
 
 def _noun_phrase(rng: Generator, item: Item) -> str:
-    """Size, colour and shape, or some of them: people seldom say all that they see."""
+    """Names the size, color and shape, or some of them: people rarely mention everything."""
     says = rng.choice(["both", "shape", "colour"], p=[0.45, 0.45, 0.1])
     size = str(rng.choice(words.SIZE_WORDS[item.size])) if rng.random() < 0.25 else ""
     colour = item.colour if says != "shape" else ""

@@ -1,7 +1,7 @@
-"""A scene drawn at random, and its picture.
+"""Random scenes and their rendering.
 
-Everything is drawn from one `numpy.random.Generator`, so a seed is a scene. Coordinates are
-fractions of the picture, x to the right and y down.
+All randomness comes from one `numpy.random.Generator`, so a seed determines a scene. Coordinates
+are fractions of the image size, with x to the right and y down.
 """
 
 from dataclasses import dataclass, replace
@@ -12,17 +12,17 @@ from PIL import Image, ImageDraw
 
 from disco_jax.data.shapes import vocabulary as words
 
-SIDE = 48  # pixels a side
-SUPERSAMPLING = 4  # drawn this much larger, then averaged down: anti-aliased edges
+SIDE = 48  # pixels per side
+SUPERSAMPLING = 4  # scenes are drawn this much larger, then averaged down for anti-aliasing
 RADII = {"small": (0.22, 0.25), "medium": (0.28, 0.32), "large": (0.34, 0.39)}
-PAIR_SCALE = 0.7  # two objects share the room of one
+PAIR_SCALE = 0.7  # two objects share the space of one
 
 
 @dataclass(frozen=True)
 class Item:
-    """One object; `x`, `y`, `radius` as fractions of the picture, `angle` in radians."""
+    """One object. `x`, `y` and `radius` are fractions of the image size; `angle` is in radians."""
 
-    name: str  # its class: colour and shape
+    name: str  # its class: color and shape
     size: str
     x: float
     y: float
@@ -31,18 +31,18 @@ class Item:
 
     @property
     def colour(self) -> str:
-        """The first word of the class."""
+        """The color: the first word of the class."""
         return self.name.split(" ")[0]
 
     @property
     def shape(self) -> str:
-        """The second word of the class."""
+        """The shape: the second word of the class."""
         return self.name.split(" ")[1]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One object, or two and where the first is with respect to the second."""
+    """One object, or two and the position of the first relative to the second."""
 
     items: tuple[Item, ...]
     relation: str | None
@@ -50,12 +50,12 @@ class Scene:
 
 
 def single(rng: Generator, name: str) -> Scene:
-    """A scene of one object of class `name`, of any size, anywhere."""
+    """Returns a scene of one object of class `name`, with a random size and position."""
     return Scene((_item(rng, name, words.SIZES),), None, _background(rng))
 
 
 def pair(rng: Generator, names: tuple[str, str]) -> Scene:
-    """A scene of two objects side by side or one above the other; none of them large."""
+    """Returns a scene of two objects, side by side or one above the other. Neither is large."""
     relation = str(rng.choice(words.RELATIONS))
     near, far = rng.uniform(0.24, 0.28), rng.uniform(0.72, 0.76)
     along = (near, far) if relation in ("left", "above") else (far, near)
@@ -80,9 +80,10 @@ def _background(rng: Generator) -> str:
 
 
 def outline(shape: str) -> np.ndarray:
-    """The polygon `[points, 2]` of a shape about the origin, within the unit circle.
+    """Returns the polygon `[points, 2]` of a shape around the origin, within the unit circle.
 
-    Points go round once; a ring goes round outside and back inside, which fills what is between.
+    The points go around once. A ring goes around its outer edge and back along its inner edge, so
+    that the area in between is filled.
     """
     turn = np.linspace(0, 2 * np.pi, 48)
     circle = np.stack([np.sin(turn), -np.cos(turn)], axis=1)
@@ -108,7 +109,7 @@ def outline(shape: str) -> np.ndarray:
             y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
             return np.stack([x, -y - 2.5], axis=1) / 16.5
         case "crescent":
-            # The unit disc less another, shifted to the right; their circles cross at the horns.
+            # The unit disk minus a disk shifted to the right. The circles intersect at the horns.
             shift, bite = 0.55, 0.85
             horn_x = (1 + shift**2 - bite**2) / (2 * shift)
             outer, inner = np.arccos(horn_x), np.arccos((horn_x - shift) / bite)
@@ -127,7 +128,7 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def draw(rng: Generator, scene: Scene) -> Image.Image:
-    """The picture: `SIDE` x `SIDE`, RGB, anti-aliased, with colour jitter and pixel noise."""
+    """Renders a `SIDE` x `SIDE` RGB image, anti-aliased, with color jitter and pixel noise."""
     side = SIDE * SUPERSAMPLING
     canvas = Image.new("RGB", (side, side), _jittered(rng, words.BACKGROUNDS[scene.background], 6))
     pen = ImageDraw.Draw(canvas)

@@ -1,4 +1,4 @@
-"""What a scene of `shapes` can hold, and the words for it."""
+"""What a `shapes` scene can contain, and the words that describe it."""
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -13,7 +13,8 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
-# One shape of each colour, one colour of each shape, and four more: in no training image.
+# Classes that are in no training image: one shape of each color, which gives one color of each
+# shape, and four more.
 HELDOUT = frozenset(
     f"{colour} {SHAPES[(3 * i + 1) % len(SHAPES)]}" for i, colour in enumerate(COLOURS)
 ) | {"red heart", "blue star", "green cross", "purple circle"}
@@ -28,7 +29,7 @@ BACKGROUNDS = {
     "striped": (250, 250, 250),
     "dotted": (250, 250, 250),
 }
-# Rows and columns of a 3 x 3 grid; the middle one is seldom worth a word.
+# Rows and columns of a 3 x 3 grid over the image.
 PLACES = (
     ("in the top left corner", "at the top", "in the top right corner"),
     ("on the left", "in the centre", "on the right"),
@@ -72,7 +73,7 @@ OPENINGS = (
     "we see {}",
     "here is {}",
 )
-# Prompts for zero-shot classification; `{}` takes a class name such as "red circle".
+# Prompts for zero-shot classification. `{}` stands for a class name such as "red circle".
 TEMPLATES = (
     "a {}",
     "a photo of a {}",
