@@ -427,17 +427,21 @@ def test_a_caption_of_any_source_has_its_limit(caption):
 
 def test_a_data_set_is_prepared_by_one_of_two_that_start_at_once(tmp_path):
     code = """
-import sys, time
+import pathlib, sys, time
 from disco_jax.data import tfds_source
 def prepare(builder, name, data_dir):
     print("prepared", flush=True)
     time.sleep(1)
     builder.data_path.mkdir(parents=True)
 tfds_source._prepare = prepare
+place = pathlib.Path(sys.argv[1])
+(place / sys.argv[2]).touch()
+while not all((place / name).exists() for name in "ab"):
+    time.sleep(0.01)
 tfds_source.load_builder("shapes", sys.argv[1])
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [subprocess.Popen([*command, x], stdout=subprocess.PIPE, text=True) for x in "ab"]
     told = "".join(process.communicate()[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
     assert told.count("prepared") == 1

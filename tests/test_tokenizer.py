@@ -50,6 +50,7 @@ PARTS = [
 PARTS += [
     "Ã©",
     "&amp;",
+    "&amp;amp;amp;lt;",
     "&am",
     "p;",
     "&lt;",

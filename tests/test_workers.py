@@ -136,13 +136,14 @@ def test_only_what_nobody_holds_is_removed():
     )
     own = SharedMemory()
     kept = own.empty((2, 3), "float32")
-    before = segments()
+    held = {name for name in segments() if own._run in name}
     dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     left = dead.stdout.strip().lstrip("/")
     time.sleep(0.5)  # Python's tracker of resources may be the one to remove it
     (FOLDER / left).write_bytes(b"x")
     remove_left_behind()
-    assert segments() == before
+    assert left not in segments()
+    assert held <= segments()
     kept[:] = 1
     own.remove()
     assert not {name for name in segments() if own._run in name}
