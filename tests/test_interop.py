@@ -124,7 +124,7 @@ def test_the_command_and_a_model_without_a_configuration(openclip, tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr == (
-        "error: there is no open_clip_config.json beside the weights: name the model by --model\n"
+        "error: no open_clip_config.json next to the weights; name the model with --model\n"
     )
 
 
@@ -144,7 +144,10 @@ def test_what_is_wrong_with_a_file_is_named(openclip, tmp_path):
     whole = path.read_bytes()
     cases = [
         ({"ln_final.bias": None}, "parameter ln_final.bias is missing"),
-        ({"visual.adapter": np.zeros(3)}, r"unknown parameter visual.adapter \(1 such in all\)"),
+        (
+            {"visual.adapter": np.zeros(3)},
+            r"unknown parameter visual.adapter \(1 unknown in total\)",
+        ),
         ({"text_projection": np.zeros((3, 5))}, r"text_projection gives text/proj the shape"),
         ({"visual.conv1.weight": np.zeros((3, 5))}, r"visual.conv1.weight has the shape \(3, 5\)"),
         ({"transformer.resblocks.0.ln_1.bias": np.zeros(7)}, "layers of .*ln_1.bias differ"),
@@ -159,11 +162,11 @@ def test_what_is_wrong_with_a_file_is_named(openclip, tmp_path):
         with pytest.raises(UserError, match="is not a whole safetensors file"):
             import_model(str(openclip), "openclip", out)
     assert not out.exists()
-    with pytest.raises(UserError, match="there is no file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         import_model(str(tmp_path / "nothing"), "openclip", out)
     path.write_bytes(whole)
     (openclip / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 3}}')
-    with pytest.raises(UserError, match="no configuration of an OpenCLIP ViT: 'vision_cfg'"):
+    with pytest.raises(UserError, match="not the configuration of an OpenCLIP ViT: 'vision_cfg'"):
         import_model(str(openclip), "openclip", out)
 
 

@@ -187,7 +187,7 @@ def test_command_ends_in_rows(tmp_path):
         ("--loss_only --config.loss.method=ring", "needs a --config=FILE"),
         (
             "--loss_only=True --topology=cpu:8 --find_max_batch --batch_size=8,16",
-            "--find_max_batch begins at one --batch_size",
+            "--find_max_batch starts from one --batch_size",
         ),
         ("--loss_only", "--topology=NAME:COUNT is missing"),
         ("--topology=cpu:8", "--config=FILE is missing"),

@@ -1,4 +1,4 @@
-"""Weights in and out.
+"""Imports and exports weights.
 
 python -m disco_jax.interop import --from openclip|openai|hf PATH_OR_REPO --out DIR
 python -m disco_jax.interop export --to openclip|hf MODEL_OR_RUN --out DIR
@@ -12,29 +12,33 @@ from disco_jax.processes.cli import guard
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command and its arguments."""
+    """Parses the subcommand and its arguments."""
     parser = argparse.ArgumentParser(prog="python -m disco_jax.interop")
     commands = parser.add_subparsers(dest="command", required=True)
-    taken = commands.add_parser("import", help="weights of another library into a model folder")
-    taken.add_argument("source", help="a file, a folder, or a repository of Hugging Face's hub")
+    taken = commands.add_parser("import", help="import another library's weights")
+    taken.add_argument("source", help="a file, a folder, or a repository on the Hugging Face Hub")
     taken.add_argument(
         "--from", dest="library", choices=("openclip", "openai", "hf"), required=True
     )
-    taken.add_argument("--model", help="a preset, where the weights come without a configuration")
-    taken.add_argument("--image_size", type=int, help="another resolution: positions are resized")
-    taken.add_argument("--tokenizer", type=Path, help="a SigLIP's tokenizer.json")
-    given = commands.add_parser("export", help="a model folder or a run to another library")
-    given.add_argument("source", type=Path, help="what import wrote, or a run's workdir")
+    taken.add_argument("--model", help="a preset, for weights without a configuration")
+    taken.add_argument("--image_size", type=int, help="new image size; resizes the positions")
+    taken.add_argument("--tokenizer", type=Path, help="tokenizer.json of a SigLIP model")
+    given = commands.add_parser("export", help="export to another library's format")
+    given.add_argument("source", type=Path, help="a model folder, or a run's workdir")
     given.add_argument("--to", dest="library", choices=("openclip", "hf"), required=True)
     for command in (taken, given):
-        command.add_argument("--out", type=Path, required=True, help="a new folder")
+        command.add_argument("--out", type=Path, required=True, help="folder to create")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Raises UserError for what can't be read, converted or written."""
+    """Runs the command.
+
+    Raises:
+      UserError: if something cannot be read, converted or written.
+    """
     arguments = parse_arguments()
-    from disco_jax.interop import export_model, import_model  # after --help, which needs no JAX
+    from disco_jax.interop import export_model, import_model  # imported late: --help needs no JAX
 
     if arguments.command == "import":
         import_model(
@@ -47,7 +51,7 @@ def main() -> None:
         )
     else:
         export_model(arguments.source, arguments.library, arguments.out)
-    say(f"written: {arguments.out}")
+    say(f"Wrote {arguments.out}")
 
 
 if __name__ == "__main__":

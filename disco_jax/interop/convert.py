@@ -1,4 +1,4 @@
-"""Their tensors to our parameters and back, by a table of names."""
+"""Converts another library's tensors to our parameters and back, given a table of names."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,22 +16,22 @@ POSITIONS = "visual/positional_embedding"
 def to_ours(
     tensors: Tensors, weights: Sequence[Weight], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """Our parameters, fp32, by path, from theirs.
+    """Converts their tensors to our fp32 parameters, by path.
 
-    The image tower's positions are resized where its grid is another one.
+    The image tower's position embeddings are resized if the grid sizes differ.
 
     Args:
-      tensors: theirs, by name.
-      weights: the table of names.
-      shapes: of our parameters, by path.
+      tensors: Their tensors by name.
+      weights: The table of names.
+      shapes: Shapes of our parameters by path.
 
     Raises:
-      UserError: one is missing, of another shape, or unknown; it is named.
+      UserError: if a parameter is missing, unknown or has the wrong shape; the message names it.
     """
     known = {name for weight in weights for name in _names(weight)}
     unknown = sorted(tensors.keys() - known - CONSTANTS)
     if unknown:
-        raise UserError(f"unknown parameter {unknown[0]} ({len(unknown)} such in all)")
+        raise UserError(f"unknown parameter {unknown[0]} ({len(unknown)} unknown in total)")
     params = {}
     for weight in weights:
         layers = [
@@ -41,23 +41,25 @@ def to_ours(
         try:
             value = np.stack(layers) if weight.layers else layers[0]
         except ValueError as error:
-            raise UserError(f"layers of {weight.theirs[0]} differ in shape") from error
+            raise UserError(
+                f"layers of {weight.theirs[0]} differ in shape; all must match"
+            ) from error
         if weight.ours == POSITIONS and value.ndim == 2:
             value = resize_positions(value, shapes[POSITIONS][0])
         if value.shape != shapes[weight.ours]:
             raise UserError(
-                f"{weight.theirs[0].format(i=0)} gives {weight.ours} the shape {value.shape}, and "
-                f"the model has {shapes[weight.ours]}"
+                f"{weight.theirs[0].format(i=0)} gives {weight.ours} the shape {value.shape}; "
+                f"the model needs {shapes[weight.ours]}"
             )
         params[weight.ours] = value
     missing = sorted(shapes.keys() - params.keys())
     if missing:
-        raise UserError(f"there is no source for our parameter {missing[0]}")
+        raise UserError(f"no tensor in the file provides our parameter {missing[0]}")
     return params
 
 
 def to_theirs(params: Tensors, weights: Sequence[Weight], patch_size: int) -> dict[str, np.ndarray]:
-    """The inverse of `to_ours`, without resizing."""
+    """Inverse of `to_ours`, without resizing."""
     tensors = {}
     for weight in weights:
         value = np.asarray(params[weight.ours])
@@ -97,15 +99,16 @@ def _layer(tensors: Tensors, names: Sequence[str], weight: Weight) -> np.ndarray
             value = value.squeeze(axis=0)
     except ValueError as error:
         raise UserError(f"{names[0]} has the shape {parts[0].shape}: {error}") from error
-    # OpenAI's files keep scalars as such, some others as an array of one.
+    # OpenAI's files store scalars as scalars; some others store them as arrays of size one.
     return value.reshape(()) if weight.ours.startswith("logit_") and value.size == 1 else value
 
 
 def resize_positions(positions: np.ndarray, wanted: int) -> np.ndarray:
-    """fp32 `[n, width]` to `[wanted, width]`: a class token's kept, the grid resized.
+    """Resizes the grid of position embeddings, fp32 `[n, width]` to `[wanted, width]`.
 
-    A grid is square; one position more is a class token's. Bicubic with antialiasing, as OpenCLIP's
-    `resize_pos_embed`. What is neither, or of the right size already, is returned as it is.
+    The grid is square; one extra position is the class token's, which is kept. Resizing is bicubic
+    with antialiasing, like OpenCLIP's `resize_pos_embed`. Positions that have the right size
+    already, or do not form such a grid, are returned unchanged.
     """
     first = 0 if round(len(positions) ** 0.5) ** 2 == len(positions) else 1
     old, new = (round((n - first) ** 0.5) for n in (len(positions), wanted))

@@ -1,4 +1,4 @@
-"""Sizes of a model in OpenCLIP's and Hugging Face's terms, both ways."""
+"""Converts model configs from and to OpenCLIP's and Hugging Face's formats."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
 
 Spec = dict[str, Any]
 
-# Fields of OpenCLIP's configs that only repeat what the models here are anyway.
+# Supported fields of OpenCLIP's configs. Those in _IGNORED are accepted only if false or empty.
 _VISION = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
 _TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 _IGNORED = {
@@ -23,10 +23,10 @@ _IGNORED = {
 
 
 def from_openclip(spec: Spec) -> CLIPConfig:
-    """A model of OpenCLIP's `model_configs`, or of an `open_clip_config.json`.
+    """Converts an entry of OpenCLIP's `model_configs`, or an `open_clip_config.json`.
 
     Raises:
-      UserError: it is not a plain ViT CLIP; the field is named.
+      UserError: if it is not a plain ViT CLIP; the message names the field.
     """
     spec = spec.get("model_cfg", spec)
     try:
@@ -46,14 +46,14 @@ def from_openclip(spec: Spec) -> CLIPConfig:
             logit_bias=spec.get("init_logit_bias"),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"this is no configuration of an OpenCLIP ViT: {error}") from error
+        raise UserError(f"this is not the configuration of an OpenCLIP ViT: {error}") from error
 
 
 def _only(given: Spec, known: set[str], where: str) -> None:
     for field, value in given.items():
         if field not in known and not (field in _IGNORED and not value):
             raise UserError(
-                f"{where}.{field} = {value!r} is not supported: only plain ViT CLIPs are"
+                f"{where}.{field} = {value!r} is not supported; only plain ViT CLIPs are"
             )
 
 
@@ -62,10 +62,10 @@ def _kept(given: Spec, known: set[str]) -> Spec:
 
 
 def to_openclip(config: CLIPConfig) -> Spec:
-    """The inverse of `from_openclip`: `model_cfg` of an `open_clip_config.json`.
+    """Inverse of `from_openclip`: returns the `model_cfg` of an `open_clip_config.json`.
 
     Raises:
-      UserError: OpenCLIP has no such model.
+      UserError: if OpenCLIP has no such model.
     """
     vision, text = config.vision, config.text
     if vision.pool == "map":
@@ -89,13 +89,13 @@ def to_openclip(config: CLIPConfig) -> Spec:
 
 
 def from_huggingface(spec: Spec) -> CLIPConfig:
-    """A `config.json` of transformers' `CLIPModel` or `SiglipModel`.
+    """Converts a `config.json` of transformers' `CLIPModel` or `SiglipModel`.
 
     Raises:
-      UserError: it is of another model, or of an activation other than gelu and quick_gelu.
+      UserError: if it is another kind of model, or has an unsupported activation.
     """
     if spec.get("model_type") not in ("clip", "siglip"):
-        raise UserError(f"model_type is {spec.get('model_type')!r}, and must be clip or siglip")
+        raise UserError(f"model_type is {spec.get('model_type')!r}; it must be clip or siglip")
     try:
         if spec["model_type"] == "siglip":
             return siglip_config.from_huggingface(spec)
@@ -103,9 +103,10 @@ def from_huggingface(spec: Spec) -> CLIPConfig:
         activations = {vision.get("hidden_act", "quick_gelu"), text.get("hidden_act", "quick_gelu")}
         if activations not in ({"gelu"}, {"quick_gelu"}):
             raise UserError(
-                f"hidden_act is {', '.join(sorted(activations))}: gelu or quick_gelu is"
+                f"hidden_act is {', '.join(sorted(activations))}; both towers must have gelu, or "
+                "both quick_gelu"
             )
-        # What is left out of the file has the defaults of transformers, which are ViT-B/32's.
+        # Fields missing from the file have transformers' defaults, which are those of ViT-B/32.
         base, (act,) = CLIPConfig(), activations
         return CLIPConfig(
             embed_dim=spec.get("projection_dim", base.embed_dim),
@@ -113,19 +114,19 @@ def from_huggingface(spec: Spec) -> CLIPConfig:
             text=dataclasses.replace(text_from(text, base.text), activation=act),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"this is no configuration of a CLIPModel: {error}") from error
+        raise UserError(f"this is not the configuration of a CLIPModel: {error}") from error
 
 
 def to_huggingface(config: CLIPConfig) -> Spec:
-    """The inverse of `from_huggingface`.
+    """Inverse of `from_huggingface`.
 
     Raises:
-      UserError: transformers has no such model.
+      UserError: if transformers has no such model.
     """
     if config.vision.pool == "map":
         return siglip_config.to_huggingface(config)
     if config.logit_bias is not None:
-        raise UserError("transformers' CLIPModel has no logit_bias, which this model has")
+        raise UserError("this model has a logit_bias, which transformers' CLIPModel lacks")
     common = {"hidden_act": _activation(config), "projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],
@@ -149,8 +150,11 @@ def to_huggingface(config: CLIPConfig) -> Spec:
 
 
 def _activation(config: CLIPConfig) -> str:
-    """The one of both towers: gelu or quick_gelu. Raises UserError for others."""
+    """Returns the activation of both towers; UserError unless it is gelu or quick_gelu in both."""
     acts = {config.vision.activation, config.text.activation}
     if acts not in ({"gelu"}, {"quick_gelu"}):
-        raise UserError(f"a CLIP with the activations {', '.join(sorted(acts))} has no place there")
+        raise UserError(
+            f"activation is {', '.join(sorted(acts))}; to export this model, both towers must have "
+            "gelu, or both quick_gelu"
+        )
     return acts.pop()

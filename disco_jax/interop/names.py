@@ -1,34 +1,34 @@
-"""What each library calls a parameter, and how it lies in memory: one table each."""
+"""Names and memory layouts of the parameters in each library: one table per library."""
 
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from disco_jax.models import CLIPConfig
 
-# How their array becomes ours: `same`; `transposed`, PyTorch's [out, in] to Flax's [in, out];
-# `patches`, a convolution [width, 3, p, p] to a matrix [p * p * 3, width]; `batched`, with a first
-# axis of one, which ours has not.
+# How their array becomes ours. `same`: unchanged. `transposed`: from PyTorch's [out, in] to Flax's
+# [in, out]. `patches`: from a convolution [width, 3, p, p] to a matrix [p * p * 3, width].
+# `batched`: by dropping a leading axis of size one.
 Layout = Literal["same", "transposed", "patches", "batched"]
 
 
 class Weight(NamedTuple):
     """One of our parameters.
 
-    `theirs` may be several, joined along their first axis: Hugging Face keeps queries, keys and
-    values apart; `shares` says how much of ours each is. Where `layers` is not 0, ours holds so
-    many of theirs, `{i}` being the layer.
+    If `theirs` has several names, those tensors are concatenated along their first axis (e.g.
+    Hugging Face stores queries, keys and values separately), in the proportions of `shares`. If
+    `layers` is not 0, ours stacks that many of theirs, where `{i}` is the layer.
     """
 
-    ours: str  # path, joined by /
+    ours: str  # path, joined with /
     theirs: tuple[str, ...]
     layout: Layout = "same"
     layers: int = 0
-    shares: tuple[int, ...] = ()  # (): equal ones
+    shares: tuple[int, ...] = ()  # (): equal shares
 
 
 Block = Mapping[str, tuple[str, ...]]
 
-# A block's parts, by our names.
+# Parts of a block, by our names.
 _OPENAI: Block = {
     "ln_1": ("ln_1",),
     "ln_2": ("ln_2",),
@@ -56,7 +56,7 @@ _TIMM: Block = {
 
 
 def openclip(config: CLIPConfig) -> list[Weight]:
-    """OpenCLIP's names, which are OpenAI's."""
+    """OpenCLIP's names, which are also OpenAI's."""
     block = _OPENAI
     return [
         Weight("visual/patch_embed/kernel", ("visual.conv1.weight",), "patches"),
@@ -76,14 +76,14 @@ def openclip(config: CLIPConfig) -> list[Weight]:
 
 
 def huggingface(config: CLIPConfig) -> list[Weight]:
-    """The names of transformers' `CLIPModel`."""
+    """Names in transformers' `CLIPModel`."""
     block = _TRANSFORMERS
     vision, text = "vision_model.embeddings.", "text_model.embeddings."
     return [
         Weight("visual/patch_embed/kernel", (vision + "patch_embedding.weight",), "patches"),
         Weight("visual/class_embedding", (vision + "class_embedding",)),
         Weight("visual/positional_embedding", (vision + "position_embedding.weight",)),
-        *_norm("visual/ln_pre", "vision_model.pre_layrnorm"),  # as it is spelt there
+        *_norm("visual/ln_pre", "vision_model.pre_layrnorm"),  # sic
         *_norm("visual/ln_post", "vision_model.post_layernorm"),
         Weight("visual/proj", ("visual_projection.weight",), "transposed"),
         *_blocks("visual", "vision_model.encoder.layers.{i}.", block, config.vision.layers),
@@ -97,7 +97,7 @@ def huggingface(config: CLIPConfig) -> list[Weight]:
 
 
 def openclip_siglip(config: CLIPConfig) -> list[Weight]:
-    """OpenCLIP's names of SigLIP: timm's image tower, its own text tower."""
+    """OpenCLIP's names for SigLIP: timm's image tower and OpenCLIP's own text tower."""
     trunk, pool = "visual.trunk.", "visual.trunk.attn_pool."
     return [
         Weight("visual/patch_embed/kernel", (trunk + "patch_embed.proj.weight",), "patches"),
@@ -128,7 +128,7 @@ def openclip_siglip(config: CLIPConfig) -> list[Weight]:
 
 
 def huggingface_siglip(config: CLIPConfig) -> list[Weight]:
-    """The names of transformers' `SiglipModel`."""
+    """Names in transformers' `SiglipModel`."""
     vision, text = "vision_model.embeddings.", "text_model.embeddings."
     head = "vision_model.head."
     return [
@@ -150,13 +150,13 @@ def huggingface_siglip(config: CLIPConfig) -> list[Weight]:
         *_norm("text/ln_final", "text_model.final_layer_norm"),
         Weight("text/proj", ("text_model.head.weight",), "transposed"),
         Weight("text/proj_bias", ("text_model.head.bias",)),
-        # Arrays of one there.
+        # Arrays of size one in transformers.
         Weight("logit_scale", ("logit_scale",), "batched"),
         Weight("logit_bias", ("logit_bias",), "batched"),
     ]
 
 
-# Constants that some files hold besides parameters; nothing is lost by leaving them out.
+# Constants that some files hold besides the parameters; they can be ignored safely.
 CONSTANTS = {
     "attn_mask",
     "input_resolution",
@@ -188,7 +188,7 @@ def _blocks(tower: str, prefix: str, block: Block, layers: int) -> list[Weight]:
         if part.startswith("ln_"):
             weights += _norm(ours, prefix + theirs[0], layers)
             continue
-        # A name that ends in an underscore has no dot before what follows.
+        # A name that ends in an underscore takes its suffix without a dot.
         names = [prefix + name + ("" if name.endswith("_") else ".") for name in theirs]
         kernel = tuple(name + "weight" for name in names)
         weights.append(Weight(f"{ours}/kernel", kernel, "transposed", layers))

@@ -1,4 +1,4 @@
-"""What is done to images before the model, and to texts: in the other libraries' files."""
+"""Reads and writes the other libraries' preprocessing and tokenizer files."""
 
 import dataclasses
 import json
@@ -10,14 +10,14 @@ from disco_jax.models import CLIPConfig, TextConfig
 from disco_jax.models.files import copy_tokenizer, read_object
 
 Spec = dict[str, Any]
-BICUBIC = 3  # Pillow's number, which is transformers' too
+BICUBIC = 3  # Pillow's constant, which transformers uses too
 
 
 def read_preprocessing(folder: Path, library: str, config: CLIPConfig) -> CLIPConfig:
-    """`config` with the mean, deviation and resizing that stand in a folder, if they do.
+    """Returns `config` with the mean, standard deviation and resizing read from a folder, if any.
 
     Raises:
-      UserError: images are resized in a way that is not done here.
+      UserError: if the folder specifies a kind of resizing that we do not support.
     """
     path = folder / ("preprocessor_config.json" if library == "hf" else "open_clip_config.json")
     if not path.is_file():
@@ -25,7 +25,7 @@ def read_preprocessing(folder: Path, library: str, config: CLIPConfig) -> CLIPCo
     spec = read_object(path)
     if library == "hf":
         mean, std, resample = (spec.get(k) for k in ("image_mean", "image_std", "resample"))
-        size = spec.get("size")  # a number, in older files: the short side
+        size = spec.get("size")  # in older files, a number: the short side
         squash = isinstance(size, dict) and "height" in size and not spec.get("do_center_crop")
         known = resample in (None, BICUBIC)
     else:
@@ -34,7 +34,7 @@ def read_preprocessing(folder: Path, library: str, config: CLIPConfig) -> CLIPCo
         squash = mode == "squash" if mode else config.vision.squash
         known = spec.get("interpolation", "bicubic") == "bicubic" and mode != "longest"
     if not known:
-        raise UserError(f"{path}: only bicubic resizing, to the short side or squashed, is done")
+        raise UserError(f"{path}: only bicubic resizing is supported, by short side or squashed")
     vision = dataclasses.replace(
         config.vision,
         mean=tuple(mean or config.vision.mean),
@@ -45,7 +45,7 @@ def read_preprocessing(folder: Path, library: str, config: CLIPConfig) -> CLIPCo
 
 
 def write_openclip_preprocessing(config: CLIPConfig) -> Spec:
-    """`preprocess_cfg` of an `open_clip_config.json`."""
+    """Returns the `preprocess_cfg` of an `open_clip_config.json`."""
     vision = config.vision
     return {
         "mean": list(vision.mean),
@@ -56,7 +56,7 @@ def write_openclip_preprocessing(config: CLIPConfig) -> Spec:
 
 
 def write_huggingface_preprocessing(out: Path, config: CLIPConfig) -> None:
-    """Writes the files that transformers' processor is made of: images' and the tokenizer's."""
+    """Writes the image preprocessing and tokenizer files of a transformers processor."""
     vision = config.vision
     size = {"height": vision.image_size, "width": vision.image_size}
     siglip = vision.pool == "map"
@@ -82,7 +82,7 @@ def write_huggingface_preprocessing(out: Path, config: CLIPConfig) -> None:
 
 
 def _write_siglip_tokenizer(out: Path, text: TextConfig) -> None:
-    """transformers reads the tokenizer.json as it is; punctuation and case are the caller's."""
+    """Copies tokenizer.json for transformers; lowercasing and punctuation are up to the caller."""
     tokenizer = copy_tokenizer(text.tokenizer, out / "tokenizer.json")
     has_t5_end = tokenizer.token_to_id("</s>") is not None
     end, pad = ("</s>", "</s>") if has_t5_end else ("<eos>", "<pad>")
@@ -111,5 +111,5 @@ def _write_clip_tokenizer(out: Path, context_length: int) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """A JSON file for people to read too."""
+    """Writes an indented, human-readable JSON file."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
-"""Sizes of a SigLIP in OpenCLIP's and Hugging Face's terms, both ways.
+"""Converts SigLIP configs from and to OpenCLIP's and Hugging Face's formats.
 
-OpenCLIP takes the image tower from timm, by a name that says all of its sizes.
+OpenCLIP takes the image tower from timm, where the model's name determines all of its sizes.
 """
 
 import re
@@ -25,15 +25,15 @@ _TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"
 
 
 def from_openclip(spec: Spec) -> CLIPConfig:
-    """A model of OpenCLIP's `ViT-*-SigLIP*` configs.
+    """Converts one of OpenCLIP's `ViT-*-SigLIP*` configs.
 
     Raises:
-      UserError: its image tower is another of timm's.
+      UserError: if the image tower is not one of timm's SigLIP ViTs.
     """
     name = spec["vision_cfg"]["timm_model_name"]
     matched = _NAME.fullmatch(name)
     if not matched or matched[1] not in TIMM or spec["vision_cfg"].get("timm_pool") != "map":
-        raise UserError(f"vision_cfg.timm_model_name {name!r} is no SigLIP ViT with its pooling")
+        raise UserError(f"vision_cfg.timm_model_name: {name!r} is no SigLIP ViT with map pooling")
     width, layers, heads, ratio, activation = TIMM[matched[1]]
     given = spec["text_cfg"]
     tanh = given.get("act_kwargs", {}).get("approximate") == "tanh"
@@ -52,23 +52,23 @@ def from_openclip(spec: Spec) -> CLIPConfig:
 
 
 def to_openclip(config: CLIPConfig) -> Spec:
-    """The inverse of `from_openclip`.
+    """Inverse of `from_openclip`.
 
     Raises:
-      UserError: timm has no such image tower.
+      UserError: if timm has no such image tower.
     """
     vision, text = config.vision, config.text
     sizes = (vision.width, vision.layers, vision.heads, vision.mlp_width)
     names = [n for n, (w, *rest, r, _) in TIMM.items() if (w, *rest, int(w * r)) == sizes]
     if not names:
         raise UserError(
-            f"OpenCLIP's SigLIPs have image towers of timm's, and none of width {vision.width}, "
-            f"{vision.layers} layers and {vision.heads} heads"
+            "OpenCLIP's SigLIP models use image towers from timm, which has none of width "
+            f"{vision.width}, {vision.layers} layers and {vision.heads} heads"
         )
     if vision.activation != TIMM[names[0]][4]:
         print(
-            f"note: timm's image tower has the activation {TIMM[names[0]][4]}, and this model "
-            f"{vision.activation}: its features will differ a little there"
+            f"note: timm's image tower uses the activation {TIMM[names[0]][4]}, this model uses "
+            f"{vision.activation}; its features will differ slightly in OpenCLIP"
         )
     name = f"vit_{names[0]}_patch{vision.patch_size}_siglip_{vision.image_size}"
     return {
@@ -98,17 +98,17 @@ def to_openclip(config: CLIPConfig) -> Spec:
 
 
 def from_huggingface(spec: Spec) -> CLIPConfig:
-    """A `config.json` of transformers' `SiglipModel`; what it leaves out has the defaults there.
+    """Converts a `config.json` of transformers' `SiglipModel`, with its defaults.
 
     Raises:
-      UserError: an activation that is not known.
+      UserError: if an activation is unknown.
     """
     vision, text = spec.get("vision_config", {}), spec.get("text_config", {})
     ours = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
     acts = [tower.get("hidden_act", "gelu_pytorch_tanh") for tower in (vision, text)]
     for act in acts:
         if act not in ours:
-            raise UserError(f"hidden_act is {act}, and must be one of {', '.join(ours)}")
+            raise UserError(f"hidden_act is {act}; it must be one of {', '.join(ours)}")
     base = PRESETS["ViT-B-16-SigLIP"]
     return siglip(
         vision_from(vision, base.vision), text_from(text, base.text), (ours[acts[0]], ours[acts[1]])
@@ -116,7 +116,7 @@ def from_huggingface(spec: Spec) -> CLIPConfig:
 
 
 def to_huggingface(config: CLIPConfig) -> Spec:
-    """The inverse of `from_huggingface`."""
+    """Inverse of `from_huggingface`."""
     acts = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
     vision, text = config.vision, config.text
     return {

@@ -1,4 +1,4 @@
-"""A model from another library's files to ours, and from ours to theirs."""
+"""Imports models from other libraries' files, and exports ours to their formats."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ from disco_jax.runs.workdir import stored_config
 
 
 def table(library: str, config: CLIPConfig) -> list[names.Weight]:
-    """What a library calls the parameters of such a model."""
+    """Returns a library's table of parameter names for a model."""
     if config.vision.pool == "map":
         return (names.huggingface_siglip if library == "hf" else names.openclip_siglip)(config)
     return (names.huggingface if library == "hf" else names.openclip)(config)
@@ -51,25 +51,27 @@ def import_model(
     image_size: int | None = None,
     tokenizer: Path | None = None,
 ) -> None:
-    """Writes the model folder `out` from another library's weights.
+    """Converts another library's weights to the model folder `out`.
 
     Args:
-      source: a file, a folder with a configuration beside the weights, or a hub's repository.
-      library: `openclip`, `openai` (OpenCLIP's names and the quick gelu) or `hf`.
-      out: a folder that holds no model yet.
-      preset_name: the model's name, where there is no configuration.
-      tokenizer: of a SigLIP, its tokenizer.json, where there is none beside the weights.
-      image_size: another one than the model's; positions are resized as OpenCLIP does.
+      source: A file, a folder with a configuration next to the weights, or a repository on the Hub.
+      library: `openclip`, `openai` (OpenCLIP's names with quick GELU) or `hf`.
+      out: A folder that does not hold a model yet.
+      preset_name: Name of the model, if there is no configuration.
+      image_size: New image size; position embeddings are resized as in OpenCLIP.
+      tokenizer: The tokenizer.json of a SigLIP model, if it is not next to the weights.
 
     Raises:
-      UserError: something is missing, unknown or of another shape; it is named.
+      UserError: if something is missing, unknown or has the wrong shape; the message names it.
     """
     place = _place(source)
     config = _configuration(place, library, preset_name)
     if image_size:
         patch = config.vision.patch_size
         if image_size % patch:
-            raise UserError(f"--image_size {image_size} is no multiple of the patches' {patch}")
+            raise UserError(
+                f"--image_size: {image_size} is not a multiple of the patch size {patch}"
+            )
         vision = dataclasses.replace(config.vision, image_size=image_size)
         config = dataclasses.replace(config, vision=vision)
     config = _with_tokenizer(config, place, tokenizer)
@@ -91,11 +93,11 @@ def _with_tokenizer(config: CLIPConfig, place: Path, given: Path | None) -> CLIP
     path = given or (beside if beside.is_file() else None)
     if path is None:
         raise UserError(
-            f"there is no {TOKENIZER} beside the weights, and SigLIP's tokenizer is its own: give "
-            "it by --tokenizer"
+            f"no {TOKENIZER} next to the weights; a SigLIP model needs its own tokenizer: pass it "
+            "with --tokenizer"
         )
     text = dataclasses.replace(config.text, tokenizer=str(path))
-    make_tokenizer(text)  # can it be read, and does the model have its ids
+    make_tokenizer(text)  # fails if it cannot be read or does not match the model's vocabulary
     return dataclasses.replace(config, text=text)
 
 
@@ -104,17 +106,18 @@ def _place(source: str) -> Path:
     if place.exists():
         return place
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise UserError(f"there is no file or folder {source}")
+        raise UserError(f"no such file or folder: {source}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UserError(
-            f"there is no file or folder {source}; for a hub's repository install huggingface_hub"
+            f"no such file or folder: {source}; if it is a repository on the Hugging Face Hub, "
+            "install huggingface_hub"
         ) from error
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # network, names and rights, each with exceptions of its own
-        raise UserError(f"repository {source} can't be had: {error}") from error
+    except Exception as error:  # network, name and permission errors all have their own types
+        raise UserError(f"repository {source} could not be downloaded: {error}") from error
 
 
 def _configuration(place: Path, library: str, preset_name: str | None) -> CLIPConfig:
@@ -129,7 +132,7 @@ def _configuration(place: Path, library: str, preset_name: str | None) -> CLIPCo
         read = from_huggingface if library == "hf" else from_openclip
         config = read(read_object(file))
     else:
-        raise UserError(f"there is no {file.name} beside the weights: name the model by --model")
+        raise UserError(f"no {file.name} next to the weights; name the model with --model")
     if library == "openai":
         vision = dataclasses.replace(config.vision, activation="quick_gelu")
         text = dataclasses.replace(config.text, activation="quick_gelu")
@@ -138,10 +141,10 @@ def _configuration(place: Path, library: str, preset_name: str | None) -> CLIPCo
 
 
 def read_model(source: Path) -> tuple[CLIPConfig, Params]:
-    """A model folder's, or a run's newest checkpoint's.
+    """Reads a model folder, or the newest checkpoint of a run.
 
     Raises:
-      UserError: it is neither.
+      UserError: if `source` is neither.
     """
     if (source / MODEL_JSON).is_file():
         return load_model(source)
@@ -165,10 +168,10 @@ def read_model(source: Path) -> tuple[CLIPConfig, Params]:
 
 
 def export_model(source: Path, library: str, out: Path) -> None:
-    """Writes a folder that `open_clip` or `transformers` loads, from a model folder or a run.
+    """Exports a model folder or a run to a folder that `open_clip` or `transformers` can load.
 
     Raises:
-      UserError: `source` is no model, or `out` holds files already.
+      UserError: if `source` is not a model, or `out` is not empty.
     """
     config, params = read_model(source)
     if out.exists() and any(out.iterdir()):

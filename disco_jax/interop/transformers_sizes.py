@@ -1,4 +1,4 @@
-"""Sizes of towers in the config.json of transformers, whose CLIP and SigLIP call them alike."""
+"""Tower sizes in transformers' config.json, whose names CLIP and SigLIP share."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from disco_jax.models.config import TowerConfig
 
 
 def vision_from(spec: dict[str, Any], base: VisionConfig) -> VisionConfig:
-    """An image tower; what is left out is as in `base`."""
+    """Reads an image tower; missing fields are taken from `base`."""
     return VisionConfig(
         image_size=spec.get("image_size", base.image_size),
         patch_size=spec.get("patch_size", base.patch_size),
@@ -16,7 +16,7 @@ def vision_from(spec: dict[str, Any], base: VisionConfig) -> VisionConfig:
 
 
 def text_from(spec: dict[str, Any], base: TextConfig) -> TextConfig:
-    """A text tower; what is left out is as in `base`."""
+    """Reads a text tower; missing fields are taken from `base`."""
     return TextConfig(
         context_length=spec.get("max_position_embeddings", base.context_length),
         vocab_size=spec.get("vocab_size", base.vocab_size),
@@ -35,13 +35,13 @@ def _tower_from(spec: dict[str, Any], base: TowerConfig) -> dict[str, Any]:
 
 
 def vision_to(vision: VisionConfig) -> dict[str, Any]:
-    """The inverse of `vision_from`."""
+    """Inverse of `vision_from`."""
     sizes = {"image_size": vision.image_size, "patch_size": vision.patch_size}
     return sizes | _tower_to(vision)
 
 
 def text_to(text: TextConfig) -> dict[str, Any]:
-    """The inverse of `text_from`."""
+    """Inverse of `text_from`."""
     sizes = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
     return sizes | _tower_to(text)
 

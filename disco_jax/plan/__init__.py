@@ -1,1 +1,1 @@
-"""Will it fit? Compiles the training step for accelerators that are not there."""
+"""Will it fit? Compiles the training step for accelerators this machine does not have."""

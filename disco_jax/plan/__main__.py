@@ -1,4 +1,4 @@
-"""Will it fit? python -m disco_jax.plan --config=FILE --topology=a100-40gb:8 [--help]."""
+"""Will it fit? Usage: python -m disco_jax.plan --config=FILE --topology=a100-40gb:8 [--help]."""
 
 import json
 import re
@@ -16,15 +16,15 @@ from disco_jax.plan.show import draw, show_many, show_one
 from disco_jax.processes import cli
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("topology", None, f"{', '.join(ACCELERATORS)} or cpu, and how many: NAME:8")
-flags.DEFINE_integer("hosts", None, "Hosts; eight GPUs or four TPU chips to each by default.")
-flags.DEFINE_list("batch_size", [], "Global batch, or several with commas.")
-flags.DEFINE_list("compare", [], "Loss methods with commas, instead of the config's.")
-flags.DEFINE_bool("find_max_batch", False, "Search the largest batch that fits.")
-flags.DEFINE_bool("loss_only", False, "The loss and its gradients alone; needs no --config.")
-flags.DEFINE_integer("dim", None, "Width of the features, with --loss_only.")
-flags.DEFINE_string("chart", None, "PNG of peak memory against batch.")
-flags.DEFINE_bool("json", False, "Rows as JSON, the last line of standard output.")
+flags.DEFINE_string("topology", None, f"NAME:COUNT; NAME is {', '.join(ACCELERATORS)} or cpu.")
+flags.DEFINE_integer("hosts", None, "Number of hosts; default: 8 GPUs or 4 TPU chips per host.")
+flags.DEFINE_list("batch_size", [], "Global batch sizes, comma-separated.")
+flags.DEFINE_list("compare", [], "Loss methods, comma-separated, instead of the config's method.")
+flags.DEFINE_bool("find_max_batch", False, "Search for the largest batch that fits.")
+flags.DEFINE_bool("loss_only", False, "Plan only the loss and its gradients; needs no --config.")
+flags.DEFINE_integer("dim", None, "Feature width for --loss_only.")
+flags.DEFINE_string("chart", None, "PNG file for a plot of peak memory against batch size.")
+flags.DEFINE_bool("json", False, "Print the rows as JSON on the last line of standard output.")
 
 USAGE = """python -m disco_jax.plan --config=configs/vit_b32_laion400m.py --topology=a100-40gb:8
        [--hosts=N] [--batch_size=N,...] [--compare=METHOD,...] [--find_max_batch]
@@ -32,19 +32,21 @@ USAGE = """python -m disco_jax.plan --config=configs/vit_b32_laion400m.py --topo
 
 
 def main() -> None:
-    """Parses, compiles, shows."""
+    """Parses the flags, compiles, and prints the results."""
     loss_only = any(re.fullmatch(r"--?loss_only(=true|=1)?", arg, re.I) for arg in sys.argv)
     config = cli.parse(sys.argv, USAGE, config_needed=not loss_only)
     if FLAGS.topology is None:
-        raise UserError("--topology=NAME:COUNT is missing, a100-40gb:8 say")
+        raise UserError("--topology=NAME:COUNT is missing; pass e.g. --topology=a100-40gb:8")
     topology = parse_topology(FLAGS.topology, FLAGS.hosts)
     if not all(text.isdecimal() and int(text) > 0 for text in FLAGS.batch_size):
-        raise UserError(f"--batch_size: {','.join(FLAGS.batch_size)} is not a list of numbers")
+        raise UserError(
+            f"--batch_size: {','.join(FLAGS.batch_size)} is not a list of positive integers"
+        )
     for method in FLAGS.compare:
         if method not in METHODS:
             raise UserError(f"--compare: {method!r} is not one of {', '.join(METHODS)}")
     if FLAGS.find_max_batch and len(FLAGS.batch_size) > 1:
-        raise UserError("--find_max_batch begins at one --batch_size, not at several")
+        raise UserError("--find_max_batch starts from one --batch_size, not several")
     batches = [int(text) for text in FLAGS.batch_size] or [config.batch_size]
     methods = FLAGS.compare or [config.loss.method]
     scope = {"loss_only": FLAGS.loss_only, "dim": FLAGS.dim}
@@ -57,7 +59,7 @@ def main() -> None:
         show_many(rows, console)
     if FLAGS.chart:
         draw(rows, Path(FLAGS.chart))
-        console.print(f"drawn: {FLAGS.chart}")
+        console.print(f"Wrote {FLAGS.chart}")
     if FLAGS.json:
         print(json.dumps(rows))
 

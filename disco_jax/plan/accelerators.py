@@ -1,7 +1,7 @@
-"""The accelerators that can be compiled for: one table of facts, and their sources.
+"""Specifications, with sources, of the accelerators that the planner can compile for.
 
-To add a GPU, add a row to `ACCELERATORS` with what its datasheet says and, from the CUDA
-programming guide's table of compute capabilities, the limits of a multiprocessor.
+To add a GPU, add a row to `ACCELERATORS` with the numbers from its datasheet. The limits per
+multiprocessor are in the CUDA programming guide's table of compute capabilities.
 """
 
 import math
@@ -16,32 +16,32 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """What XLA's compiler wants to know of an NVIDIA GPU."""
+    """What the XLA compiler needs to know about an NVIDIA GPU."""
 
     compute_capability: tuple[int, int]
     multiprocessors: int
     clock_ghz: float
     l2_bytes: int
-    fp32_lanes: int  # a multiprocessor
-    shared_bytes: int  # a multiprocessor
-    shared_bytes_block: int  # at most, for a block that asks for more than 48 KiB
-    threads: int = 2048  # a multiprocessor
+    fp32_lanes: int  # per multiprocessor
+    shared_bytes: int  # per multiprocessor
+    shared_bytes_block: int  # maximum for a block that opts in to more than 48 KiB
+    threads: int = 2048  # per multiprocessor
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device: its memory, its rates, and what the compiler needs to know of it."""
+    """One type of device: its memory, its peak rates, and what the compiler needs to know."""
 
     title: str
     memory_bytes: int
-    bf16_rate: float  # FLOP/s, dense, accumulating in fp32
-    fp32_rate: float  # FLOP/s of an fp32 matmul as JAX runs it by default: TF32, or bf16 on a TPU
+    bf16_rate: float  # FLOP/s, dense, with fp32 accumulation
+    fp32_rate: float  # FLOP/s of fp32 matmuls at JAX's default precision: TF32, or bf16 on TPUs
     bandwidth: float  # bytes/s
     source: str
     gpu: Gpu | None = None
-    tpu: str | None = None  # libtpu's name of the generation
-    torus: int = 2  # dimensions of a TPU's interconnect
-    hosts: tuple[int, ...] = field(default=(1, 4))  # TPU chips that a host may have
+    tpu: str | None = None  # libtpu's name for the generation
+    torus: int = 2  # dimensions of the TPU interconnect
+    hosts: tuple[int, ...] = field(default=(1, 4))  # allowed numbers of TPU chips per host
 
 
 _AMPERE = Gpu((8, 0), 108, 1.41, 40 * 2**20, 64, 167_936, 166_912)
@@ -95,7 +95,7 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """So many devices of one kind, over so many hosts."""
+    """A number of devices of one type, divided over a number of hosts."""
 
     name: str
     devices: int
@@ -103,7 +103,7 @@ class Topology:
 
     @property
     def accelerator(self) -> Accelerator:
-        """The kind of device; a CPU's facts are this machine's memory shared by fake devices."""
+        """The type of device. For `cpu`, this machine's memory is split among fake devices."""
         if self.name == "cpu":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.devices
             return Accelerator("CPU, fake devices", memory, math.inf, math.inf, math.inf, "os")
@@ -121,19 +121,20 @@ class Topology:
 
 
 def parse_topology(text: str, hosts: int | None = None) -> Topology:
-    """`a100-40gb:8` to a topology.
+    """Parses a topology such as `a100-40gb:8`.
 
-    GPUs sit eight to a host where nobody says how many hosts there are, and TPUs four.
+    Without `hosts`, there are eight GPUs or four TPU chips per host.
 
     Raises:
-      UserError: an unknown device, a count that is not one, or hosts that cannot hold the devices.
+      UserError: if the device is unknown, the count is not a positive integer, or the devices
+        cannot be divided evenly over the hosts.
     """
     name, _, count = text.partition(":")
     known = [*ACCELERATORS, "cpu"]
     if name not in known:
         raise UserError(f"--topology: {name!r} is not one of {', '.join(known)}{near(name, known)}")
     if not (count or "1").isdecimal() or int(count or 1) < 1:
-        raise UserError(f"--topology: {text!r} is not of the form {name}:8")
+        raise UserError(f"--topology: {text!r} is not of the form NAME:COUNT, e.g. {name}:8")
     devices = int(count or 1)
     topology = Topology(name, devices, hosts or 1)
     if topology.platform == "tpu":
@@ -147,20 +148,20 @@ def parse_topology(text: str, hosts: int | None = None) -> Topology:
             topology = Topology(name, devices, devices // 8)
     if devices % topology.hosts or devices // topology.hosts not in allowed:
         raise UserError(
-            f"--hosts: {devices} devices of {name} cannot sit evenly on {topology.hosts} hosts"
+            f"--hosts: {devices} {name} devices do not divide evenly over {topology.hosts} hosts"
             + (f", {' or '.join(map(str, allowed))} on each" if topology.platform == "tpu" else "")
         )
     return topology
 
 
 def tpu_grid(accelerator: Accelerator, chips: int) -> tuple[int, ...]:
-    """The sides of the slice of a TPU pod with so many chips: as square as powers of two can be."""
+    """Returns the shape of a TPU slice of `chips` chips: powers of two, as equal as possible."""
     power = chips.bit_length() - 1
     largest = 256 if accelerator.torus == 2 else 8192
     if chips != 2**power or chips == 2 or chips > largest:
         raise UserError(
-            f"--topology: {accelerator.title} slices have 1, 4, 8, 16 and so on to {largest:,} "
-            f"chips, not {chips}"
+            f"--topology: {accelerator.title} slices have 1, 4, 8, 16, ... or {largest:,} chips, "
+            f"not {chips}"
         )
     low, extra = divmod(power, accelerator.torus)
     sides = [2 ** (low + (i >= accelerator.torus - extra)) for i in range(accelerator.torus)]
@@ -168,7 +169,7 @@ def tpu_grid(accelerator: Accelerator, chips: int) -> tuple[int, ...]:
 
 
 def gpu_target_config(accelerator: Accelerator) -> str:
-    """A GPU as text of XLA's GpuTargetConfigProto (stream_executor/device_description.proto)."""
+    """Returns XLA's GpuTargetConfigProto (stream_executor/device_description.proto) as text."""
     gpu = accelerator.gpu
     if gpu is None:
         raise ValueError(f"{accelerator.title} is not a GPU")

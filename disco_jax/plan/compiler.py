@@ -1,4 +1,4 @@
-"""Compiling in a child process, and what its answer means for the user."""
+"""Compiles in a child process and interprets the result."""
 
 import importlib.util
 import json
@@ -17,48 +17,50 @@ from disco_jax.plan.accelerators import Topology
 
 Row = dict[str, Any]
 
-# Kept free of a device's memory. `train.py` gives JAX a pool of 0.93 of it (cli.MEMORY_FRACTION):
-# beside it there is room for the CUDA context, library workspaces and NCCL's buffers, inside it for
-# fragmentation.
+# Fraction of a device's memory to keep free. `train.py` gives JAX a pool of 0.93 of the memory
+# (cli.MEMORY_FRACTION). What remains outside the pool is for the CUDA context, library workspaces
+# and NCCL's buffers; what remains inside it is for fragmentation.
 MARGIN = 0.1
 
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # never touch a device that may be there
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no cuDNN or cuBLAS is needed to compile
-    "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server for a TPU
+    "JAX_PLATFORMS": "cpu",  # never touch a device that this machine may have
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # compiling needs neither cuDNN nor cuBLAS
+    "TPU_SKIP_MDS_QUERY": "1",  # do not query a metadata server for a TPU
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-# Nothing can be timed here; and with untuned Triton matmuls a ViT does not compile.
+# Autotuning is off because nothing can be timed here. Triton matmuls are off because a ViT does not
+# compile with untuned ones.
 XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 def environment() -> dict[str, str]:
-    """This process's environment with what the child needs; of two equal flags XLA takes the last.
+    """Returns this process's environment plus the variables that the child needs.
 
-    XLA's other flags stay: training would compile with them as well.
+    The user's XLA flags are kept, because training compiles with them too. Ours come last, because
+    XLA uses the last value of a repeated flag.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
     return os.environ | ENVIRONMENT | {"XLA_FLAGS": flags}
 
 
 def check_installed(topology: Topology) -> None:
-    """Raises UserError, with what to install, where the topology's compiler is missing."""
+    """Raises UserError, saying what to install, if the topology's compiler is missing."""
     wanted = {"cuda": _CUDA_PLUGINS, "tpu": ("libtpu",), "cpu": ("jax",)}[topology.platform]
     if any(importlib.util.find_spec(module) for module in wanted):
         return
     if sys.platform != "linux":
         raise UserError(
-            f"--topology: the compiler for {topology.name} exists for Linux only; cpu:8 works here"
+            f"--topology: the compiler for {topology.name} runs only on Linux; use e.g. cpu:8 here"
         )
     raise UserError(
         f"--topology: the compiler for {topology.name} is not installed; "
-        "`pip install -r requirements-plan.txt` brings it, and needs no such device"
+        "run `pip install -r requirements-plan.txt`, which needs no such device"
     )
 
 
 class Compiler:
-    """A child process that compiles for one topology; a context manager."""
+    """Context manager for a child process that compiles for one topology."""
 
     def __init__(self, topology: Topology):
         check_installed(topology)
@@ -91,15 +93,17 @@ class Compiler:
     def compile(
         self, config: ConfigDict, *, loss_only: bool = False, dim: int | None = None
     ) -> Row:
-        """One row: what the step of `config`, or its loss alone, takes on this topology.
+        """Returns one row: the cost of a training step, or only its loss, on this topology.
 
         Args:
-          config: an experiment; its `batch_size` is the global one.
-          loss_only: the loss and its gradients on fp32 features, without towers or optimiser.
-          dim: width of those features; the model's by default.
+          config: Experiment config; its `batch_size` is the global batch size.
+          loss_only: Compile only the loss and its gradients, on fp32 features, without the towers
+            and the optimizer.
+          dim: Width of those features; defaults to the model's.
 
         Raises:
-          UserError: the batch does not divide, or the compiler failed; its message is passed on.
+          UserError: if the batch is not divisible by the devices, or the compiler failed (with its
+            message).
         """
         check_division(config, self.topology.devices)
         request = {
@@ -125,7 +129,7 @@ class Compiler:
 
     def _last_words(self) -> str:
         self._log.seek(0)
-        return " ".join(self._log.read().split()[-60:]) or "it said nothing"
+        return " ".join(self._log.read().split()[-60:]) or "it printed nothing"
 
     def _row(self, config: ConfigDict, answer: Row) -> Row:
         capacity = self.topology.accelerator.memory_bytes
@@ -149,10 +153,10 @@ class Compiler:
         return row | self._bound(row)
 
     def _bound(self, row: Row) -> Row:
-        """The least time a step can take: its matmuls at the peak rate, or arguments once through.
+        """Returns a lower bound on the step time: matmuls at peak rate, or memory traffic.
 
-        A step reads all its arguments and writes as much state again; nothing that stays on the
-        chip is counted, nor any communication.
+        The memory traffic is reading all arguments once and writing the state back. Neither
+        intermediate results nor communication are counted.
         """
         accelerator = self.topology.accelerator
         rates = {"bfloat16": accelerator.bf16_rate, "float32": accelerator.fp32_rate}

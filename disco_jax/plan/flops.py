@@ -1,6 +1,6 @@
 """Matmul FLOPs of a traced program, counted before compilation.
 
-XLA's own cost analysis sees no call of a GPU's matmul library, and counts a loop's body once.
+XLA's own cost analysis misses calls to GPU matmul libraries, and counts a loop body only once.
 """
 
 import math
@@ -11,10 +11,11 @@ from jax.extend import core
 
 
 def matmul_flops(jaxpr: Any) -> dict[str, int]:
-    """FLOPs of all matmuls, two a multiply-add, by the operands' dtype: `{"bfloat16": ...}`.
+    """Returns the FLOPs of all matmuls by operand dtype, e.g. `{"bfloat16": ...}`.
 
-    They are those of all devices together: what runs in a `shard_map` counts once a device. Loops
-    count every turn, rematerialised work as often as it is done, and of a branch the dearest arm.
+    A multiply-add counts as two FLOPs. The total is over all devices: the body of a `shard_map`
+    counts once per device. A loop body counts once per iteration, rematerialized work each time it
+    is done, and a conditional as its most expensive branch.
     """
     total: Counter[str] = Counter()
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -32,7 +33,7 @@ def matmul_flops(jaxpr: Any) -> dict[str, int]:
 
 
 def _dot_flops(eqn: Any) -> int:
-    """`2 · (elements of the result) · (length of the contraction)`."""
+    """Returns `2 · (elements of the result) · (length of the contraction)`."""
     (contracted, _), _ = eqn.params["dimension_numbers"]
     lhs = eqn.invars[0].aval.shape
     return 2 * eqn.outvars[0].aval.size * math.prod(lhs[axis] for axis in contracted)

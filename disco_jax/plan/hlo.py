@@ -1,4 +1,4 @@
-"""What a compiled program says of its collectives, read from its text."""
+"""Counts the collectives of a compiled program by parsing its HLO text."""
 
 import math
 import re
@@ -17,17 +17,17 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
 class Collective(TypedDict):
-    """How often a kind runs in one call of the program, and the bytes a device puts into it."""
+    """How often a kind runs per call of the program, and the bytes each device puts into it."""
 
     count: int
     bytes: int
 
 
 def collectives(program: str) -> dict[str, Collective]:
-    """Collectives by kind, in one run on one device, loops counted as often as they turn.
+    """Returns the collectives by kind, per device and run; loops count every iteration.
 
-    `bytes` are the payload: the gathered array of an all-gather, the array before a
-    reduce-scatter, and what is sent on by the others.
+    `bytes` is the payload: the gathered array of an all-gather, the input array of a
+    reduce-scatter, and the array that is sent for the other kinds.
     """
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -48,9 +48,9 @@ def collectives(program: str) -> dict[str, Collective]:
                 if kind == "reduce-scatter" and not both:
                     size *= _group_size(line, members)
                 sizes[kind] += times * size
-                continue  # what it calls is its reduction
+                continue  # the computation it calls is its reduction
             if opcode in ("async-update", "async-done"):
-                continue  # names again what async-start began
+                continue  # these repeat the computation of their async-start
             trips = _trips(line, computations) if opcode == "while" else 1
             for called, branches in _CALLED.findall(line):
                 for child in [called] if called else re.findall(r"[\w.\-]+", branches):
@@ -61,9 +61,9 @@ def collectives(program: str) -> dict[str, Collective]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """Turns of a `while`: as the compiler noted, or the bound that its condition compares with.
+    """Returns the trip count of a `while`: the compiler's note, or the bound in its condition.
 
-    JAX's counted loops run from 0 in steps of 1. A loop without either counts once.
+    JAX's counted loops run from 0 in steps of 1. A loop with neither counts once.
     """
     if noted := _TRIPS.search(line):
         return int(noted[1])
@@ -74,7 +74,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def _parse(program: str) -> tuple[dict[str, list[str]], str]:
-    """Instructions by computation, and the entry's name."""
+    """Returns the instructions of each computation, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     name = entry = ""
     for line in program.splitlines():
@@ -89,7 +89,7 @@ def _parse(program: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _members(program: str) -> int:
-    """Devices of the program."""
+    """Returns the number of devices the program runs on."""
     counts = [
         int(n)
         for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", program.split("\n", 1)[0])
@@ -98,7 +98,7 @@ def _members(program: str) -> int:
 
 
 def _group_size(line: str, devices: int) -> int:
-    """Devices that take part together in a collective, written in one of three ways."""
+    """Returns the devices per group of a collective, from any of the three HLO notations."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
@@ -110,15 +110,16 @@ def _group_size(line: str, devices: int) -> int:
 
 
 def _bytes(result: str, both: bool) -> int:
-    """Bytes of a result's arrays.
+    """Returns the bytes of a result's arrays.
 
-    An asynchronous start names operands and results (`both`), and the larger are its payload.
+    The result of an asynchronous start lists both operands and results (`both`); the larger half is
+    the payload.
     """
     arrays = []
     for dtype, dims in _ARRAY.findall(result):
         bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 8)
         if dtype.startswith("u32") and not dims:
-            continue  # a token of the transfer
+            continue  # the transfer's token, not data
         arrays.append(bits // 8 * math.prod(int(d) for d in dims.split(",") if d))
     half = len(arrays) // 2
     return max(sum(arrays[:half]), sum(arrays[half:])) if both else sum(arrays)

@@ -1,4 +1,4 @@
-"""Many rows: every batch and method asked for, or the largest batch that fits."""
+"""Plans several rows: every requested batch and method, or the largest batch that fits."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from disco_jax.plan.show import size, verdict
 def plan_all(
     config: ConfigDict, topology: Topology, batches: list[int], methods: list[str], **scope: Any
 ) -> list[Row]:
-    """A row for every batch of every method, in that order; `scope` is `Compiler.compile`'s."""
+    """Returns a row per method and batch, in that order; `scope` goes to `Compiler.compile`."""
     rows = []
     with Compiler(topology) as compiler, _progress() as progress:
         task = progress.add_task("compiling", total=len(batches) * len(methods))
@@ -30,12 +30,12 @@ def plan_all(
 def find_max_batch(
     config: ConfigDict, topology: Topology, batches: list[int], methods: list[str], **scope: Any
 ) -> list[Row]:
-    """For every method the largest batch that fits, with the settings that reach it.
+    """Returns, for every method, the largest batch that fits and the settings that reach it.
 
-    A row without microbatches and one with them, of 256 samples a device where the config names
-    none; where it does, that alone. The batch is found with the rematerialisation that takes least
-    memory; then the cheapest that fits as well is the row's. A method that does not fit at all has
-    the smallest batch tried as its row, which does not fit.
+    Each method gets a row without microbatches and a row with microbatches of 256 samples per
+    device. If the config uses microbatches, there is only one row, with the config's. The search
+    uses the rematerialization that takes the least memory; the row then reports the cheapest one
+    with which that batch still fits. If no batch fits, the row is the smallest batch tried.
     """
     loss_only = bool(scope.get("loss_only"))
     *cheaper, least = ("none", "dots", "full", "offload")[: 3 if topology.platform == "cpu" else 4]
@@ -85,6 +85,6 @@ def _with(config: ConfigDict, batch: int, method: str) -> ConfigDict:
 
 
 def _progress() -> Progress:
-    """On standard error, so that standard output holds results alone."""
+    """Progress bar on standard error, so that standard output holds only results."""
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)

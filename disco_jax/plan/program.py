@@ -1,4 +1,4 @@
-"""Compiles the training step, or the loss alone, for a mesh, and reads what it would cost."""
+"""Compiles the training step, or only the loss, for a mesh, and reports its cost."""
 
 import re
 import time
@@ -22,15 +22,15 @@ from disco_jax.step.train_step import batches_on_devices, make_train_step
 
 
 class Job(NamedTuple):
-    """A jitted function, the abstract arguments to compile it for, and which of them are what."""
+    """A jitted function with the abstract arguments to compile it for."""
 
     function: Any
     arguments: tuple[Any, ...]
-    parts: dict[str, Any]  # the arguments by name: param, optimizer, batch
+    parts: dict[str, Any]  # subtrees of the arguments, by name: param, optimizer, batch
 
 
 def step_job(config: ConfigDict, mesh: Mesh) -> Job:
-    """The training step of `config`: what `train.py` runs, on shapes instead of arrays."""
+    """Returns the training step that `train.py` runs, on shapes instead of arrays."""
     model = model_config(config)
     state = abstract_state(model, make_optimizer(config), mesh)
     batch = abstract_batch(model, config.batch_size, mesh)
@@ -39,7 +39,7 @@ def step_job(config: ConfigDict, mesh: Mesh) -> Job:
 
 
 def measure_step(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """What a step of `config` takes: one program, or the several of the host's loop together."""
+    """Returns the cost of a step: of its one program, or of all programs of the host loop."""
     if not (config.microbatch and config.microbatch_mode == "host"):
         return _with_waiting_batch(config, measure(step_job(config, mesh)))
     model = model_config(config)
@@ -77,7 +77,7 @@ def measure_step(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
 
 
 def _with_waiting_batch(config: ConfigDict, row: dict[str, Any]) -> dict[str, Any]:
-    """A step's row with the next batch, where training keeps that on the devices beside it."""
+    """Adds the next batch to a row if training keeps it on the devices during a step."""
     waiting = (batches_on_devices(config) - 1) * row["batch_bytes"]
     peak = row["peak_bytes"]
     return row | {
@@ -87,7 +87,7 @@ def _with_waiting_batch(config: ConfigDict, row: dict[str, Any]) -> dict[str, An
 
 
 def loss_job(config: ConfigDict, mesh: Mesh, dim: int) -> Job:
-    """The loss of `config` and all its gradients, on fp32 features `[B, dim]`."""
+    """Returns the loss of `config` with all its gradients, on fp32 features `[B, dim]`."""
     rows, one = batch_sharding(mesh), replicated(mesh)
     features = jax.ShapeDtypeStruct((config.batch_size, dim), jnp.float32, sharding=rows)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
@@ -104,7 +104,7 @@ def loss_job(config: ConfigDict, mesh: Mesh, dim: int) -> Job:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Compiles a job: bytes a device, FLOPs of all devices, collectives a device."""
+    """Compiles a job; returns bytes per device, total FLOPs, and collectives per device."""
     start = time.perf_counter()
     traced = job.function.trace(*job.arguments)
     flops = matmul_flops(traced.jaxpr)
@@ -122,7 +122,7 @@ def measure(job: Job) -> dict[str, Any]:
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     held += memory.output_size_in_bytes - memory.alias_size_in_bytes
     return known | {
-        # Temporaries are one arena, so all of it counts beside the arguments, at every moment.
+        # XLA allocates temporaries as one arena, so all of it is in use throughout the program.
         "peak_bytes": max(held, memory.peak_memory_in_bytes),
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -133,10 +133,10 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def out_of_memory(error: Exception, argument_bytes: int) -> dict[str, int | None]:
-    """What a compiler that gives up for want of memory says it would have needed.
+    """Returns the memory that the compiler reported needing when it ran out.
 
     Raises:
-      Exception: `error` itself, where it is about something else.
+      Exception: `error` itself, if it is not an out-of-memory error.
     """
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
@@ -148,7 +148,7 @@ def out_of_memory(error: Exception, argument_bytes: int) -> dict[str, int | None
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of abstract arrays with shardings."""
+    """Returns the bytes per device of a tree of abstract arrays with shardings."""
     total = 0
     for x in jax.tree.leaves(tree):
         shard = x.sharding.shard_shape(x.shape)

@@ -1,11 +1,11 @@
-"""The largest batch that fits, found by compiling."""
+"""Finds the largest batch that fits, by compiling."""
 
 from collections.abc import Callable
 from typing import Any
 
 Row = dict[str, Any]
 
-# Batches are tried in steps of a sixteenth of the power of two below them.
+# Candidate batches are multiples of a sixteenth of the power of two below them.
 STEPS = 16
 LARGEST = 2**26
 
@@ -13,16 +13,17 @@ LARGEST = 2**26
 def largest_batch(
     compile_batch: Callable[[int], Row], devices: int, start: int
 ) -> tuple[Row | None, list[Row]]:
-    """Searches the largest batch whose row `fits`.
+    """Searches for the largest batch whose row `fits`.
 
     Args:
-      compile_batch: compiles one global batch, divisible by `devices`, and returns its row.
-      devices: by which every batch must be divisible.
-      start: where to begin, a guess.
+      compile_batch: Compiles one global batch, divisible by `devices`, and returns its row.
+      devices: Every batch is a multiple of this number.
+      start: Initial guess.
 
     Returns:
-      The largest row that fits, and all rows in the order they were compiled. The next batch up, a
-      sixteenth of a power of two larger, does not fit. None if not even one sample a device does.
+      The row of the largest batch that fits, and all rows in the order they were compiled. The next
+      larger batch, by a sixteenth of a power of two, does not fit. The first is None if not even
+      one sample per device fits.
     """
     rows: list[Row] = []
     best: Row | None = None
@@ -53,7 +54,7 @@ def largest_batch(
 
 
 def _predict(rows: list[Row]) -> int | None:
-    """Where the line through the last two peaks meets the memory that may be used."""
+    """Extrapolates the last two peaks linearly to the batch that fills the usable memory."""
     known = [row for row in rows if row["peak_bytes"] is not None][-2:]
     if len(known) < 2 or known[0]["peak_bytes"] == known[1]["peak_bytes"]:
         return None
@@ -69,6 +70,6 @@ def _step(batch: int, devices: int) -> int:
 
 
 def round_batch(batch: int, devices: int) -> int:
-    """The nearest batch not above, in whole steps; at least one sample a device."""
+    """Rounds a batch down to a whole step, but not below one sample per device."""
     step = _step(batch, devices)
     return max(batch // step * step, devices)

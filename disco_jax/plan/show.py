@@ -1,4 +1,4 @@
-"""Rows of the planner as tables for people, and as a chart."""
+"""Shows the planner's rows as tables and as a chart."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def show_one(row: Row, console: Console) -> None:
-    """Everything known of one compiled step."""
+    """Prints everything known about one compiled step."""
     table = Table(show_header=False, title=f"{_title(row)}, batch {row['batch_size']:,}")
     table.add_column()
     table.add_column(justify="right")
@@ -40,13 +40,13 @@ def show_one(row: Row, console: Console) -> None:
             settings += f"; microbatches of {row['microbatch']} per device"
             settings += f", {row['microbatch_mode']}"
         if row["fsdp"] > 1:
-            settings += f"; state over {row['fsdp']} devices"
+            settings += f"; state sharded over {row['fsdp']} devices"
         console.print(settings)
     console.print(table)
 
 
 def show_many(rows: list[Row], console: Console) -> None:
-    """A line a row."""
+    """Prints a table with one line per row."""
     table = Table(title=f"{_title(rows[0])}; memory per device")
     whole_step = not rows[0]["loss_only"]
     for name in ("batch", "method", *(("remat", "microbatch") if whole_step else ())):
@@ -69,7 +69,7 @@ def show_many(rows: list[Row], console: Console) -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Peak memory against batch, a line a method, and what the device has."""
+    """Plots peak memory against batch, one line per method, and the device's capacity."""
     from disco_jax.display.plots import subplots
 
     figure, axis = subplots(figsize=(7, 4.5), layout="constrained")
@@ -78,7 +78,7 @@ def draw(rows: list[Row], path: Path) -> None:
         points = [(r["batch_size"], r["peak_bytes"]) for r in rows if r["method"] == method]
         known = sorted((batch, peak / 2**30) for batch, peak in points if peak is not None)
         if known:
-            # Each thinner than the one before: lines that lie on each other are all seen.
+            # Each line is thinner than the previous one, so that coinciding lines stay visible.
             width = 1.5 + 1.5 * (len(methods) - 1 - i)
             axis.plot(
                 *zip(*known, strict=True),
@@ -102,21 +102,21 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def size(count: int | None) -> str:
-    """Bytes as GiB from 1 GiB on, MiB below."""
+    """Formats bytes as GiB from 1 GiB up, and as MiB below that."""
     if count is None:
         return "unknown"
     return f"{count / 2**30:,.2f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def headroom(row: Row) -> str:
-    """What is left below the margin, or missing."""
+    """Formats the usable memory that remains; negative if it is exceeded."""
     if row["peak_bytes"] is None:
         return "-"
     return size(row["capacity_bytes"] - row["margin_bytes"] - row["peak_bytes"])
 
 
 def verdict(row: Row) -> str:
-    """One word, or two."""
+    """Returns `fits` or `too large`."""
     return "fits" if row["fits"] else "too large"
 
 

@@ -1,7 +1,7 @@
-"""The process that compiles: one request a line on standard input, one answer a line on output.
+"""The process that compiles: one JSON request per line of stdin, one answer per line of stdout.
 
-It is apart because compiling for an absent accelerator wants an environment of its own, and because
-the plug-ins for it speak up, or wait, where JAX starts (see `compiler.py`).
+It is a separate process because compiling for an absent accelerator needs its own environment
+variables, and because the plug-ins print messages, or hang, when JAX starts (see `compiler.py`).
 """
 
 import json
@@ -21,7 +21,7 @@ from disco_jax.processes.backend import use_fake_devices
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """Descriptions of the devices, good for compiling and nothing else."""
+    """Returns device descriptions that can be compiled for, but not used."""
     hosts, each = topology.hosts, topology.devices // topology.hosts
     accelerator = topology.accelerator
     if topology.platform == "cpu":
@@ -40,14 +40,14 @@ def devices_of(topology: Topology) -> list[Any]:
             platform="cuda",
             topology_name=topology.name,
             target_config=gpu_target_config(accelerator),
-            # Slices, hosts a slice, GPUs a host: on a cluster each host is a slice.
+            # Slices x hosts per slice x GPUs per host. In a cluster, each host is a slice.
             topology=f"{hosts}x1x{each}",
         )
     return list(description.devices)
 
 
 def answer(request: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Measures the job that a request describes, and the loss within it."""
+    """Measures the job that a request describes, and its loss on its own."""
     config = ConfigDict(request["config"])
     dim = request["dim"] or model_config(config).embed_dim
     loss = measure(loss_job(config, mesh, dim))
@@ -56,7 +56,7 @@ def answer(request: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serves requests until standard input ends."""
+    """Answers requests until standard input is closed."""
     devices: list[Any] | None = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -65,7 +65,7 @@ def main() -> None:
                 devices = devices_of(Topology(*request["topology"]))
             mesh = make_mesh(devices, request["config"]["fsdp"])
             result = answer(request, mesh)
-        except Exception as error:  # the parent tells the user
+        except Exception as error:  # the parent reports it to the user
             result = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(result), flush=True)
 
