@@ -1,6 +1,6 @@
 """Evaluates a trained CLIP: python eval.py --config=configs/shapes.py --workdir=DIR.
 
-The newest checkpoint; with --all every one there is, with --watch each as it comes.
+Evaluates the newest checkpoint; with --all, every checkpoint; with --watch, each new one as well.
 """
 
 from pathlib import Path
@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 from disco_jax.processes import cli
 
-_ALL = flags.DEFINE_bool("all", False, "Every checkpoint of the run, not only the newest.")
-_WATCH = flags.DEFINE_bool("watch", False, "Goes on with each checkpoint that comes.")
+_ALL = flags.DEFINE_bool("all", False, "Evaluate every checkpoint of the run, not only the newest.")
+_WATCH = flags.DEFINE_bool("watch", False, "Keep evaluating new checkpoints as they are written.")
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Prints a table and a line of JSON a checkpoint; draws `predictions.png`."""
+    """Prints a table and a line of JSON per checkpoint, and draws `predictions.png`."""
     from disco_jax.evaluation.main import evaluate
 
     evaluate(config, workdir, every=_ALL.value, watch=_WATCH.value)

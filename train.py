@@ -8,8 +8,8 @@ from disco_jax.processes import cli
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Trains, or goes on training, the run in `workdir`."""
-    from disco_jax.training.loop import train  # here: data workers import this file too
+    """Starts or resumes the run in `workdir`."""
+    from disco_jax.training.loop import train  # lazy: data workers import this file too
 
     train(config, workdir)
 

@@ -1,11 +1,11 @@
-"""Kills a training run at random moments, starts it again, and compares with an undisturbed one.
+"""Kills a training run at random moments, restarts it, and compares it with an undisturbed run.
 
     python benchmarks/chaos.py [--kills=30] [--processes=1] [--workers=2] [--steps=1200] [--json]
 
-On tar shards made of `shapes`. Half of the kills are kill -9, of one process or of all; half are a
-SIGTERM to one, after which the run must save and end with its documented code. Compared are the
-keys of all samples, in order, the metrics of all steps, and the parameters at the end, bit for bit;
-and the names in /dev/shm, before and after.
+The run trains on tar shards made from `shapes`. Half of the kills are kill -9, of one process or of
+all; the other half are a SIGTERM to one process, after which the run must save and exit with its
+documented code. The comparison covers the keys of all samples in order, the metrics of all steps,
+the final parameters bit for bit, and the names in /dev/shm before and after.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
-NOTICE = 200  # steps of a run's last seconds
+NOTICE = 200  # steps at the end of the run that are not interrupted
 sys.path.insert(0, str(ROOT))
 
 from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED  # noqa: E402
@@ -32,12 +32,16 @@ from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--processes", type=int, default=1, help="of the run")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load, of each")
+    parser.add_argument("--processes", type=int, default=1, help="processes of the run")
+    parser.add_argument("--workers", type=int, default=2, help="data workers per process")
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where TFDS sets are kept")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder of the TFDS datasets"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on the last line"
+    )
     return parser.parse_args()
 
 
@@ -70,7 +74,7 @@ def start(arguments: argparse.Namespace, shards: Path, workdir: Path) -> list[su
             subprocess.Popen(
                 [*command, *fields, *where],
                 cwd=ROOT,
-                # Compiling is most of a start; how well it is done does not matter here.
+                # Most of the startup is compilation, and its quality does not matter here.
                 env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
                 stdout=subprocess.DEVNULL,
                 stderr=log(workdir, index).open("ab"),
@@ -81,22 +85,22 @@ def start(arguments: argparse.Namespace, shards: Path, workdir: Path) -> list[su
 
 
 def log(workdir: Path, index: int) -> Path:
-    """What a process of the run has to say."""
+    """Log file of one process of the run."""
     return workdir.with_name(f"{workdir.name}-{index}.log")
 
 
 def fail(told: str, workdir: Path) -> NoReturn:
-    """Ends with the processes' last words."""
+    """Exits with the error `told`, after printing the end of each process's log."""
     for path in sorted(workdir.parent.glob(f"{workdir.name}-*.log")):
         print(f"{path.name}: {path.read_text(errors='replace')[-2000:]}", file=sys.stderr)
     raise SystemExit(told)
 
 
 def disturb(jobs: list[subprocess.Popen], workdir: Path, at: int, moments: random.Random) -> str:
-    """Kills the run, soon after it has taken step `at`; what was done, or "" if it was over before.
+    """Kills the run soon after step `at`; returns what was done, or "" if the run ended first.
 
-    Soon: within half a second, so in the middle of a step or a save; step 0 is taken at the start,
-    so in the midst of restoring.
+    The kill comes within half a second of the step, i.e. in the middle of a step or a save. With
+    `at` 0 it comes within ten seconds of the start, e.g. during a restore.
     """
     begun = starts(workdir)
     while last_step(workdir) < at or (at > 0 and starts(workdir) == begun):
@@ -108,41 +112,41 @@ def disturb(jobs: list[subprocess.Popen], workdir: Path, at: int, moments: rando
     if moments.random() < 0.5 and at > 0:
         victim.send_signal(signal.SIGTERM)
         codes = [job.wait(timeout=120) for job in jobs]
-        # At the start of a run the others are not asked yet: for them it is lost, and JAX aborts
-        # them where it was the first process.
+        # At the start of a run, the signal does not reach the other processes yet. They see a lost
+        # peer, and JAX aborts them if that peer was the first process.
         if codes[jobs.index(victim)] != EXIT_PREEMPTED or not set(codes) <= {
             EXIT_PREEMPTED,
             EXIT_PEER_LOST,
             -signal.SIGABRT,
         }:
-            fail(f"after SIGTERM at step {at} the run ended with {codes}", workdir)
+            fail(f"after SIGTERM at step {at}, the run exited with {codes}", workdir)
         return f"SIGTERM (codes {', '.join(map(str, codes))})"
     what = "kill -9 of all" if moments.random() < 0.5 else "kill -9 of one"
     for job in jobs if what == "kill -9 of all" else [victim]:
         os.killpg(job.pid, signal.SIGKILL)
     codes = {job.wait(timeout=120) for job in jobs}
     if not codes <= {-signal.SIGKILL, -signal.SIGABRT, EXIT_PEER_LOST}:
-        fail(f"after {what} at step {at} the run ended with {codes}", workdir)
+        fail(f"after {what} at step {at}, the run exited with {codes}", workdir)
     return what
 
 
 def starts(workdir: Path) -> int:
-    """How many of them the run's folder has a record of."""
+    """Returns the number of starts recorded in the run's folder."""
     path = workdir / "starts.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
 
 def last_step(workdir: Path) -> int:
-    """The last step that metrics were written of."""
+    """Returns the last step with metrics."""
     lines = rows(workdir / "metrics.jsonl")
     return lines[-1]["step"] if lines else 0
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """Without what is measured in seconds."""
+    """Reads a .jsonl file, without the values that depend on time."""
     if not path.exists():
         return []
-    whole = path.read_text().rpartition("\n")[0]  # a last line may be half written
+    whole = path.read_text().rpartition("\n")[0]  # the last line may be incomplete
     found = [json.loads(line) for line in whole.splitlines()]
     return [
         {k: v for k, v in row.items() if not k.endswith("per_second") and k[:5] != "time/"}
@@ -151,12 +155,12 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def files(workdir: Path, name: str) -> list[list[dict[str, Any]]]:
-    """The rows of `NAME.jsonl`, or of every process's."""
+    """Returns the rows of `NAME.jsonl`, or of each process's file."""
     return [rows(path) for path in sorted(workdir.glob(f"{name}*.jsonl"))]
 
 
 def parameters(workdir: Path, step: int) -> dict[str, bytes]:
-    """The bytes of every array in a checkpoint, by path."""
+    """Returns the bytes of every array in a checkpoint, by path."""
     import jax
 
     from configs.tars import get_config
@@ -179,13 +183,13 @@ def parameters(workdir: Path, step: int) -> dict[str, bytes]:
 
 
 def names_in_shared_memory() -> set[str]:
-    """Nothing else may use it meanwhile."""
+    """Returns the names in /dev/shm, which nothing else may use during the benchmark."""
     return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 def finish(jobs: list[subprocess.Popen], workdir: Path) -> None:
     if any(codes := [job.wait() for job in jobs]):
-        fail(f"training ended with codes {codes}", workdir)
+        fail(f"training exited with codes {codes}", workdir)
 
 
 def main() -> None:
@@ -201,14 +205,15 @@ def main() -> None:
         print("undisturbed: done", flush=True)
         most = max(arguments.steps - NOTICE, arguments.kills)
         for kill in range(arguments.kills):
-            # Two kills early, before and while parameters are restored; the others on the way. A
-            # SIGTERM takes JAX seconds to hand round, which must not be the run's last.
+            # The first and last kills come early, before or during the restore; the others come
+            # during training. JAX takes seconds to pass a SIGTERM on to all processes, so none may
+            # come in the last seconds of the run.
             early = kill in (0, arguments.kills - 1)
             forward = moments.randint(1, most // arguments.kills)
             step = 0 if early else min(last_step(shaken) + forward, most)
             what = disturb(start(arguments, shards, shaken), shaken, step, moments)
             if not what:
-                raise SystemExit("the run was done before it was killed: ask for more steps")
+                raise SystemExit("the run ended before it was killed; increase --steps")
             done[what] += 1
             print(f"{kill + 1}: {what} at step {last_step(shaken)}", flush=True)
         finish(start(arguments, shards, shaken), shaken)

@@ -1,9 +1,10 @@
-"""Times zero-shot evaluation: class embeddings from prompts, and images classified.
+"""Times zero-shot evaluation: class embeddings from prompts, and image classification.
 
     python benchmarks/eval.py [--model=tiny] [--devices=2] [--images=2000] [--json]
 
-Class embeddings of ImageNet's 1,000 names by CLIP's 80 prompts, tokens included, beside one pass of
-as many tokens through the text tower; images, of the model's size, from PNG files to predictions.
+Class embeddings of ImageNet's 1,000 classes with CLIP's 80 prompts, including tokenization, are
+compared with one pass of the same tokens through the text tower. Images of the model's size are
+timed from PNG files to predictions.
 """
 
 import argparse
@@ -33,11 +34,15 @@ from disco_jax.step.state import init_state
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--devices", type=int, default=2, help="fake CPU devices")
-    parser.add_argument("--batch", type=int, default=1024, help="over all devices")
-    parser.add_argument("--classes", type=int, default=1000, help="of ImageNet's, with 80 prompts")
+    parser.add_argument("--devices", type=int, default=2, help="number of fake CPU devices")
+    parser.add_argument("--batch", type=int, default=1024, help="global batch size")
+    parser.add_argument(
+        "--classes", type=int, default=1000, help="number of ImageNet classes, with 80 prompts each"
+    )
     parser.add_argument("--images", type=int, default=2_000)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on the last line"
+    )
     return parser.parse_args()
 
 
@@ -92,8 +97,8 @@ def main() -> None:
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("prompts", f"{result['prompts']:,}")
-    table.add_row("one pass of their tokens", f"{result['one_pass_seconds']:.1f} s")
-    table.add_row("class embeddings, all in all", f"{result['class_embeddings_seconds']:.1f} s")
+    table.add_row("one pass over their tokens", f"{result['one_pass_seconds']:.1f} s")
+    table.add_row("class embeddings, in total", f"{result['class_embeddings_seconds']:.1f} s")
     table.add_row("prompts/s", f"{result['prompts_per_second']:,.0f}")
     table.add_row("images/s", f"{result['images_per_second']:,.0f}")
     Console(width=100).print(table)

@@ -1,4 +1,4 @@
-"""Makes siglip_tiny.*: a random SiglipModel of transformers, its outputs and timm's names.
+"""Makes siglip_tiny.*: a random transformers SiglipModel, its outputs, and timm's names.
 
 pip install -r requirements-bench.txt
 PYTHONPATH=. python benchmarks/golden_siglip.py

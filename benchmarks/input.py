@@ -1,10 +1,11 @@
-"""Times the input pipeline: ours, and OpenCLIP's, each in a process of its own.
+"""Times our input pipeline and OpenCLIP's, each in its own process.
 
     python benchmarks/input.py [--images=2000] [--side=512] [--peer openclip] [--json]
     python benchmarks/input.py --index=1000 --entries=10000
 
-Shards of JPEGs are made in a temporary folder, decoded, cropped at random to 224 pixels and
-tokenised. CPU seconds are those of all threads. `--index` times the index of so many shards.
+JPEG shards are written to a temporary folder; images are decoded and randomly cropped to 224
+pixels, captions are tokenized. CPU seconds are summed over all threads. `--index=N` instead times
+building and opening the index of N shards.
 """
 
 import argparse
@@ -37,19 +38,23 @@ CAPTION = "a photo of a harbour with boats, number {} of the set, taken in the e
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2_000)
-    parser.add_argument("--side", type=int, default=512, help="pixels")
+    parser.add_argument("--side", type=int, default=512, help="image side in pixels")
     parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=0, help="processes that load")
+    parser.add_argument("--workers", type=int, default=0, help="data worker processes")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer", choices=("openclip",), help="where that package is installed")
-    parser.add_argument("--index", type=int, help="shards to index, instead")
-    parser.add_argument("--entries", type=int, default=10_000, help="samples of each of those")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument(
+        "--peer", choices=("openclip",), help="also time OpenCLIP, which must be installed"
+    )
+    parser.add_argument("--index", type=int, help="time the index of this many shards instead")
+    parser.add_argument("--entries", type=int, default=10_000, help="samples per indexed shard")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on the last line"
+    )
     return parser.parse_args()
 
 
 def photo(rng: np.random.Generator, side: int) -> bytes:
-    """A JPEG with structure at all scales, as large as a photograph's: about 1.5 bits a pixel."""
+    """Returns a JPEG with structure at all scales, sized like a photo: about 1.5 bits per pixel."""
     total = np.zeros((side, side, 3))
     for cells in (2, 5, 13, 40, side // 4):
         noise = rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8)
@@ -105,7 +110,7 @@ def _time(make: Callable[..., Iterator[Any]], pipe: Any, *args: Any) -> None:
 
 
 def _cpu() -> float:
-    """CPU seconds of this process, and of its children that have ended."""
+    """Returns the CPU seconds of this process and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
@@ -134,7 +139,7 @@ def measure(arguments: argparse.Namespace, pattern: str) -> dict[str, dict[str, 
 
 
 def measure_index(shards: int, entries: int) -> dict[str, float]:
-    """Seconds to index and to open again, and the process's memory, over links to one shard."""
+    """Measures time and memory to index and to reopen shards, all hard links to one file."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "first"
         with tarfile.open(first, "w") as tar:
@@ -176,9 +181,9 @@ def main() -> None:
         result: dict[str, Any] = measure_index(arguments.index, arguments.entries)
         print(
             f"{result['samples']:,} samples in {arguments.index:,} shards: indexed in "
-            f"{result['index_seconds']:.1f} s, opened again in {result['open_seconds']:.1f} s; "
+            f"{result['index_seconds']:.1f} s, reopened in {result['open_seconds']:.1f} s; "
             f"{result['index_bytes'] / 2**20:,.0f} and {result['open_bytes'] / 2**20:,.0f} MiB "
-            "at most in the process"
+            "peak memory of the process"
         )
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +193,7 @@ def main() -> None:
         table = Table(
             title=f"{arguments.side}-pixel JPEGs to 224 pixels, {arguments.workers} workers"
         )
-        for column in ("pipeline", "images/s", "CPU ms an image", "images a CPU second"):
+        for column in ("pipeline", "images/s", "CPU ms per image", "images per CPU second"):
             table.add_column(column, justify="left" if column == "pipeline" else "right")
         for name, row in result.items():
             cpu = row["cpu_seconds_per_image"]

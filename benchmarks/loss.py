@@ -1,8 +1,8 @@
-"""Times loss and gradients of every method, interleaved in one process, and sizes their memory.
+"""Measures time and memory of the loss and gradients of each method, interleaved in one process.
 
     python benchmarks/loss.py --devices 2 --batch 8192 --dim 512 [--json] [--peer openclip]
 
-Several batches (`--batch 2048,4096,8192`) draw time and memory against batch into `--chart`.
+With several batches (`--batch 2048,4096,8192`), `--chart` plots time and memory against batch.
 """
 
 import argparse
@@ -28,16 +28,22 @@ from disco_jax.processes.backend import use_fake_devices
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--devices", type=int, default=2, help="fake CPU devices")
-    parser.add_argument("--batch", default="8192", help="global batch, or several with commas")
+    parser.add_argument("--devices", type=int, default=2, help="number of fake CPU devices")
+    parser.add_argument("--batch", default="8192", help="global batch sizes, comma-separated")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--kind", choices=("softmax", "sigmoid"), default="softmax")
     parser.add_argument("--methods", default="auto,disco,stream,ring")
     parser.add_argument("--tile", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--peer", choices=("openclip",), help="where that package is installed")
-    parser.add_argument("--chart", type=Path, help="a PNG of time and memory against batch")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument(
+        "--peer", choices=("openclip",), help="also time OpenCLIP, which must be installed"
+    )
+    parser.add_argument(
+        "--chart", type=Path, help="PNG file for a plot of time and memory against batch"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on the last line"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.methods.split(",")) - set(METHODS)
     if unknown:
@@ -46,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compile_methods(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
-    """Each method's loss and gradients, compiled for `batch`, with the arguments to call it on."""
+    """Compiles each method's loss and gradients for `batch`; returns them with their inputs."""
     mesh = make_mesh()
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(2, batch, arguments.dim)).astype(np.float32)
@@ -67,7 +73,7 @@ def compile_methods(arguments: argparse.Namespace, batch: int) -> dict[str, Any]
 
 
 def matmul_limit(batch: int, dim: int) -> Callable[[], float]:
-    """A run of the machine's own matmul, scaled to the 8 B²D FLOPs of `stream` and `ring`."""
+    """Times the machine's own matmul, scaled to the 8 B²D FLOPs of `stream` and `ring`."""
     n = min(batch, 4096)
     a, b = jnp.ones((n, dim)), jnp.ones((dim, n))
     multiply = jax.jit(lambda a, b: a @ b)
@@ -81,7 +87,7 @@ def matmul_limit(batch: int, dim: int) -> Callable[[], float]:
 
 
 def tile_matmuls(inputs: list[jax.Array], tile: int | None) -> Callable[[], Any]:
-    """The matmuls of `stream` and `ring`, in the same tiles, and nothing else: their floor."""
+    """Runs only the matmuls of `stream` and `ring`, with the same tiles: a lower bound for both."""
     mesh = make_mesh()
 
     def local(image: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -114,7 +120,7 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def measure(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
-    """Seconds (median, least, most) and temporary bytes per device of every method."""
+    """Returns seconds (median, min, max) and temporary bytes per device of each method."""
     compiled = compile_methods(arguments, batch)
     limit = matmul_limit(batch, arguments.dim)
     for program in compiled["programs"].values():
@@ -160,7 +166,7 @@ def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     for column in (
         "method",
         "seconds",
-        "least to most",
+        "min to max",
         "relative to matmuls",
         "temporary MiB per device",
     ):
@@ -177,7 +183,7 @@ def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     console = Console(width=100)
     console.print(table)
     console.print(
-        "the matmuls of stream and ring alone, in their tiles: "
+        "only the matmuls of stream and ring, with their tiles: "
         f"{result['tile_matmul_seconds']:.3f} s"
     )
 
@@ -215,7 +221,7 @@ def main() -> None:
         show(arguments, results[-1])
     if arguments.chart:
         draw(results, arguments.chart)
-        print(f"drawn: {arguments.chart}")
+        print(f"Wrote {arguments.chart}")
     if arguments.json:
         print(json.dumps(results[0] if len(results) == 1 else {"batches": results}))
 

@@ -1,11 +1,11 @@
-"""Features of random models beside OpenCLIP's and transformers', and our exports loaded there.
+"""Compares features with OpenCLIP's and transformers', and loads our exports in both.
 
     pip install -r requirements-bench.txt
     python benchmarks/parity.py [--models=ViT-B-32,ViT-B-16] [--json]
 
-Each model is made by the other library with random weights, imported, and run on the same images
-and texts in fp32; then exported and loaded there again, strictly. Models of more than 24 layers in
-a tower are cut to two, which keeps their widths and heads.
+Each model is created by the other library with random weights, imported, and run on the same images
+and texts in fp32. It is then exported and loaded strictly by the other library. Towers with more
+than 24 layers are cut to two, which keeps their widths and heads.
 """
 
 import argparse
@@ -30,26 +30,28 @@ from disco_jax.interop import export_model, import_model, load_model
 from disco_jax.interop.model_config import to_huggingface, to_openclip
 from disco_jax.models import CLIP, PRESETS, CLIPConfig
 
-TOLERANCE = 1e-4  # of the largest feature
+TOLERANCE = 1e-4  # relative to the largest feature
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(n for n in PRESETS if n != "tiny"))
     parser.add_argument("--libraries", default="openclip,hf")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on the last line"
+    )
     return parser.parse_args()
 
 
 def config_of(name: str, library: str) -> CLIPConfig:
-    """The preset, with transformers' activation there, and cut where it is deep."""
+    """Returns the preset, cut if it is deep, and with transformers' activation for `hf`."""
     config = PRESETS[name]
     changes: dict[str, Any] = {}
     if library == "hf":
         act = "gelu_tanh" if config.vision.pool == "map" else "quick_gelu"
         changes["activation"] = act
     less = {"layers": 2} if config.vision.layers > 24 else {}
-    # timm's towers have their layers by name: they are taken whole.
+    # A timm tower's name determines its number of layers, so it cannot be cut.
     whole = library == "openclip" and config.vision.pool == "map"
     return dataclasses.replace(
         config,
@@ -59,7 +61,7 @@ def config_of(name: str, library: str) -> CLIPConfig:
 
 
 def peer(library: str, config: CLIPConfig) -> Any:
-    """The other library's model, with random weights of every parameter."""
+    """Returns the other library's model, with random weights in every parameter."""
     torch.manual_seed(0)
     siglip = config.vision.pool == "map"
     if library == "openclip":
@@ -77,7 +79,7 @@ def peer(library: str, config: CLIPConfig) -> Any:
         model = getattr(transformers, f"{name}Model")(spec)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim and parameter.abs().max() == 0:  # biases, which begin at 0
+            if parameter.ndim and parameter.abs().max() == 0:  # biases, which are initialized to 0
                 parameter.normal_(std=0.02)
     return model.eval()
 
@@ -94,7 +96,7 @@ def save(library: str, model: Any, config: CLIPConfig, folder: Path) -> None:
 
 
 def write_tokenizer(path: Path) -> None:
-    """A stand-in: SigLIP's own is on the hub, and the towers only see ids."""
+    """Writes a stand-in for SigLIP's tokenizer, which is on the Hub; the towers only see ids."""
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     Tokenizer(models.WordLevel(words, "<unk>")).save(str(path))
 
@@ -111,13 +113,13 @@ def theirs(library: str, model: Any, images: np.ndarray, tokens: np.ndarray) -> 
 
 
 def loads(library: str, model: Any, folder: Path) -> bool:
-    """Whether our export is loaded there without a missing or unexpected key."""
+    """Returns whether the other library loads our export without missing or unexpected keys."""
     if library == "openclip":
         import open_clip
 
         model.load_state_dict(load_file(folder / "open_clip_model.safetensors"), strict=True)
         spec = json.loads((folder / "open_clip_config.json").read_text())
-        # As its users load a folder: by name and file, the name being of this very configuration.
+        # Load it as OpenCLIP's users do, by name and file; the name is registered for this config.
         open_clip.add_model_config(_named(spec["model_cfg"], folder))
         weights = str(folder / "open_clip_model.safetensors")
         open_clip.create_model("export", pretrained=weights)
@@ -179,7 +181,7 @@ def compare(name: str, library: str) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse_arguments()
-    table = Table(title="largest difference of features, of the largest feature")
+    table = Table(title="largest difference between features, relative to the largest feature")
     for column in (
         "model",
         "layers",

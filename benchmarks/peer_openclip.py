@@ -1,4 +1,4 @@
-"""OpenCLIP's losses over gloo, and its training step, for `loss.py` and `step.py` to time."""
+"""OpenCLIP's losses over gloo, data pipeline and training step, for the other benchmarks."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-PORT = "29513"  # of the processes' meeting point on this machine
+PORT = "29513"  # port of the process group on this machine
 
 
 def measure_openclip(
     processes: int, batch: int, dim: int, kind: str, repeats: int
 ) -> dict[str, Any]:
-    """Seconds of loss and gradients; torch's CPU allocator does not tell its memory."""
-    from torch.multiprocessing import spawn  # raises here what a process raises there
+    """Times loss and gradients. Memory is None: torch's CPU allocator does not report it."""
+    from torch.multiprocessing import spawn  # re-raises a child process's exception here
 
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "times.json"
@@ -61,7 +61,7 @@ def _work(
         start = time.perf_counter()
         loss(*features, *scalars).backward()
         dist.barrier()
-        if i:  # the first one warms up
+        if i:  # the first iteration is a warm-up
             times.append(time.perf_counter() - start)
     if rank == 0:
         result.write_text(json.dumps(times))
@@ -69,7 +69,7 @@ def _work(
 
 
 def openclip_batches(pattern: str, batch: int, workers: int) -> Iterator[Any]:
-    """OpenCLIP's webdataset pipeline over shards, with its training transform and tokenizer."""
+    """Returns OpenCLIP's webdataset pipeline, with its training transform and tokenizer."""
     import open_clip
     import torch
     from open_clip.transform import image_transform
@@ -78,9 +78,9 @@ def openclip_batches(pattern: str, batch: int, workers: int) -> Iterator[Any]:
     torch.set_num_threads(1)
     options = SimpleNamespace(
         train_data=pattern,
-        train_num_samples=1_000_000,  # an epoch's, longer than the measurement
+        train_num_samples=1_000_000,  # per epoch; longer than the measurement
         train_data_upsampling_factors=None,
-        dataset_resampled=True,  # as its users train on many shards; and the stream does not end
+        dataset_resampled=True,  # as is usual with many shards; the stream never ends
         batch_size=batch,
         workers=workers,
         world_size=1,
@@ -92,7 +92,7 @@ def openclip_batches(pattern: str, batch: int, workers: int) -> Iterator[Any]:
 
 
 def openclip_step(model_name: str, batch: dict[str, np.ndarray]) -> Callable[[], None]:
-    """A call that takes one step of OpenCLIP's model with torch's AdamW, in fp32 on all cores."""
+    """Returns a function that takes one fp32 step of OpenCLIP's model with torch's AdamW."""
     import open_clip
     import torch
 

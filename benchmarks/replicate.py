@@ -1,12 +1,12 @@
-"""The paper's experiments, scaled down to two CPU cores.
+"""Replicates the paper's experiments, scaled down to two CPU cores.
 
-    python benchmarks/replicate.py equivalence    # four methods, 1 and 8 devices: the same curve
-    python benchmarks/replicate.py batch_size     # accuracy against batch at equal epochs
+    python benchmarks/replicate.py equivalence    # one curve for four methods on 1 and 8 devices
+    python benchmarks/replicate.py batch_size     # accuracy against batch size at equal epochs
     python benchmarks/replicate.py memory         # of the losses on 8 A100s, from the planner
-    python benchmarks/replicate.py time           # of the losses here
+    python benchmarks/replicate.py time           # of the losses on this machine
 
-Each writes docs/results/EXPERIMENT.json, with its command, and .png; --out=FOLDER, elsewhere.
-`memory` needs requirements-plan.txt.
+Each writes EXPERIMENT.json, which records the command, and EXPERIMENT.png to docs/results, or to
+--out=FOLDER. `memory` needs requirements-plan.txt.
 """
 
 import argparse
@@ -32,22 +32,26 @@ METHODS = ("reference", "disco", "stream", "ring")
 DEVICES = (1, 8)
 BATCHES = (32, 64, 128, 256)
 SEEDS = (0, 1, 2)
-LOSSES = ("auto", "disco", "stream", "ring")  # of `memory` and `time`
+LOSSES = ("auto", "disco", "stream", "ring")  # for `memory` and `time`
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=("equivalence", "batch_size", "memory", "time"))
-    parser.add_argument("--steps", type=int, default=50, help="of each curve of `equivalence`")
-    parser.add_argument("--every", type=int, default=10, help="steps between its evaluations")
-    parser.add_argument("--samples", type=int, default=40_000, help="of each run of `batch_size`")
-    parser.add_argument("--batches", help="of `memory` and `time`, with commas")
+    parser.add_argument("--steps", type=int, default=50, help="steps per curve of `equivalence`")
+    parser.add_argument(
+        "--every", type=int, default=10, help="steps between evaluations in `equivalence`"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=40_000, help="samples per run of `batch_size`"
+    )
+    parser.add_argument("--batches", help="batch sizes for `memory` and `time`, comma-separated")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
     return parser.parse_args()
 
 
 def config_of(**fields: Any) -> Any:
-    """The demo's config with other fields; loaded in the main process, as steps are short."""
+    """Returns the demo's config with `fields` changed and, as steps are short, no data workers."""
     from configs.shapes import get_config
 
     config = get_config()
@@ -60,7 +64,7 @@ def config_of(**fields: Any) -> Any:
 
 
 class Trainer:
-    """A run without a folder: its state, its step, its evaluation."""
+    """A run without a workdir: its state, training step and evaluation."""
 
     def __init__(self, config: Any, devices: int):
         import jax
@@ -78,20 +82,20 @@ class Trainer:
         self._evaluator = functools.cache(lambda: Evaluator(config, model, self._mesh))
 
     def step(self, arrays: dict[str, np.ndarray]) -> float:
-        """The loss of a batch, before the update it leads to."""
+        """Takes a step and returns the loss of the batch before the update."""
         from disco_jax.mesh import place_batch
 
         self._state, values = self._step(self._state, place_batch(arrays, self._mesh))
         return float(values["train/loss"])
 
     def accuracy(self) -> dict[str, float]:
-        """Zero-shot top-1, on seen and unseen classes."""
+        """Returns zero-shot top-1 accuracy on seen and unseen classes."""
         found = self._evaluator().run(self._state.params)
         return {name: value for name, value in found.items() if name.endswith("/top1")}
 
 
 def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of each step, as train.py has them."""
+    """Yields the arrays of each step, as in train.py."""
     from disco_jax.data.load import Load
     from disco_jax.data.pipeline import Collate, train_batches
     from disco_jax.data.sources import open_source
@@ -107,7 +111,7 @@ def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
 
 
 def drawn_batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Samples of `shapes` as they are drawn, one after the other, without a data set on a disk."""
+    """Yields batches of `shapes` samples drawn in order, without a dataset on disk."""
     from disco_jax.data.shapes.builder import make_example
     from disco_jax.data.tokenizer import make_tokenizer
     from disco_jax.models.build import model_config
@@ -121,12 +125,12 @@ def drawn_batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
 
 
 def equivalence_config(steps: int) -> Any:
-    """A run of `equivalence`, but for its loss method."""
+    """Returns the config of an `equivalence` run, except for the loss method."""
     return config_of(batch_size=64, num_steps=steps, optimizer__warmup_steps=10)
 
 
 def curve(config: Any, devices: int, steps: int, every: int = 0) -> dict[str, Any]:
-    """Losses of the first steps, and zero-shot top-1 after `every` so many of them (0: never)."""
+    """Returns the losses of `steps` steps, and top-1 after every `every` steps (0: never)."""
     run, losses, accuracies = Trainer(config, devices), [], {}
     for i, batch in zip(range(1, steps + 1), drawn_batches(config), strict=False):
         losses.append(run.step(batch))
@@ -136,7 +140,7 @@ def curve(config: Any, devices: int, steps: int, every: int = 0) -> dict[str, An
 
 
 def equivalence(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Curves of each method on each number of devices, of the very same batches."""
+    """Returns the curve of each method on each number of devices, over the same batches."""
     config, curves = equivalence_config(arguments.steps), {}
     for method in METHODS:
         for devices in DEVICES:
@@ -147,12 +151,12 @@ def equivalence(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: loss {losses[0]:.6f} to {losses[-1]:.6f}", flush=True)
     first = np.array(curves["reference, 1 device"]["loss"])
     off = {n: float(np.abs(np.array(c["loss"]) / first - 1).max()) for n, c in curves.items()}
-    print(f"losses differ by at most {max(off.values()):.1e} of their value")
+    print(f"largest relative difference of the losses: {max(off.values()):.1e}")
     return {"batch_size": 64, "largest_relative_difference": off, "curves": curves}
 
 
 def batch_size(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Zero-shot top-1 after as many samples, by batch size and seed; nothing else differs."""
+    """Returns zero-shot top-1 by batch size and seed, after the same number of samples."""
     rows = []
     for size in BATCHES:
         for seed in SEEDS:
@@ -175,7 +179,7 @@ def batch_size(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def batch_size_table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line of Markdown a batch: updates, mean and standard deviation over seeds of top-1 in %."""
+    """Returns a Markdown row per batch size: steps, mean and std of top-1 (%) over seeds."""
     lines = []
     for size in sorted({row["batch_size"] for row in rows}):
         runs = [row for row in rows if row["batch_size"] == size]
@@ -188,7 +192,7 @@ def batch_size_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the planner says of loss and gradients, ViT-B/32's width, on 8 A100s."""
+    """Plans the memory of loss and gradients at ViT-B/32's width on 8 A100s."""
     options = [
         "--loss_only",
         "--dim=512",
@@ -201,7 +205,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def time(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of loss and gradients on two CPU devices, interleaved."""
+    """Times loss and gradients on two CPU devices, interleaved."""
     batches = arguments.batches or "1024,2048,4096,8192"
     command = ["benchmarks/loss.py", f"--batch={batches}", "--json"]
     found = json_of(command)
@@ -209,7 +213,7 @@ def time(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def json_of(command: list[str]) -> Any:
-    """The last line that a command of this project prints; the lines before it are shown."""
+    """Runs a command of this project; parses its last line as JSON and prints the others."""
     lines = []
     with subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -228,7 +232,11 @@ def draw_equivalence(found: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, (name, curve) in enumerate(found["curves"].items()):
-        style = {"lw": 16 - 2 * i, "color": f"C{i}", "label": name}  # each within the one before
+        style = {
+            "lw": 16 - 2 * i,
+            "color": f"C{i}",
+            "label": name,
+        }  # each line within the previous one
         left.plot(range(1, len(curve["loss"]) + 1), curve["loss"], **style)
         right.plot(
             [int(s) for s in curve["top1"]], [100 * v for v in curve["top1"].values()], **style
@@ -290,7 +298,7 @@ def main() -> None:
     path = arguments.out / f"{arguments.experiment}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
     draw(found, path.with_suffix(".png"))
-    print(f"written: {path}, {path.with_suffix('.png')}")
+    print(f"Wrote {path} and {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

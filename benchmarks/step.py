@@ -1,10 +1,11 @@
-"""Times whole training steps: ours, by microbatches, and OpenCLIP's, interleaved.
+"""Times whole training steps, interleaved: ours, ours with microbatches, and OpenCLIP's.
 
     python benchmarks/step.py --batch 64 [--peer openclip] [--json]
     python benchmarks/step.py --devices 2 --batch 64 --microbatch 8 [--model tiny]
 
-Forward, backward and optimiser, fp32, on random images and texts. With `--microbatch` the host's
-loops are compared with the plain step, and with a forward pass, of which they take one more.
+A step is forward, backward and optimizer, in fp32, on random images and texts. With `--microbatch`,
+both microbatch modes are compared with the plain step and with the forward pass, which they take
+once more than it does.
 """
 
 import argparse
@@ -33,13 +34,17 @@ from disco_jax.step.train_step import make_train_step
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--devices", type=int, default=1, help="fake CPU devices")
-    parser.add_argument("--batch", type=int, default=64, help="global batch")
+    parser.add_argument("--devices", type=int, default=1, help="number of fake CPU devices")
+    parser.add_argument("--batch", type=int, default=64, help="global batch size")
     parser.add_argument("--model", default="ViT-B-32")
-    parser.add_argument("--microbatch", type=int, default=0, help="samples a device")
+    parser.add_argument("--microbatch", type=int, default=0, help="samples per device")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peer", choices=("openclip",), help="where that package is installed")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument(
+        "--peer", choices=("openclip",), help="also time OpenCLIP, which must be installed"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on the last line"
+    )
     return parser.parse_args()
 
 
@@ -53,7 +58,7 @@ def make_config(arguments: argparse.Namespace) -> ConfigDict:
 
 
 def ours(config: ConfigDict, batch: dict[str, np.ndarray], mode: str | None) -> Callable[[], None]:
-    """A call that takes one step and waits for it."""
+    """Returns a function that takes one step and waits for it."""
     mesh, model = make_mesh(), model_config(config)
     state = init_state(model, make_optimizer(config), mesh, seed=0)
     step = HostStep(config, model, mesh) if mode == "host" else make_train_step(config, model, mesh)
@@ -67,7 +72,7 @@ def ours(config: ConfigDict, batch: dict[str, np.ndarray], mode: str | None) -> 
 
 
 def forward(config: ConfigDict, batch: dict[str, np.ndarray]) -> Callable[[], None]:
-    """The towers' forward pass, which microbatches take twice."""
+    """Returns a function that runs the towers' forward pass, which microbatches run twice."""
     mesh, model = make_mesh(), model_config(config)
     state = init_state(model, make_optimizer(config), mesh, seed=0)
     parts = make_model_fns(config, model, mesh)
@@ -105,8 +110,9 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, Any
         step()  # compiles
     for _ in range(repeats):
         for name, step in steps.items():
-            # Steps follow one another in training. The first after another contender's finds its
-            # memory given back to the system, and may take half as long again.
+            # Take an untimed step first, because in training steps follow one another. A step that
+            # follows another contender's finds its memory returned to the system, and may take half
+            # as long again.
             step()
             start = time.perf_counter()
             step()
@@ -127,9 +133,9 @@ def main() -> None:
     result = measure(contenders(arguments), arguments.repeats)
     table = Table(
         title=f"{arguments.model}, batch {arguments.batch}, fp32, "
-        f"{arguments.devices} CPU devices: a training step"
+        f"{arguments.devices} CPU devices: one training step"
     )
-    for column in ("step", "seconds", "least to most", "of the plain step"):
+    for column in ("step", "seconds", "min to max", "relative to plain"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, row in result.items():
         table.add_row(

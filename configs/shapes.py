@@ -1,4 +1,4 @@
-"""The demo: a tiny CLIP on `shapes`, the data set that comes along, in minutes on two CPU cores."""
+"""The demo: a tiny CLIP on the bundled dataset `shapes`, in minutes on two CPU cores."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from disco_jax.config import default, zeroshot_set
 
 
 def get_config() -> ConfigDict:
-    """Two fake CPU devices, so that the distributed loss really runs."""
+    """Runs on two fake CPU devices, so that the loss is really distributed."""
     config = default()
     config.batch_size = 128
     config.num_steps = 1_000
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.05
     config.optimizer.grad_clip_norm = 1.0
     config.data.num_workers = 1
-    config.data.crop_scale = 1.0  # where a shape stands is part of its caption
+    config.data.crop_scale = 1.0  # no random crop: captions mention where a shape is
     config.eval.every = 200
     for name, split in (("zeroshot", "test"), ("zeroshot_heldout", "heldout")):
         config.eval.sets[name] = zeroshot_set("shapes", split, classes="shapes", templates="shapes")

@@ -1,9 +1,9 @@
-"""The demo, trained from tar shards instead of the TFDS form, with the same result.
+"""The demo, trained from tar shards instead of the TFDS dataset, with the same result.
 
     python -m disco_jax.data.make_tars shapes --out=data/shapes-tars
     python train.py --config=configs/tars.py --workdir=runs/tars
 
-Shards of your own: --config.data.name='/data/{00000..00999}.tar', with an eval section to suit.
+For your own shards, set --config.data.name='/data/{00000..00999}.tar' and adapt the eval section.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from configs import shapes
 
 
 def get_config() -> ConfigDict:
-    """As `shapes`; evaluation still reads its labelled TFDS splits."""
+    """As `shapes`; evaluation still reads its labeled TFDS splits."""
     config = shapes.get_config()
     config.data.name = "data/shapes-tars/{00000..00039}.tar"
     config.data.caption_key = "txt"

@@ -1,6 +1,6 @@
-"""ViT-B/16 on LAION-400M, as the paper's ViT-B/32: same batch, epochs and sets.
+"""ViT-B/16 on LAION-400M, with the batch size, epochs and eval sets of the paper's ViT-B/32.
 
-The paper has no such run: sizes are OpenCLIP's, all else as in vit_b32_laion400m.py.
+The paper has no such run. The model sizes are OpenCLIP's; the rest is from vit_b32_laion400m.py.
 """
 
 from ml_collections import ConfigDict
@@ -9,10 +9,8 @@ from configs import vit_b32_laion400m
 
 
 def get_config() -> ConfigDict:
-    """By microbatches, which let the batch of 65,536 fit on 8 GPUs: see docs/cluster.md."""
+    """Uses microbatches, so that a batch of 65,536 fits on 8 GPUs; see docs/cluster.md."""
     config = vit_b32_laion400m.get_config()
     config.model.name = "ViT-B-16"
-    config.microbatch = (
-        256  # samples a device at a time; the loss is of the whole batch all the same
-    )
+    config.microbatch = 256  # samples per device; the loss still covers the whole batch
     return config

@@ -1,9 +1,10 @@
-"""The paper's table of batch sizes: ViT-B/32 on 100 M samples of LAION-400M, 16 epochs.
+"""The paper's batch sizes: ViT-B/32 on LAION-100M, a 100 M subset of LAION-2B, for 16 epochs.
 
     python train.py --config=configs/vit_b32_laion100m.py:BATCH --workdir=DIR
 
-BATCH is 8192, 16384, 32768 or 65536, trained for some 200K, 100K, 50K or 25K steps. The table
-(DisCo-CLIP, section 5), zero-shot top-1 in %, beside which `disco_jax.report` sets a run's own:
+BATCH is 8192, 16384, 32768 or 65536, for about 200K, 100K, 50K or 25K steps. 32768 is the paper's
+headline run, around 2 days on 8 A100s. Zero-shot top-1 in % (DisCo-CLIP, appendix, section 1.3,
+Table 2), which `disco_jax.report` lists next to a run's own:
 
     batch   ImageNet   V2      R       Sketch
      8,192  48.76      41.28   56.67   36.65
@@ -21,16 +22,16 @@ EPOCHS, SAMPLES = 16, 100_000_000
 
 
 def get_config(batch: str = "32768") -> ConfigDict:
-    """As the main run, at one of the paper's batch sizes."""
+    """The main run's settings at one of the paper's batch sizes."""
     if batch not in map(str, BATCHES):
         raise ValueError(
-            f"--config=...:{batch}: the batch is one of {', '.join(map(str, BATCHES))}"
+            f"--config=...:{batch}: the batch must be one of {', '.join(map(str, BATCHES))}"
         )
     config = vit_b32_laion400m.get_config()
     config.batch_size = int(batch)
     config.num_epochs = float(EPOCHS)
-    config.num_steps = EPOCHS * SAMPLES // int(batch)  # the paper's figure, less rounded
+    config.num_steps = EPOCHS * SAMPLES // int(batch)  # the paper gives this rounded
     config.data.num_samples = SAMPLES
-    config.data.name = "laion100m/*.tar"  # the paper draws them from LAION-400M, unnamed: a quarter
-    config.eval.every = SAMPLES // int(batch)  # an epoch
+    config.data.name = "laion100m/*.tar"  # the paper does not list the samples of its subset
+    config.eval.every = SAMPLES // int(batch)  # one epoch
     return config

@@ -1,7 +1,7 @@
 """The paper's main run: ViT-B/32 on LAION-400M, batch 65,536, 32 epochs (DisCo-CLIP, section 5).
 
-Where the paper is silent, OpenCLIP's settings for its LAION-400M ViT-B/32 are taken, and marked so.
-Fields that are not here have the defaults of disco_jax/config/defaults.py, where each is explained.
+Where the paper gives no value, OpenCLIP's for its LAION-400M ViT-B/32 is used and marked as such.
+All other fields have the defaults of disco_jax/config/defaults.py, where each is explained.
 """
 
 from ml_collections import ConfigDict
@@ -10,17 +10,17 @@ from disco_jax.config import default, zeroshot_set
 
 
 def get_config() -> ConfigDict:
-    """For 64 GPUs of 40 GB, or as few as 8: see docs/cluster.md."""
+    """For 64 GPUs of 40 GB, or as few as 8; see docs/cluster.md."""
     config = default()
     config.batch_size = 65_536  # the paper's
     config.num_epochs = 32.0  # the paper's
-    config.num_steps = 195_312  # 32 passes over 400 M samples, to be checked against the two above
+    config.num_steps = 195_312  # 32 passes over 400 M samples; checked against the two above
 
     config.model.name = "ViT-B-32"  # the paper's
     config.model.dtype = "bfloat16"  # the paper computes in 16 bits too
-    config.model.image_remat = "full"  # so that 65,536 fit on 8 GPUs of 40 GB
+    config.model.image_remat = "full"  # so that 65,536 samples fit on 8 GPUs of 40 GB
     config.model.text_remat = "full"
-    config.loss.method = "ring"  # equal to the paper's `disco`, in less memory (docs/losses.md)
+    config.loss.method = "ring"  # the paper's `disco` loss in less memory (docs/losses.md)
 
     config.optimizer.name = "adamw"  # the paper's
     config.optimizer.learning_rate = 5e-4  # OpenCLIP
@@ -30,14 +30,14 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.98  # OpenCLIP, for ViT
     config.optimizer.eps = 1e-6  # OpenCLIP, for ViT
 
-    config.data.name = "laion400m/{00000..41407}.tar"  # shards as img2dataset writes them
-    config.data.caption_key = "caption"  # of their .json
-    config.data.num_samples = 400_000_000  # nominally; fewer can be had today
+    config.data.name = "laion400m/{00000..41407}.tar"  # shards written by img2dataset
+    config.data.caption_key = "caption"  # a key of the .json files
+    config.data.num_samples = 400_000_000  # nominal; fewer can be downloaded today
     config.data.crop_scale = 0.9  # OpenCLIP
 
-    # Four sets with CLIP's 80 prompts, as TFDS data sets; or folders and shards of your own:
-    # docs/evaluation.md.
-    config.eval.every = 6_104  # an epoch
+    # The paper's four sets, with CLIP's 80 prompts, as TFDS datasets. Folders and shards work as
+    # well (docs/evaluation.md).
+    config.eval.every = 6_104  # one epoch
     config.eval.sets.imagenet = zeroshot_set("imagenet2012", "validation")
     config.eval.sets.imagenet_v2 = zeroshot_set("imagenet_v2")
     config.eval.sets.imagenet_r = zeroshot_set("imagenet_r", subset="imagenet_r")

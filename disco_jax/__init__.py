@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def load(path, batch_size: int = 64):  # type: ignore[no-untyped-def]
-    """The model at `path`, to encode and classify with: see `disco_jax.inference.load`."""
-    from disco_jax import inference  # here: `import disco_jax` alone starts no JAX
+    """Loads the model at `path` for encoding and classifying; see `disco_jax.inference.load`."""
+    from disco_jax import inference  # lazy: `import disco_jax` alone does not import JAX
 
     return inference.load(path, batch_size)

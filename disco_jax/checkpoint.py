@@ -1,6 +1,6 @@
-"""Resumes a run from an earlier step: python -m disco_jax.checkpoint WORKDIR --go_back_to=STEP.
+"""Rewinds a run to an earlier step: python -m disco_jax.checkpoint WORKDIR --go_back_to=STEP.
 
-Later checkpoints, such as a damaged one, are moved aside, never deleted.
+Later checkpoints, e.g. a damaged one, are moved aside and never deleted.
 """
 
 import argparse
@@ -14,7 +14,11 @@ from disco_jax.runs.workdir import locked
 
 
 def main() -> None:
-    """Raises UserError where the folder is in use, or has no such checkpoint."""
+    """Moves later checkpoints aside.
+
+    Raises:
+      UserError: if the folder is in use or has no such checkpoint.
+    """
     parser = argparse.ArgumentParser(prog="python -m disco_jax.checkpoint")
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--go_back_to", type=int, required=True, metavar="STEP")

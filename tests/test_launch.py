@@ -84,18 +84,18 @@ def test_a_tpu_pod_is_found():
     [
         (("h:1", None, None), {}, "--process_count=N and --process_index=I missing"),
         (("h", 2, 0), {}, "the coordinator 'h' must be HOST:PORT"),
-        (("h:1", 2, 2), {}, "process_index is 2, and must be at least 0 and less than"),
+        (("h:1", 2, 2), {}, "process_index is 2; it must be at least 0 and less than"),
         ((None, None, None), KUBERNETES, "JAX_PROCESS_ID or JOB_COMPLETION_INDEX is not set"),
         (
             (None, None, None),
             {**KUBERNETES, "JAX_PROCESS_ID": "x"},
-            "JAX_PROCESS_ID is 'x', and must be a number",
+            "JAX_PROCESS_ID is 'x'; it must be a number",
         ),
-        ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun told no address"),
+        ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun did not set the address"),
         (
             (None, None, None),
             {"JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "1"},
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID set, and JAX_COORDINATOR_ADDRESS=HOST:PORT is",
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID set without JAX_COORDINATOR_ADDRESS=HOST:PORT",
         ),
     ],
 )
@@ -149,5 +149,5 @@ def test_the_batch_script_starts_again_what_may_go_on(code, saves, tries, again,
 def test_a_jax_that_keeps_its_test_for_tpus_elsewhere_is_named(monkeypatch):
     """It is JAX's one private function here."""
     monkeypatch.setitem(sys.modules, "jax._src.hardware_utils", None)
-    with pytest.raises(UserError, match=r"jax .* is not a version that DisCo-JAX knows .*hardware"):
+    with pytest.raises(UserError, match=r"jax .* is not supported by DisCo-JAX .*hardware"):
         backend.has_tpu()

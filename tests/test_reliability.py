@@ -79,7 +79,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(made, tmp_path):
     _, told = job.communicate(timeout=60)
     assert job.returncode == EXIT_PREEMPTED, told
     assert f"stopped by {number.name} after step" in told
-    assert "the same command goes on" in told
+    assert "rerun the same command to resume" in told
     saved = Checkpoints(tmp_path)
     (step,) = saved.steps()
     saved.close()
@@ -88,7 +88,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(made, tmp_path):
     until(has_steps(tmp_path, step + 2))
     job.kill()
     said, _ = job.communicate()
-    assert f"going on from step {step}" in said
+    assert f"resuming from step {step}" in said
 
 
 def test_a_run_that_stops_is_saved_before_it_is_evaluated(made, tmp_path, monkeypatch):

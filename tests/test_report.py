@@ -119,5 +119,5 @@ def test_the_papers_steps_are_those_of_its_epochs(batch):
     assert problems_of(config) == []
     papers = {8_192: 200_000, 16_384: 100_000, 32_768: 50_000, 65_536: 25_000}[batch]
     assert config.num_steps == pytest.approx(papers, rel=0.03)
-    with pytest.raises(ValueError, match="the batch is one of 8192, 16384"):
+    with pytest.raises(ValueError, match="the batch must be one of 8192, 16384"):
         vit_b32_laion100m.get_config("4096")

@@ -172,7 +172,7 @@ def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, 
     assert seen == [expected[i] for i in range(96)]
     assert "left out of the index: 1 duplicate_key" in result.stdout
     assert result.returncode == 0, result.stderr
-    assert f"going on from step {int(done[-1].name)}" in result.stdout
+    assert f"resuming from step {int(done[-1].name)}" in result.stdout
     assert rows(tmp_path) == rows(finished)
 
 
@@ -193,17 +193,17 @@ MISTAKES = [
     (["--config.batchsize=16"], "unknown config field batchsize; did you mean batch_size?"),
     (["--config.optimizer.lr=1"], "unknown config field optimizer.lr"),
     (["--config.batch_size=many"], "batch_size"),
-    (["--config=configs/missing.py"], "there is no file configs/missing.py"),
+    (["--config=configs/missing.py"], "file not found: configs/missing.py"),
     (["--config.data.name=no_such_set"], "unknown dataset 'no_such_set'"),
     (["--config.data.split=tset"], "has no split 'tset'"),
     (["--config.data.caption_key=txt"], "has no feature 'txt'"),
     (["--config.model.name=ViT"], "model.name: unknown model 'ViT'"),
-    (["--config.loss.method=rng"], "loss.method is 'rng', and must be one of"),
+    (["--config.loss.method=rng"], "loss.method is 'rng'; it must be one of"),
     (["--config.data.name=LAION-400M"], "unknown dataset 'LAION-400M'"),
     (["--config.data.name=configs"], "data.name: configs is a folder"),
     (["--config.data.name=configs/*.tar"], "data.name: no file matches configs/*.tar"),
-    (["--config.eval.batch_size=0"], "eval.batch_size is 0, and must be 1 or more"),
-    (["--config.num_steps=0"], "num_steps is 0, and must be 1 or more"),
+    (["--config.eval.batch_size=0"], "eval.batch_size is 0; it must be at least 1"),
+    (["--config.num_steps=0"], "num_steps is 0; it must be at least 1"),
     (["stray"], "unexpected argument 'stray'"),
     (["--config.model.name=" + "a" * 4096], "aaaa: File name too long"),
 ]

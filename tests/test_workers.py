@@ -72,7 +72,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(job):
     assert errors.count("\n") == 1
     assert "data worker" in errors
     assert "out of memory" in errors
-    assert "the same command goes on" in errors
+    assert "rerun the same command to resume" in errors
 
 
 def test_stuck_workers_do_not_keep_a_run_from_stopping(job, folder, tmp_path):
@@ -160,5 +160,5 @@ def test_a_device_without_memory_is_told_in_one_line(capsys):
         cli.guard(main)
     assert ended.value.code == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: a device has not enough memory (RESOURCE_EXHAUSTED")
+    assert told.startswith("error: a device is out of memory (RESOURCE_EXHAUSTED")
     assert told.count("\n") == 1

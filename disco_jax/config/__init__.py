@@ -1,4 +1,4 @@
-"""The configuration: its fields and their defaults, validation, command-line overrides."""
+"""Configuration: fields and defaults, validation, command-line overrides."""
 
 from disco_jax.config.defaults import default, flatten, zeroshot_set
 

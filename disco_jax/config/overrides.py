@@ -1,4 +1,4 @@
-"""The `--config.FIELD=VALUE` flags, looked at before anything else is: every mistake at once."""
+"""Checks the `--config.FIELD=VALUE` flags up front and reports all mistakes together."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ _OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
 def check_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments without those that can't be, and what is wrong with these, a line each."""
+    """Returns the valid arguments, and one message for each invalid override."""
     known = flatten(default())
     usable, problems = [], []
     for argument in argv:
@@ -31,18 +31,18 @@ def check_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _of_type(field: str, default_value: Any, text: str) -> str:
-    """What is wrong with a value, if its text is not of the default's type."""
+    """Returns an error message if `text` does not parse as the default's type, else ""."""
     kinds: dict[type, tuple[Any, str]] = {
         bool: (_boolean, "true or false"),
-        int: (int, "a whole number"),
+        int: (int, "an integer"),
         float: (float, "a number"),
-        tuple: (_numbers, "numbers, (2.0, 1.0) say"),
+        tuple: (_numbers, "a tuple of numbers, e.g. (2.0, 1.0)"),
     }
-    read, told = kinds.get(type(default_value), (str, "a text"))
+    read, told = kinds.get(type(default_value), (str, "a string"))
     try:
         read(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return f"{field} is {text!r}, and must be {told}"
+        return f"{field} is {text!r}; it must be {told}"
     return ""
 
 

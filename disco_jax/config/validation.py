@@ -1,4 +1,4 @@
-"""What a config's values may be: every problem told at once, before anything is allocated."""
+"""Validates a config and reports all problems together, before anything is allocated."""
 
 import difflib
 import math
@@ -27,7 +27,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "reduce_dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "lion", "adafactor", "muon"),
 }
-# Whether a number is allowed, by what is told where it is not.
+# Numeric fields, by the range of values they allow.
 AT_LEAST_1 = (
     "batch_size",
     "checkpoint_every",
@@ -63,58 +63,62 @@ POSITIVE = (
 )
 BELOW_1 = ("model.dropout", "model.patch_dropout", "optimizer.b1", "optimizer.b2")
 UP_TO_1 = ("data.crop_scale", "data.max_bad_fraction")
-# Whole numbers that go to JAX or the system have its bounds; all others that of a count of 32 bits.
+# Upper bounds of integers that JAX or the system limits. All others are limited to COUNT.
 AT_MOST = {"data.num_workers": 1024, "fake_devices": 4096, "seed": 2**32 - 1}
 COUNT = 2**31 - 1
-SECONDS = 10**8  # three years: what a wait can be told
+SECONDS = 10**8  # about three years: the upper bound of all timeouts
 NOT_EMPTY = ("data.name", "model.name", "data.image_key", "data.caption_key")
-LEAST = 1e-6  # weight of a source
-ROUNDING = 0.05  # the paper's steps, epochs and data sizes are rounded so far
+LEAST = 1e-6  # smallest weight of a source
+ROUNDING = 0.05  # relative tolerance, because the paper rounds its steps, epochs and data sizes
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError with every problem of the fields' values."""
+    """Checks the values of all fields.
+
+    Raises:
+      UserError: if any value is invalid. The message lists every problem.
+    """
     if problems := problems_of(config):
         raise UserError("; ".join(problems))
 
 
 def problems_of(config: ConfigDict) -> list[str]:
-    """Every problem of the fields' values, with the field's name and what would be right."""
+    """Returns one message per problem: the field, its value and what is allowed."""
     known, given = flatten(default()), flatten(config)
     problems = [unknown_field(f) for f in given.keys() - known.keys() if not of_a_set(f)]
     c = {**known, **given}
     limits: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
-        (AT_LEAST_1, lambda x: x >= 1, "must be 1 or more"),
-        (AT_LEAST_0, lambda x: x >= 0, "must be 0 or more"),
-        (AT_LEAST_MINUS_1, lambda x: x >= -1, "must be -1 or more"),
-        (POSITIVE, lambda x: x > 0, "must be more than 0"),
+        (AT_LEAST_1, lambda x: x >= 1, "must be at least 1"),
+        (AT_LEAST_0, lambda x: x >= 0, "must be at least 0"),
+        (AT_LEAST_MINUS_1, lambda x: x >= -1, "must be at least -1"),
+        (POSITIVE, lambda x: x > 0, "must be greater than 0"),
         (BELOW_1, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
-        (UP_TO_1, lambda x: 0 < x <= 1, "must be more than 0 and at most 1"),
+        (UP_TO_1, lambda x: 0 < x <= 1, "must be greater than 0 and at most 1"),
     )
     beyond = {field: told for field, value in c.items() if (told := _beyond(field, value))}
-    problems += [f"{field} is {_short(c[field])}, and must be {t}" for field, t in beyond.items()]
+    problems += [f"{field} is {_short(c[field])}; it must be {t}" for field, t in beyond.items()]
     for fields, allowed, told in limits:
         wrong = [field for field in fields if field not in beyond and not allowed(c[field])]
-        problems += [f"{field} is {c[field]}, and {told}" for field in wrong]
-    problems += [f"{field} is empty, and must not be" for field in NOT_EMPTY if not c[field]]
+        problems += [f"{field} is {c[field]}; it {told}" for field in wrong]
+    problems += [f"{field} is empty; it must be set" for field in NOT_EMPTY if not c[field]]
     for field, choices in CHOICES.items():
         if c[field] not in choices:
             named = ", ".join(choice or '""' for choice in choices)
             hint = near(c[field], choices)
-            problems.append(f"{field} is {c[field]!r}, and must be one of {named}{hint}")
+            problems.append(f"{field} is {c[field]!r}; it must be one of {named}{hint}")
     return sorted(problems + ([] if beyond else _of_several(c)))
 
 
 def _beyond(field: str, value: Any) -> str:
-    """What every value of a type must be, where this one is not."""
+    """Returns what `value` must be if it violates a limit of its type, else ""."""
     if isinstance(value, str):
         if value.startswith("~") and os.path.expanduser(value) == value:  # noqa: PTH111 (it raises)
-            return "a path in the home of a user of this machine"
-        return "a text without the character NUL" if "\0" in value else ""
+            return "a path in the home folder of an existing user"
+        return "a string without NUL characters" if "\0" in value else ""
     if isinstance(value, tuple | list):
         return next((told for x in value if (told := _beyond(field, x))), "")
     if isinstance(value, float) and not math.isfinite(value):
-        return "a number, not infinite"
+        return "a finite number"
     most = SECONDS if field.endswith("timeout") else AT_MOST.get(field, COUNT)
     if isinstance(value, int) or field.endswith("timeout"):
         return f"at most {most:,}" if value > most else ""
@@ -127,50 +131,58 @@ def _short(value: Any) -> str:
 
 
 def _of_several(c: dict[str, Any]) -> list[str]:
-    """What is wrong with fields taken together."""
+    """Returns the problems of combinations of fields."""
     problems = []
     weights, parts = c["data.weights"], len(str(c["data.name"]).split("::"))
     if weights and (len(weights) != parts or min(weights) <= 0):
-        problems.append(f"data.weights must be {parts} positive numbers, one for each in data.name")
+        problems.append(
+            f"data.weights must be {parts} positive numbers, one per source in data.name"
+        )
     elif weights and (min(weights) < LEAST or max(weights) > min(weights) / LEAST):
-        problems.append(f"data.weights must be {LEAST:g} or more, and none a million times another")
+        problems.append(
+            f"data.weights must be at least {LEAST:g} and differ by at most a factor of a million"
+        )
     if c["microbatch_mode"] == "host" and not c["microbatch"]:
         problems.append(
-            "microbatch_mode 'host' needs microbatch, the samples a device takes at once"
+            "microbatch_mode 'host' requires microbatch, the samples per device in a microbatch"
         )
     traced = c["profile_steps"]
     steps = re.fullmatch(r"(\d+):(\d+)", traced)
     if traced and (not steps or not 1 <= int(steps[1]) <= int(steps[2])):
-        problems.append(f"profile_steps is {traced!r}, and must be FIRST:LAST, 10:15 say")
+        problems.append(f"profile_steps is {traced!r}; it must be FIRST:LAST, e.g. 10:15")
     samples, wanted = c["num_steps"] * c["batch_size"], c["num_epochs"] * c["data.num_samples"]
     if wanted and c["batch_size"] >= 1 and abs(samples / wanted - 1) > ROUNDING:
         problems.append(
-            f"num_steps {c['num_steps']:,} of batch_size {c['batch_size']:,} are not num_epochs "
-            f"{c['num_epochs']:g} of data.num_samples {c['data.num_samples']:,}: "
-            f"{round(wanted / c['batch_size']):,} steps would be"
+            f"num_steps {c['num_steps']:,} at batch_size {c['batch_size']:,} does not match "
+            f"num_epochs {c['num_epochs']:g} of data.num_samples {c['data.num_samples']:,}; "
+            f"{round(wanted / c['batch_size']):,} steps would"
         )
     return problems
 
 
 def unknown_field(field: str) -> str:
-    """What is told of a field that is not there, with the nearest that is."""
+    """Returns the message for an unknown field, suggesting the closest known one."""
     return f"unknown config field {field}{near(field, list(flatten(default())))}"
 
 
 def near(given: str, known: Sequence[str]) -> str:
-    """`; did you mean X?`, or nothing where nothing is near."""
+    """Returns `; did you mean X?`, or "" if no known name is close."""
     found = difflib.get_close_matches(given, known, n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 def of_a_set(field: str) -> bool:
-    """Whether it is a field of one of `eval.sets`, whatever the set's name."""
+    """Whether `field` is a field of a set in `eval.sets`; the set may have any name."""
     parts = field.split(".")
     return parts[:2] == ["eval", "sets"] and len(parts) == 4 and parts[3] in zeroshot_set("")
 
 
 def check_division(config: ConfigDict, devices: int) -> None:
-    """Raises UserError where devices, batch and microbatch do not divide as they must."""
+    """Checks that the numbers of devices, samples and microbatches divide evenly.
+
+    Raises:
+      UserError: if one does not divide another. The message suggests a value.
+    """
     batch_size, microbatch = config.batch_size, config.microbatch
     if devices % config.fsdp:
         raise UserError(f"fsdp {config.fsdp} does not divide the {devices} devices")

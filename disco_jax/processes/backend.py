@@ -1,4 +1,4 @@
-"""JAX on this machine: which platform it takes, fake devices, and the processes of a run."""
+"""JAX on this machine: platform selection, fake devices, and the processes of a run."""
 
 import sys
 from collections.abc import Callable
@@ -14,59 +14,59 @@ from disco_jax.errors import UserError
 T = TypeVar("T")
 
 DAY = 24 * 60 * 60  # seconds
-_BARRIERS = count()  # a barrier's name can be used once
+_BARRIERS = count()  # a barrier's name can be used only once
 
 
 def ignore_absent_accelerators() -> None:
-    """Keeps JAX from trying a compiler's plug-in whose device is missing.
+    """Keeps JAX from initializing a compiler plugin whose device is missing.
 
     With the planner's wheels installed (requirements-plan.txt) and no GPU or TPU, JAX would print
-    stack traces and wait before it takes the CPU. Only before JAX's first use.
+    stack traces and wait before falling back to the CPU. Must be called before JAX is first used.
     """
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
     if platforms or sys.platform != "linux":
         return
     cuda = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
     tpu = find_spec("libtpu") is not None
-    # The driver's device files, in a container or not; /dev/dxg is Windows' subsystem for Linux.
+    # Device files of the driver, also visible in containers; /dev/dxg is from WSL.
     has_gpu = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu"))
     if (cuda or tpu) and not (has_gpu or has_tpu()):
         jax.config.update("jax_platforms", "cpu")
 
 
 def has_tpu() -> bool:
-    """Whether the machine has a TPU: JAX's own test, of the devices on its bus.
+    """Whether the machine has a TPU, by JAX's own test of the devices on the PCI bus.
 
     Raises:
-      UserError: this version of JAX keeps the test elsewhere. It is private to JAX, which has no
-        public one that leaves its backends alone.
+      UserError: if this version of JAX does not have the test. It is private, because no public
+        function of JAX answers this without initializing the backends.
     """
     try:
         from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
     except ImportError as error:
         raise UserError(
-            f"jax {jax.__version__} is not a version that DisCo-JAX knows ({error}): install one "
+            f"jax {jax.__version__} is not supported by DisCo-JAX ({error}); install a version "
             "that requirements.txt allows"
         ) from error
     return num_available_tpu_chips_and_device_id()[0] > 0
 
 
 def processes() -> tuple[int, int]:
-    """This process's index, and the number of processes."""
+    """Returns this process's index and the number of processes."""
     return jax.process_index(), jax.process_count()
 
 
 def first_then_all(make: Callable[[], T]) -> T:
-    """Calls `make` in the first process and then in the others, which find what it has written.
+    """Calls `make` in the first process, then in the others, which find what it has written.
 
-    They may wait for hours, while it reads an index of thousands of shards: at the coordinator,
-    because a collective of the devices gives up after half a minute on CPUs. The watchers notice a
-    lost process meanwhile (peers.py).
+    The others may wait for hours, e.g. while the first one indexes thousands of shards. They wait
+    at the coordinator, because a collective on CPU devices times out after half a minute. Meanwhile
+    the watchers detect a lost process (peers.py).
     """
     index, total = processes()
     made = make() if index == 0 else None
     if total > 1:
-        # JAX's barrier at the coordinator is private, and this is Orbax's public name for it.
+        # JAX's coordinator barrier is private; this is Orbax's public wrapper of it.
         from orbax.checkpoint.multihost import get_barrier_sync_fn
 
         wait = get_barrier_sync_fn()
@@ -75,6 +75,6 @@ def first_then_all(make: Callable[[], T]) -> T:
 
 
 def use_fake_devices(number: int) -> None:
-    """Makes JAX see `number` CPU devices and nothing else; only before its first use."""
+    """Makes JAX use `number` CPU devices only. Must be called before JAX is first used."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", number)

@@ -1,6 +1,6 @@
-"""What the entry points share: flags, the processes of a run, and mistakes told in one line.
+"""Shared by the entry points: flags, starting a run's processes, and one-line error messages.
 
-Nothing here imports JAX before it must: the planner and data workers never need it.
+JAX is imported as late as possible, because the planner and the data workers never need it.
 """
 
 import contextlib
@@ -37,24 +37,28 @@ from disco_jax.processes import cluster
 from disco_jax.processes.peers import Watch, watched
 from disco_jax.runs.workdir import locked
 
-# Of a GPU's memory, for JAX's pool; by itself it takes 0.75. The planner's limit is 0.03 below it:
-# inside the pool that much may be lost to fragmentation. The rest is for the CUDA context, library
-# workspaces and NCCL's buffers.
+# Fraction of a GPU's memory for JAX's pool; JAX's default is 0.75. The planner's limit is 0.03
+# lower, because that much of the pool may be lost to fragmentation. The rest is for the CUDA
+# context, library workspaces and NCCL's buffers.
 MEMORY_FRACTION = 0.93
-LEASE = 120  # seconds that a file system may keep a lock for a host that is gone
-LEAVING = 30  # seconds that processes which were told to stop wait for each other at the end
+LEASE = 120  # seconds for which a file system may keep the lock of a host that is gone
+LEAVING = 30  # seconds for which preempted processes wait for each other on exit
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/shapes.py say.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, curves.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several.")
-_COUNT = flags.DEFINE_integer("process_count", None, "Processes of the run.")
-_INDEX = flags.DEFINE_integer("process_index", None, "This process, from 0.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/shapes.py.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run, for checkpoints, metrics and curves."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, with several processes."
+)
+_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes in the run.")
+_INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
 
 
 def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
-    """Calls `main(config, workdir)` of an entry point that computes, with JAX set up for it.
+    """Sets up JAX and calls an entry point's `main(config, workdir)`.
 
-    One that `writes` the run's folder holds it alone, and its processes watch each other.
+    An entry point that `writes` locks the run's folder, and its processes watch each other.
     """
 
     def call() -> None:
@@ -67,13 +71,13 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
             raise UserError("--workdir=DIR is missing")
         workdir = Path(flags.FLAGS.workdir)
         _stop_at_signals()
-        from disco_jax.processes import backend  # after --help, which needs no JAX
+        from disco_jax.processes import backend  # lazy: --help needs no JAX
 
         launch = cluster.find(
             _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, backend.has_tpu()
         )
-        # Watchers come before the seconds that processes take to meet; but on a TPU it is JAX alone
-        # that knows their numbers.
+        # Watchers start before the processes connect, which takes seconds. On TPUs this is
+        # impossible, because only JAX knows the processes' indices.
         jax_tells = launch is not None and launch.index is None
         if jax_tells:
             _set_up_jax(config, launch)
@@ -90,7 +94,7 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
 
 
 def _place(launch: cluster.Launch | None) -> tuple[int, int]:
-    """This process's index, and how many there are."""
+    """Returns this process's index and the number of processes."""
     if launch is None:
         return 0, 1
     if launch.index is None or launch.count is None:
@@ -108,13 +112,13 @@ def _hold(
     count: int,
     config: ConfigDict,
 ) -> None:
-    """Takes the run's folder for this start alone; its processes watch each other from here on."""
+    """Locks the run's folder. From here on, the processes watch each other."""
     watch = None
     if launch is not None and count > 1:
         watch = stack.enter_context(watched(workdir, launch.name, index, count, config))
         stack.enter_context(_blaming_peers(watch))
     if index == 0:
-        # Not for longer than the others wait for this one.
+        # No longer than the other processes wait for this one.
         patience = min(LEASE, config.start_timeout / 2) if watch else 0
         stack.enter_context(locked(workdir, patience))
         if watch:
@@ -134,15 +138,15 @@ def _set_up_jax(config: ConfigDict, launch: cluster.Launch | None) -> None:
 
 
 def _stop_at_signals() -> None:
-    """Until the loop takes them over, a scheduler's signals end the program where it stands.
+    """Makes a scheduler's signals exit immediately until the training loop handles them.
 
-    There is nothing to save yet. An exception would not do: it may come up in a library that turns
-    it into one of its own.
+    There is nothing to save yet. Raising an exception would not work: a library that is running may
+    catch it and raise its own.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        told = f"stopped by {signal.Signals(number).name} outside of training; the same command"
-        os.write(2, f"{told} goes on\n".encode())
+        told = f"stopped by {signal.Signals(number).name} outside of training; rerun the same"
+        os.write(2, f"{told} command to resume\n".encode())
         os._exit(EXIT_PREEMPTED)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -151,7 +155,7 @@ def _stop_at_signals() -> None:
 
 @contextlib.contextmanager
 def _telling_memory() -> Any:
-    """A device without memory left is the user's to mend, on every process alike."""
+    """Reports an out-of-memory error of a device as a user error, on every process."""
     from jax.errors import JaxRuntimeError
 
     try:
@@ -161,14 +165,14 @@ def _telling_memory() -> Any:
             raise
         told = str(error).partition("\n")[0]
         raise UserError(
-            f"a device has not enough memory ({told}): microbatch, model.image_remat or more "
-            "devices take less, and python -m disco_jax.plan tells how much each takes"
+            f"a device is out of memory ({told}); use microbatch, model.image_remat or more "
+            "devices; python -m disco_jax.plan reports the memory each setting needs"
         ) from error
 
 
 @contextlib.contextmanager
 def _blaming_peers(watch: Watch) -> Any:
-    """An error in a collective is most often the loss of a peer: the watcher will tell."""
+    """Waits for the watcher's verdict after an error: a lost peer is the most common cause."""
     try:
         yield
     except (UserError, Preempted, DataLost, KeyboardInterrupt):
@@ -177,22 +181,22 @@ def _blaming_peers(watch: Watch) -> Any:
         if says_unwritable(error):
             raise
         first = str(error).partition("\n")[0]
-        say(f"{first}; waiting for word of the others", sys.stderr)
+        say(f"{first}; checking whether another process was lost", sys.stderr)
         watch.wait_for_verdict()
         raise
 
 
 def guard(function: Callable[[], None]) -> None:
-    """Calls `function`; a user's mistake ends in one line and exit code 2: see errors.py."""
-    logging.set_verbosity(logging.FATAL)  # what matters of libraries' errors is told here
+    """Calls `function` and exits with the codes of errors.py; user errors print one line."""
+    logging.set_verbosity(logging.FATAL)  # relevant errors of libraries are reported here
     try:
         function()
     except UserError as error:
         _exit(f"error: {printable(error)}", EXIT_USER)
     except Preempted as preempted:
-        _exit(f"{printable(preempted)}; the same command goes on", EXIT_PREEMPTED)
+        _exit(f"{printable(preempted)}; rerun the same command to resume", EXIT_PREEMPTED)
     except DataLost as lost:
-        _exit(f"error: {printable(lost)}; the same command goes on", EXIT_DATA_LOST)
+        _exit(f"error: {printable(lost)}; rerun the same command to resume", EXIT_DATA_LOST)
     except OSError as error:
         name = printable(error.filename or "a file")
         if says_no_name(error):
@@ -201,7 +205,10 @@ def guard(function: Callable[[], None]) -> None:
             raise
         _exit(f"error: {name} can't be written: {error.strerror}", EXIT_USER)
     except KeyboardInterrupt:
-        _exit("\ninterrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED)
+        _exit(
+            "\ninterrupted; rerun the same command to resume from the last checkpoint",
+            EXIT_INTERRUPTED,
+        )
 
 
 def _exit(told: str, code: int) -> None:
@@ -209,39 +216,40 @@ def _exit(told: str, code: int) -> None:
     sys.stdout.flush()
     jax = sys.modules.get("jax")
     several = jax is not None and jax.distributed.is_initialized()
-    if jax and several and code == EXIT_PREEMPTED:  # so do all the others, whom its end would abort
+    if jax and several and code == EXIT_PREEMPTED:  # all stop; exiting first aborts the others
         leave = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         leave.start()
         leave.join(LEAVING)
-    # At a regular exit JAX waits for the other processes, which may wait for this one, and Python
-    # for all that reads data, which may not come.
+    # On a regular exit, JAX waits for the other processes, which may be waiting for this one, and
+    # Python joins the threads that read data, which may never arrive.
     if several or any(thread.name == READER for thread in threading.enumerate()):
         os._exit(code)
     sys.exit(code)
 
 
 def parse(argv: list[str], usage: str, config_needed: bool = True) -> Any:
-    """Reads the flags; the validated config, or the default one where it may be left out.
+    """Parses the flags and returns the validated config, or the default one if none is given.
 
     Raises:
-      UserError: unknown flags or fields, a missing file, values that are not allowed: all of them.
+      UserError: if flags or fields are unknown, the file is missing, or values are invalid. The
+        message lists every problem.
     """
     if any(arg in ("-h", "--help", "--helpshort", "--helpfull") for arg in argv):
         print(f"usage: {usage} [--config.FIELD=VALUE ...]")
-        print("Fields, their defaults and meanings: disco_jax/config/defaults.py")
+        print("All config fields are documented in disco_jax/config/defaults.py.")
         print(flags.FLAGS.main_module_help())
         sys.exit(0)
     path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
     if path is None and config_needed:
-        raise UserError("--config=FILE is missing, configs/shapes.py say")
+        raise UserError("--config=FILE is missing, e.g. --config=configs/shapes.py")
     if path is not None and not Path(path.split(":")[0]).is_file():
-        raise UserError(f"--config: there is no file {path.split(':')[0]}")
+        raise UserError(f"--config: file not found: {path.split(':')[0]}")
     usable, problems = check_overrides(argv)
-    whole, sys.argv = sys.argv, usable  # ml_collections looks for overrides there
+    whole, sys.argv = sys.argv, usable  # ml_collections reads overrides from there
     try:
         rest = flags.FLAGS(usable, known_only=True)
-    except KeyError as error:  # the only fields that were not looked for yet
-        problems.append(f"eval.sets has no set {error.args[0]}: sets are named in the config file")
+    except KeyError as error:  # only fields of eval.sets have not been checked yet
+        problems.append(f"eval.sets has no set {error.args[0]}; define it in the config file")
         raise UserError("; ".join(problems)) from error
     except (flags.Error, AttributeError, TypeError, ValueError) as error:
         problems.append(" ".join(str(error).split()))
@@ -260,6 +268,6 @@ def _unexpected(argument: str) -> str:
     if argument.startswith("-"):
         name = argument.lstrip("-").partition("=")[0]
         if name.startswith("config."):
-            return f"--{name} needs a --config=FILE whose field it sets"
+            return f"--{name} requires --config=FILE"
         return f"unknown flag --{name}{near(name, list(flags.FLAGS))}"
-    return f"unexpected argument {argument!r}; flags are written --name=value"
+    return f"unexpected argument {argument!r}; flags have the form --name=value"

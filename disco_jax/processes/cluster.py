@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: by flags, or by what started them."""
+"""How the processes of a run find each other: from flags, or from the launcher."""
 
 import math
 import warnings
@@ -8,18 +8,18 @@ from typing import Any
 
 from disco_jax.errors import UserError
 
-WATCHERS_FIRST = 30  # seconds more that JAX waits: they name who is missing, it would only abort
+WATCHERS_FIRST = 30  # extra seconds before JAX aborts, so that the watchers can name who is missing
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What `jax.distributed.initialize` is told; None is left to its own detection.
+    """Arguments of `jax.distributed.initialize`; None leaves detection to JAX.
 
-    `count` and `index` are None on a TPU alone, whose processes learn them from JAX.
+    `count` and `index` are None only on TPUs, where the processes learn them from JAX.
     """
 
-    source: str  # where it was found, for messages
-    name: str  # what all processes of this start have in common, and others' have not
+    source: str  # where this was found, for messages
+    name: str  # shared by all processes of this start, and by no other start
     coordinator: str | None = None  # HOST:PORT of process 0
     count: int | None = None
     index: int | None = None
@@ -33,14 +33,14 @@ def find(
     env: Mapping[str, str],
     has_tpu: bool = False,
 ) -> Launch | None:
-    """How this process was started; None where it is alone.
+    """Returns how this process was started, or None if it is the only one.
 
-    In this order: the three flags; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-    where the last may be JOB_COMPLETION_INDEX, which Kubernetes sets in an Indexed Job and JobSet;
-    SLURM's srun; Open MPI's mpirun; a Cloud TPU.
+    Tried in this order: the three flags; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID (or JOB_COMPLETION_INDEX, which Kubernetes sets in an Indexed Job and JobSet);
+    Slurm's srun; Open MPI's mpirun; a Cloud TPU.
 
     Raises:
-      UserError: some of it is there and some is missing, or is no number.
+      UserError: if the settings are incomplete or a value is not a number.
     """
     if (coordinator, count, index) != (None, None, None):
         missing = [
@@ -53,7 +53,7 @@ def find(
             if value is None
         ]
         if missing:
-            raise UserError(f"{' and '.join(missing)} missing: the three flags go together")
+            raise UserError(f"{' and '.join(missing)} missing; set all three flags or none")
         return _checked(Launch("flags", str(coordinator), coordinator, count, index))
     if address := env.get("JAX_COORDINATOR_ADDRESS"):
         return _checked(
@@ -68,8 +68,8 @@ def find(
     told = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name in env]
     if told and env.get("JAX_NUM_PROCESSES") != "1":
         raise UserError(
-            f"{' and '.join(told)} set, and JAX_COORDINATOR_ADDRESS=HOST:PORT is not: without it "
-            "each process would train by itself"
+            f"{' and '.join(told)} set without JAX_COORDINATOR_ADDRESS=HOST:PORT; each "
+            "process would train on its own"
         )
     if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         count, index = _number(env, "SLURM_NTASKS"), _number(env, "SLURM_PROCID")
@@ -80,13 +80,13 @@ def find(
         if "OMPI_MCA_orte_hnp_uri" in env:
             count, index = (_number(env, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
             return Launch("ompi", env["OMPI_MCA_orte_hnp_uri"].split(";")[0], None, count, index)
-        # Open MPI 5 tells no address: ranks it does, so one flag is enough.
+        # Open MPI 5 sets the ranks but no address, so only the address has to be passed.
         raise UserError(
-            "mpirun told no address of process 0: set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
+            "mpirun did not set the address of process 0; set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
             f"JAX_NUM_PROCESSES={env['OMPI_COMM_WORLD_SIZE']} and "
             "JAX_PROCESS_ID=$OMPI_COMM_WORLD_RANK"
         )
-    # On a Cloud TPU the workers' names come from the environment, or from its metadata server.
+    # On a Cloud TPU the workers' names come from the environment or the metadata server.
     if has_tpu and len(env.get("TPU_WORKER_HOSTNAMES", ",").split(",")) > 1:
         return Launch("tpu", "tpu")
     return None
@@ -101,7 +101,7 @@ def _checked(launch: Launch) -> Launch:
         raise UserError(f"the coordinator {launch.coordinator!r} must be HOST:PORT")
     if not 0 <= launch.index < launch.count:
         raise UserError(
-            f"process_index is {launch.index}, and must be at least 0 and less than "
+            f"process_index is {launch.index}; it must be at least 0 and less than "
             f"process_count, {launch.count}"
         )
     return launch
@@ -110,28 +110,28 @@ def _checked(launch: Launch) -> Launch:
 def _number(env: Mapping[str, str], *names: str) -> int:
     found = next((name for name in names if name in env), None)
     if found is None:
-        raise UserError(f"one of several processes, and {' or '.join(names)} is not set")
+        raise UserError(f"{' or '.join(names)} is not set; each of several processes needs it")
     if not env[found].isdigit():
-        raise UserError(f"{found} is {env[found]!r}, and must be a number")
+        raise UserError(f"{found} is {env[found]!r}; it must be a number")
     return int(env[found])
 
 
 def _slurm_devices(env: Mapping[str, str]) -> tuple[int, ...] | None:
-    """All of a node's GPUs for its only task; None leaves JAX's rule, one GPU to a task."""
+    """All GPUs of a node with a single task; otherwise None for JAX's default, one GPU per task."""
     alone = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_NTASKS"]
     gpus = env.get("SLURM_GPUS_ON_NODE", "")
     return tuple(range(int(gpus))) if alone and gpus.isdigit() and int(gpus) else None
 
 
 def start(launch: Launch, timeout: float = 300.0) -> None:
-    """Connects this process with the others; only before JAX's first use.
+    """Connects this process to the others. Must be called before JAX is first used.
 
     Args:
-      launch: how it was started.
-      timeout: seconds for all of them to be there.
+      launch: How this process was started.
+      timeout: Seconds to wait for all processes.
 
     Raises:
-      UserError: they did not come together.
+      UserError: if the processes cannot connect.
     """
     import jax
 
@@ -143,11 +143,9 @@ def start(launch: Launch, timeout: float = 300.0) -> None:
     if launch.source in ("flags", "environment"):
         options["cluster_detection_method"] = "deactivate"
     try:
-        with warnings.catch_warnings():  # of kubernetes' client, which is not needed
+        with warnings.catch_warnings():  # about the kubernetes client, which is not needed
             warnings.simplefilter("ignore")
             jax.distributed.initialize(launch.coordinator, launch.count, launch.index, **options)
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(
-            f"the processes did not come together ({launch.source}): {first}"
-        ) from error
+        raise UserError(f"the processes failed to connect ({launch.source}): {first}") from error

@@ -164,7 +164,7 @@ class InFlight:
 def _announce(config: ConfigDict, setup: Setup) -> None:
     start = int(setup.state.step)
     count = sum(x.size for x in jax.tree.leaves(setup.state.params))
-    origin = f"going on from step {start}" if start else "from scratch"
+    origin = f"resuming from step {start}" if start else "from scratch"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     console.print(
         f"{config.model.name}, {count / 1e6:.1f} M parameters, on {setup.mesh.devices.size} "
