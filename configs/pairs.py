@@ -14,7 +14,7 @@ from disco_jax.config import default
 def get_config() -> ConfigDict:
     """ViT-B/32 from scratch. To fine-tune, set init_from and a learning rate of about 1e-5."""
     config = default()
-    config.batch_size = 1_024  # larger than memory allows: set microbatch, e.g. to 256
+    config.batch_size = 1_024  # if too large for memory, set microbatch, e.g. to 256
     config.num_steps = 20_000  # samples * epochs / batch_size
     config.model.name = "ViT-B-32"  # a preset or a model folder
     config.model.dtype = "bfloat16"

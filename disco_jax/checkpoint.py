@@ -14,11 +14,7 @@ from disco_jax.runs.workdir import locked
 
 
 def main() -> None:
-    """Moves later checkpoints aside.
-
-    Raises:
-      UserError: if the folder is in use or has no such checkpoint.
-    """
+    """Moves later checkpoints aside; UserError if the folder is in use or has no such step."""
     parser = argparse.ArgumentParser(prog="python -m disco_jax.checkpoint")
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--go_back_to", type=int, required=True, metavar="STEP")

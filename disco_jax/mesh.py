@@ -1,4 +1,4 @@
-"""The device mesh, how arrays are sharded over it, and which rows of a batch a process feeds."""
+"""The device mesh, how arrays are sharded over it, and which batch rows each process loads."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,15 +10,15 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# The batch is split over both axes; one copy of the state is split over the devices of `fsdp`.
+# The batch is split over both axes; each copy of the state is split over `fsdp`.
 BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
-    """A mesh `(data, fsdp)` over `devices`, all of them by default; `fsdp` divides their number.
+    """Returns a `(data, fsdp)` mesh over `devices` (default: all); `fsdp` must divide their number.
 
-    `jax.make_mesh` does not do: it refuses more than one slice, and XLA gives every GPU host a
-    slice of its own.
+    `jax.make_mesh` is not used because it refuses more than one slice, and XLA puts every GPU host
+    in its own slice.
     """
     ordered = ring_order(jax.devices() if devices is None else devices)
     grid = np.array(ordered, dtype=object).reshape(-1, fsdp)
@@ -26,12 +26,12 @@ def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
 
 
 def ring_order(devices: Iterable[Any]) -> list[Any]:
-    """The devices in the order of a ring with short links, the same on every process.
+    """Orders devices as a ring with short links; the order is the same on every process.
 
-    Slice after slice: a TPU's along its torus, each chip a neighbour of the one before; GPUs and
-    CPUs process by process. So the hops of the loss method `ring` are short, and the devices of one
-    copy of the state (`fsdp`) are close to each other. On TPUs the processes interleave: see
-    `own_rows`.
+    Slices follow one another. A TPU slice follows its torus, so that each chip is a neighbor of the
+    previous one; GPUs and CPUs are ordered by process. This keeps the hops of the loss method
+    `ring` short and the devices that share one copy of the state (`fsdp`) close to each other. On
+    TPUs, the processes interleave: see `own_rows`.
     """
     slices: dict[int, list[Any]] = defaultdict(list)
     for device in devices:
@@ -40,7 +40,7 @@ def ring_order(devices: Iterable[Any]) -> list[Any]:
 
 
 def _ring(devices: list[Any]) -> list[Any]:
-    """The devices of one slice, in the order of a ring."""
+    """Orders the devices of one slice as a ring."""
     by_number = sorted(devices, key=lambda device: (device.process_index, device.id))
     if not all(getattr(device, "coords", None) is not None for device in devices):
         return by_number
@@ -52,14 +52,15 @@ def _ring(devices: list[Any]) -> list[Any]:
 
 
 def ring_of_grid(sides: Sequence[int]) -> list[tuple[int, ...]]:
-    """All points of a grid, each a neighbour of the one before, and the last one of the first.
+    """Returns all points of a grid as a ring: each is a neighbor of the one before, cyclically.
 
-    That last step is longer where every side is odd, or only one is longer than 1: no ring exists.
+    If all sides are odd, or only one is longer than 1, no ring exists, and the step from the last
+    point back to the first is longer.
     """
     even = next((axis for axis, side in enumerate(sides) if side % 2 == 0), None)
     if even is None or sum(side > 1 for side in sides) < 2:
         return _snake(sides)
-    # From a corner along all lines but the first, to and fro; then back along the first.
+    # Snake from a corner through all lines except the first, then return along the first.
     first, *others = _snake([side for axis, side in enumerate(sides) if axis != even])
     there = [
         (step, point)
@@ -71,7 +72,7 @@ def ring_of_grid(sides: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _snake(sides: Sequence[int]) -> list[tuple[int, ...]]:
-    """All points of a grid, each a neighbour of the one before."""
+    """Returns all points of a grid, each a neighbor of the previous one."""
     if not sides:
         return [()]
     line = _snake(sides[1:])
@@ -83,20 +84,20 @@ def _snake(sides: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays `[B, ...]` split over all devices."""
+    """Sharding of a batch: arrays `[B, ...]` split over all devices."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Arrays that every device holds whole."""
+    """Sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, P())
 
 
 def state_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """How a parameter, a gradient or an optimiser's moment of `shape` lies on the mesh.
+    """Sharding of a parameter, gradient or optimizer moment of `shape`.
 
-    The rule: the longest dimension that `fsdp` divides is split over it, the last of equals. What
-    has none is whole on every device, as is everything where `fsdp` is 1.
+    The longest dimension that `fsdp` divides is split over it; among equals, the last. An array
+    without such a dimension is replicated, as is everything if `fsdp` is 1.
     """
     size = mesh.shape["fsdp"]
     dividing = [axis for axis, length in enumerate(shape) if length and length % size == 0]
@@ -109,10 +110,10 @@ def state_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """int `[own]`, ascending: the rows of a global batch that this process's devices hold.
+    """Returns int `[own]`, ascending: the rows of a global batch on this process's devices.
 
-    They need not be one stretch, nor stand in the order of processes: a ring through a TPU's torus
-    comes by each host several times. Whatever a process loads for a batch are these rows.
+    These are the rows that a process must load. They need be neither contiguous nor in process
+    order, because a ring through a TPU torus visits each host several times.
     """
     each = batch_size // mesh.devices.size
     index = jax.process_index()
@@ -121,25 +122,25 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """This process's `own_rows` of a batch, `[own, ...]`, as global arrays `[B, ...]`."""
+    """Places this process's `own_rows` of a batch, `[own, ...]`, as global arrays `[B, ...]`."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
 def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Rows `[B, ...]` that every process has, as a global array split over the devices."""
+    """Places rows `[B, ...]`, which every process has, as a global array split over the devices."""
     return jax.make_array_from_process_local_data(batch_sharding(mesh), rows, rows.shape)
 
 
 def gather_rows(rows: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """Every process's `own_rows` of a batch, `[own, ...]`, as all of it, `[B, ...]`, on each."""
+    """Gathers all processes' `own_rows` of a batch, `[own, ...]`, into `[B, ...]` on each."""
     if jax.process_count() == 1:
         return rows
     return np.asarray(process_allgather(place_batch({"rows": rows}, mesh)["rows"], tiled=True))
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """The whole of an array, however it is sharded; all processes must call it."""
+    """Returns a whole array, however it is sharded. All processes must call this."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(process_allgather(x, tiled=True))

@@ -59,7 +59,7 @@ def test_a_process_that_is_silent_or_was_started_again_is_lost(tmp_path):
     assert silent.lost(now) == ""
     assert "no sign of life for 1 s" in silent.lost(now + 1.5)
     path.write_text(json.dumps({"start": "b", "host": "h", "pid": 1, "beat": 1}))
-    assert "(host h, pid 1) was started again as pid 1 on h" in silent.lost(now)
+    assert "(host h, pid 1) was restarted as pid 1 on h" in silent.lost(now)
 
 
 def free_port() -> int:

@@ -259,8 +259,8 @@ def test_training_begins_from_a_model(openclip, tmp_path):
         assert leaf.sharding == flatten(state.params)[name].sharding
     tiny = PRESETS["tiny"]
     other = init_state(tiny, optax.sgd(0.1), mesh_of(1), seed=0)
-    with pytest.raises(UserError, match=r"init_from: .* is it of another model\.name"):
+    with pytest.raises(UserError, match=r"init_from: .* is a different model .* check model\.name"):
         begin_from(tmp_path / "ours", tiny, other)
     quick = dataclasses.replace(config.vision, activation="quick_gelu")
-    with pytest.raises(UserError, match="has activation gelu, and this model quick_gelu"):
+    with pytest.raises(UserError, match="has activation gelu, but this model has quick_gelu"):
         begin_from(tmp_path / "ours", dataclasses.replace(config, vision=quick), state)

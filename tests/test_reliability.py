@@ -114,7 +114,7 @@ def test_only_steps_in_a_row_stop_a_run(tmp_path):
         health.see(step, math.nan if skipped else 1.0, 1.0, skipped)
     assert health.metrics() == {"train/skipped_steps": 4.0}
     health.begin(6, np.array(["key 6"]))
-    with pytest.raises(UserError, match=r"step 6: .* last of 3 in a row.* begin key 6"):
+    with pytest.raises(UserError, match=r"step 6: .* last of 3 in a row.* keys: key 6"):
         health.see(6, 1.0, math.inf, True)
     health.close()
 
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tm
     wrong = subprocess.run([*back, "3"], cwd=small_run.ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "there is no checkpoint 3" in wrong.stderr
-    assert "there are: 4, 8" in wrong.stderr
+    assert "available: 4, 8" in wrong.stderr
     subprocess.run([*back, "4"], cwd=small_run.ROOT, check=True, capture_output=True)
     assert (workdir / "checkpoints_set_aside" / "8" / "_CHECKPOINT_METADATA").exists()
     train(config, workdir)
@@ -189,7 +189,7 @@ def test_a_flipped_bit_is_noticed(made, calm, tmp_path, monkeypatch):
     real = checkpoint.digest
     moved = {**data, "samples_seen": 80}
     monkeypatch.setattr(checkpoint, "digest", lambda state, _: real(state, moved))
-    with pytest.raises(UserError, match="its digest is not that of what was saved"):
+    with pytest.raises(UserError, match="its digest does not match the saved data"):
         checkpoints.restore(abstract, 4)
     monkeypatch.setattr(checkpoint, "digest", real)
     for error in (PermissionError(13, "Permission denied"), MemoryError("RESOURCE_EXHAUSTED: x")):
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_0_1_is_held_to_its_checksum(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     _, data = checkpoints.restore(state, 1)
     assert data == {"samples_seen": 8}
-    with pytest.raises(UserError, match="its checksum is not that of what was saved"):
+    with pytest.raises(UserError, match="its checksum does not match the saved data"):
         checkpoints.restore(state, 2)
     checkpoints.close()
 
@@ -325,7 +325,7 @@ def test_a_spike_is_told_and_counted(tmp_path):
     values[150] = 3.0
     told = [health.see(i + 1, value, 1.0, False) for i, value in enumerate(values)]
     assert [i for i, line in enumerate(told) if line] == [150]
-    assert "loss 3.0000 is a spike: above 2." in told[150]
+    assert "loss spike: 3.0000 is above 2." in told[150]
     assert health.metrics() == {"train/loss_spikes": 1.0}
     again = Health(tmp_path, 10, 200, health.saved())
     assert again.metrics() == {"train/loss_spikes": 1.0}
@@ -345,8 +345,8 @@ def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(made, tmp_path):
     )
     assert job.returncode == 2, job.stderr
     line = next(line for line in job.stderr.splitlines() if line.startswith("error: "))
-    assert f"no checkpoint can be written to {tmp_path}/checkpoints (File too large)" in line
-    assert "there is no complete one" in line
+    assert f"cannot write a checkpoint to {tmp_path}/checkpoints (File too large)" in line
+    assert "no complete one exists" in line
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest_step() is None
     checkpoints.close()
@@ -354,7 +354,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(made, tmp_path):
 
 def test_a_disk_that_is_too_small_is_told_before(made, calm, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
-    with pytest.raises(UserError, match=r"\(it takes 0.00 GB, and 0.00 are free\); there is no"):
+    with pytest.raises(UserError, match=r"\(it needs 0.00 GB, but only 0.00 GB are free\); no"):
         train(config_of(made, num_steps=4, checkpoint_every=1), tmp_path)
     assert not any((tmp_path / "checkpoints").iterdir())
 
@@ -379,5 +379,5 @@ def test_two_runs_cannot_write_one_folder(made, tmp_path):
         _, told = job.communicate(timeout=60)
     assert job.returncode == 2
     assert told == (
-        f"error: workdir {tmp_path} is in use by another run; wait for its end, or choose another\n"
+        f"error: workdir {tmp_path} is in use by another run; wait for it or choose another\n"
     )

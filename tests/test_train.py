@@ -231,7 +231,7 @@ def test_a_workdir_of_another_config_is_refused(finished, data_dir):
     before = (finished / "config.json").read_text()
     result = run(*command("train.py", finished, data_dir, "--config.seed=1"))
     assert result.returncode == 2
-    assert "holds a run of another config: seed (0 there, 1 here)" in result.stderr
+    assert "holds a run with a different config: seed (0 there, 1 here)" in result.stderr
     assert (finished / "config.json").read_text() == before
 
 

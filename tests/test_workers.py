@@ -82,7 +82,7 @@ def test_stuck_workers_do_not_keep_a_run_from_stopping(job, folder, tmp_path):
     job.send_signal(signal.SIGTERM)
     code, errors = end_of(job, 30)
     assert code == 75, errors
-    assert "while it waited for data" in errors
+    assert "while waiting for data" in errors
     saved = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert len(losses(tmp_path / "run")) in saved
 

@@ -40,8 +40,8 @@ def default() -> ConfigDict:
     c.model.tokenizer = ""  # a tokenizer.json, for SigLIP models; "": the model's own, or CLIP's
     c.model.dtype = "bfloat16"  # compute dtype of the towers: bfloat16 or float32
     # Rematerialization: what the backward pass recomputes to save memory. From least to most:
-    # `none`, `dots` (keeps matmul outputs), `full` (keeps each block's input), `offload` (as
-    # `full`, with the inputs in host memory).
+    # `none`, `dots` (keeps the outputs of matmuls with weights), `full` (keeps each block's input),
+    # `offload` (as `full`, with the inputs in host memory).
     c.model.image_remat = "none"
     c.model.text_remat = "none"
 
@@ -100,11 +100,12 @@ def default() -> ConfigDict:
     c.data.max_image_pixels = 100_000_000
     c.data.min_image_side = 4  # pixels
     c.data.max_aspect_ratio = 20.0
-    c.data.max_bad_fraction = 0.05  # of all samples (at least 1,000); above it, the run stops
+    c.data.max_bad_fraction = 0.05  # bad samples, of at least 1,000, above which the run stops
     c.data.record_keys = False  # write the sample keys of each step to keys.jsonl
 
     c.eval = ConfigDict()
-    c.eval.every = 1_000  # steps between evaluations; 0: only after the last step
+    # Steps between evaluations; 0 for none. The last step is always evaluated.
+    c.eval.every = 1_000
     # Labeled datasets for zero-shot classification, e.g. `c.eval.sets.mine = zeroshot_set(...)`.
     # The name of a set is the prefix of its metrics.
     c.eval.sets = ConfigDict()

@@ -1,1 +1,1 @@
-"""What people see: terminal and plots."""
+"""Terminal output and plots."""

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and what it answers."""
+"""Plots of a run: training curves, sample pairs and predictions."""
 
 import textwrap
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def subplots(rows: int = 1, columns: int = 1, **options: Any) -> "tuple[Figure, Any]":
-    """A figure and its axes, for files. pyplot would choose a backend for the whole process."""
-    from matplotlib.figure import Figure  # takes half a second to import
+    """Returns a figure and its axes, without pyplot, which sets a backend for the process."""
+    from matplotlib.figure import Figure  # lazy: takes half a second to import
 
     squeeze = options.pop("squeeze", True)
     figure = Figure(**options)
@@ -23,7 +23,7 @@ def subplots(rows: int = 1, columns: int = 1, **options: Any) -> "tuple[Figure, 
 
 
 def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss on the left, zero-shot top-1 on the right, against steps: the paper's figure."""
+    """Plots loss (left) and zero-shot top-1 (right) over steps, like the paper's curves."""
     figure, (left, right) = subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     steps, losses = _series(rows, "train/loss")
     left.plot(steps, losses)
@@ -43,9 +43,10 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_runs(runs: dict[str, list[dict[str, Any]]], sets: Sequence[str], path: Path) -> None:
-    """The paper's figure for several runs, against their rows' `epoch`.
+    """Plots several runs over the `epoch` of their rows (the paper's appendix, Figure 1).
 
-    Loss on the left; on the right zero-shot top-1, a run a colour and a set a line style.
+    Loss is on the left and zero-shot top-1 on the right, with one color per run and one line style
+    per set.
     """
     figure, (left, right) = subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, (name, rows) in enumerate(runs.items()):
@@ -71,7 +72,7 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], sets: Sequence[str], path: 
 
 
 def _label(name: str) -> str:
-    """For a legend, which leaves out names that begin with _ and takes $ for mathematics."""
+    """Escapes a name for a legend, which skips names starting with _ and parses $ as math."""
     shown = textwrap.shorten(printable(name), 60, placeholder="…") or "…"
     return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
@@ -84,7 +85,7 @@ def _series(
 
 
 def plot_pairs(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) -> None:
-    """A contact sheet of images `[h, w, 3]` over their captions."""
+    """Plots a contact sheet of images `[h, w, 3]` with their captions."""
     columns = 8
     rows = -(-len(images) // columns)
     figure, axes = subplots(
@@ -102,7 +103,7 @@ def plot_pairs(images: Sequence[np.ndarray], captions: Sequence[str], path: Path
 def plot_predictions(
     images: np.ndarray, truth: Sequence[str], predicted: Sequence[str], path: Path
 ) -> None:
-    """A sheet of images `[n, h, w, 3]`, each with the predicted name, and the true one if wrong."""
+    """Plots images `[n, h, w, 3]` with the predicted name, and the true one if that is wrong."""
     columns = 8
     rows = -(-len(images) // columns)
     figure, axes = subplots(

@@ -1,7 +1,7 @@
-"""What reaches a terminal: texts as they are, but for what would control it.
+"""Terminal output: text is printed verbatim, except that control characters are escaped.
 
-Names of files, classes, sets and members of tars are anybody's. None of it is markup, and what is
-not printable (escape sequences, surrogates, marks that change the direction of writing) is escaped.
+Names of files, classes, sets and tar members are untrusted. They are never parsed as markup, and
+anything unprintable (escape sequences, surrogates, text direction marks) is escaped.
 """
 
 import sys
@@ -12,11 +12,11 @@ from rich.text import Text
 
 
 def printable(text: object, keep: str = "") -> str:
-    r"""The text with every character that is not printable as its escape, `\x1b` say.
+    r"""Returns the text with every unprintable character escaped, e.g. as `\x1b`.
 
     Args:
-      text: anything that has a text.
-      keep: characters that stay, "\n" say.
+      text: Any object; it is converted with `str`.
+      keep: Characters that are not escaped, e.g. "\n".
     """
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
@@ -25,18 +25,18 @@ def printable(text: object, keep: str = "") -> str:
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Prints one line, at once, to standard output or another stream."""
+    """Prints one line to standard output or another stream, and flushes it."""
     print(printable(text), file=file or sys.stdout, flush=True)
 
 
 class PlainConsole(Console):
-    """Rich's console for tables and bars, to which every string is plain text."""
+    """Rich's console for tables and bars, with every string treated as plain text."""
 
     def __init__(self, **options: Any):
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Of every string that is printed, in a table too."""
+        """Renders every string that is printed, including those in tables."""
         return super().render_str(printable(text, keep="\n"), **options)
 
 

@@ -1,7 +1,7 @@
-"""The contrastive losses of CLIP and SigLIP, exact over a mesh of devices.
+"""The contrastive losses of CLIP and SigLIP, exact over a device mesh.
 
-`contrastive_loss` takes global arrays on a mesh, `local_contrastive_loss` the shards inside your
-own `jax.shard_map`; both give the full-batch loss and its gradients. See docs/losses.md.
+`contrastive_loss` takes global arrays on a mesh; `local_contrastive_loss` takes local shards inside
+your own `jax.shard_map`. Both compute the full-batch loss and its gradients. See docs/losses.md.
 """
 
 from disco_jax.losses.contrastive import (

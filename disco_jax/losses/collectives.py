@@ -1,7 +1,7 @@
-"""Collectives whose transposes are written down, for use inside `jax.shard_map`.
+"""Collectives with explicit transposes, for use inside `jax.shard_map`.
 
-`axis_name` is a mesh axis or a tuple of them. All are differentiable once in reverse mode, and
-carry the varying-axes types that `check_vma=True` checks.
+`axis_name` is a mesh axis or a tuple of them. All functions support first-order reverse-mode
+differentiation and carry the varying-axes types that `check_vma=True` checks.
 """
 
 from functools import partial
@@ -17,10 +17,10 @@ Tree = TypeVar("Tree")
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def all_gather(x: Array, axis_name: AxisName) -> Array:
-    """Shards `[b, ...]` of every device, joined in rank order to `[B, ...]`.
+    """Gathers the shards `[b, ...]` of all devices into `[B, ...]`, in rank order.
 
-    Each device uses the whole, so the cotangents `[B, ...]` of all devices are summed and each gets
-    its own rows back: the backward pass is `psum_scatter` (DisCo-CLIP, Algorithm 1).
+    Every device uses the full result, so the backward pass is a `psum_scatter`: it sums the
+    cotangents `[B, ...]` of all devices and returns to each its own rows (DisCo-CLIP, Algorithm 1).
     """
     return lax.all_gather(x, axis_name, tiled=True)
 
@@ -38,10 +38,10 @@ all_gather.defvjp(_all_gather_forward, _all_gather_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def psum_scatter(x: Array, axis_name: AxisName) -> Array:
-    """The sum over devices of `[B, ...]`, of which each keeps its own rows `[b, ...]`.
+    """Sums `[B, ...]` over devices; each device keeps its own rows `[b, ...]`.
 
-    Row k of the sum is used by one device alone, so its cotangent is needed by all of them: the
-    backward pass is `all_gather`.
+    Each row of the sum is used by one device, but all devices contributed to it and need its
+    cotangent: the backward pass is an `all_gather`.
     """
     return lax.psum_scatter(x, axis_name, tiled=True)
 
@@ -58,23 +58,23 @@ psum_scatter.defvjp(_psum_scatter_forward, _psum_scatter_backward)
 
 
 def ring_shift(tree: Tree, axis_name: AxisName) -> Tree:
-    """Sends each leaf to the next device and receives the previous one's; N of them come home."""
+    """Sends each leaf to the next device in the ring; after N shifts, every leaf is back home."""
     n = lax.axis_size(axis_name)
     steps = [(i, (i + 1) % n) for i in range(n)]
     return jax.tree.map(lambda x: lax.ppermute(x, axis_name, steps), tree)
 
 
 def to_varying(x: Array, axis_name: AxisName) -> Array:
-    """`x`, typed as varying over `axis_name` where it is not yet.
+    """Returns `x` typed as varying over `axis_name`; a no-op if it already is.
 
-    Its transpose is the psum that a replicated value's gradient needs. Every psum of such a
-    gradient is left to it: one more, by hand, gives N times the right answer and type-checks.
+    The transpose is the psum that the gradient of a replicated value needs. Never add such a psum
+    by hand: a second one type-checks but makes the gradient N times too large.
     """
     missing = replicated_axes(x, axis_name)
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def replicated_axes(x: Array, axis_name: AxisName) -> tuple[str, ...]:
-    """Those of the axes over which `x` is typed as being the same on every device."""
+    """Returns the axes in `axis_name` over which `x` is typed as replicated."""
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     return tuple(name for name in names if name not in jax.typeof(x).manual_axis_type.varying)

@@ -1,4 +1,4 @@
-"""The losses' two front doors: over global arrays on a mesh, and over local shards."""
+"""The public loss functions: over global arrays on a mesh, and over local shards."""
 
 import difflib
 import math
@@ -20,8 +20,8 @@ from disco_jax.losses.tiles import Side, default_tile
 Array = jax.Array
 
 KINDS = ("softmax", "sigmoid")
-# How a loss is computed over devices. `auto` leaves the dense loss for XLA to partition,
-# `reference` gathers all features everywhere first; the others never hold all of the logits.
+# How the loss is computed over devices. `auto` leaves the dense loss to XLA to partition;
+# `reference` first gathers all features on every device; the others never hold all logits.
 METHODS = ("auto", "reference", "disco", "stream", "ring")
 
 
@@ -39,35 +39,36 @@ def contrastive_loss(
     weights: Array | None = None,
     group_ids: Array | None = None,
 ) -> Array:
-    """The loss of CLIP (softmax) or SigLIP (sigmoid) of a batch that is split over a mesh.
+    """Contrastive loss of CLIP (softmax) or SigLIP (sigmoid) over a batch sharded over a mesh.
 
-    softmax: `mean_i(lse_j L_ij + lse_j L_ji - 2 L_ii) / 2` of the logits `L = s I T^t`;
-    sigmoid: `mean_i sum_j softplus(-z_ij (L_ij + bias))`, z = 1 for pairs and -1 for all others.
+    softmax: `mean_i(lse_j L_ij + lse_j L_ji - 2 L_ii) / 2` with the logits `L = s I T^t`;
+    sigmoid: `mean_i sum_j softplus(-z_ij (L_ij + bias))` with z = 1 for pairs and -1 otherwise.
     Differentiable in image, text, logit_scale and logit_bias, in reverse mode.
 
     Args:
-      image: `[B, D]` L2-normalised features, fp32 or bf16. Sharded or not: what is not split over
-        `axis_name` already is, on the way in.
-      text: `[B, D]`, of the same dtype; row k and row k of image are a pair.
-      logit_scale: scalar that multiplies the cosines, `exp` of the learned parameter.
-      logit_bias: scalar added to the logits; for the sigmoid kind only.
-      mesh: the devices; `jax.sharding.Mesh(jax.devices(), ("data",))` works on any number of hosts,
-        where `jax.make_mesh` may refuse. Its axes may be of type Auto or Explicit; with the latter
-        differentiate inside `jit`, or under `jax.set_mesh(mesh)`.
-      axis_name: the mesh axis, or axes, to split the batch over; all axes by default.
+      image: `[B, D]` L2-normalized features, fp32 or bf16. Any sharding is accepted;
+        the features are resharded over `axis_name` if needed.
+      text: `[B, D]` features of the same dtype. Row k of image and row k of text form a pair.
+      logit_scale: Scalar that multiplies the cosines, i.e. `exp` of the learned parameter.
+      logit_bias: Scalar added to the logits; for the sigmoid kind only.
+      mesh: Device mesh. `jax.sharding.Mesh(jax.devices(), ("data",))` works on any number of hosts,
+        where `jax.make_mesh` may refuse. Axes may be of type Auto or Explicit; with Explicit axes,
+        differentiate inside `jit` or under `jax.set_mesh(mesh)`.
+      axis_name: Mesh axis or axes over which the batch is sharded; all axes by default.
       kind: `softmax` or `sigmoid`.
-      method: `auto`, `reference`, `disco`, `stream` or `ring`: the same number and gradients, at
-        different costs (docs/losses.md).
-      tile: columns of logits that `stream` and `ring` hold at a time; any positive number.
-      weights: `[B]` non-negative weights of the samples. 0 takes a sample out of rows AND columns,
-        as if it were not in the batch. Not differentiated.
-      group_ids: integers `[B]`; two samples with equal ids are not each other's negatives.
+      method: `auto`, `reference`, `disco`, `stream` or `ring`. All compute the same loss and
+        gradients, at different costs (docs/losses.md).
+      tile: Number of logit columns that `stream` and `ring` hold at a time; any positive integer.
+      weights: `[B]` non-negative sample weights. 0 removes a sample from rows AND columns, as if it
+        were not in the batch. Not differentiated.
+      group_ids: Integers `[B]`. Samples with equal IDs are not each other's negatives.
 
     Returns:
-      The loss, an fp32 scalar: a mean over samples.
+      The loss, an fp32 scalar averaged over samples.
 
     Raises:
-      ValueError: an argument has the wrong shape, dtype or name; B is not divisible by the devices.
+      ValueError: if an argument has the wrong shape, dtype or name, or the number of devices does
+        not divide B.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -83,7 +84,9 @@ def contrastive_loss(
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     unknown = [name for name in names if name not in mesh.axis_names]
     if unknown:
-        raise ValueError(f"axis_name {unknown[0]!r} is not an axis of the mesh {mesh.axis_names}")
+        raise ValueError(
+            f"axis_name {unknown[0]!r} is not an axis of the mesh; its axes are {mesh.axis_names}"
+        )
     _check(image, text, logit_scale, logit_bias, kind, method, tile, weights, group_ids)
     arguments: tuple[Any, ...] = (image, text, logit_scale, logit_bias, weights, group_ids)
     rows = P(names)
@@ -92,9 +95,11 @@ def contrastive_loss(
     explicit = tuple(name for name, of_axis in types.items() if of_axis == AxisType.Explicit)
     devices = math.prod(mesh.shape[name] for name in names)
     if method != "auto" and len(image) % devices:
-        raise ValueError(f"image has {len(image)} rows, not divisible by {devices} devices")
+        raise ValueError(
+            f"image has {len(image)} rows; it must have a multiple of {devices}, the devices"
+        )
 
-    if explicit:  # there nothing moves unasked
+    if explicit:  # Explicit axes are never resharded implicitly
         split = P(tuple(name for name in names if name in explicit))
         arguments = tuple(
             None if x is None else reshard(x, NamedSharding(mesh, split if spec == rows else P()))
@@ -104,7 +109,7 @@ def contrastive_loss(
         if not explicit:
             return _dense(*arguments)
         if len(explicit) < len(types):
-            raise ValueError("method 'auto' needs mesh axes of one type, all Auto or all Explicit")
+            raise ValueError("method 'auto' needs mesh axes of one type: all Auto or all Explicit")
         return auto_axes(_dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))(*arguments)
 
     def local(image, text, logit_scale, logit_bias, weights, group_ids):
@@ -137,21 +142,21 @@ def local_contrastive_loss(
     weights: Array | None = None,
     group_ids: Array | None = None,
 ) -> Array:
-    """`contrastive_loss` from inside a `jax.shard_map` with `check_vma=True` (its default).
+    """`contrastive_loss` for use inside a `jax.shard_map` with `check_vma=True` (the default).
 
-    Arguments are this device's shards: image and text `[b, D]`, weights and group_ids `[b]`;
-    logit_scale and logit_bias are replicated. Any method but `auto`, which has no local form.
+    The arguments are this device's shards: image and text `[b, D]`, weights and group_ids `[b]`.
+    logit_scale and logit_bias are replicated. `method` can't be `auto`, which has no local form.
 
     Returns:
       The loss of the whole batch, the same fp32 scalar on every device.
 
     Raises:
-      ValueError: as `contrastive_loss`; or the features do not vary over `axis_name`, so that every
-        device would bring the same samples.
+      ValueError: as in `contrastive_loss`, or if the features do not vary over `axis_name`, because
+        every device would then contribute the same samples.
     """
     _check(image, text, logit_scale, logit_bias, kind, method, tile, weights, group_ids)
     if method == "auto":
-        raise ValueError("method 'auto' needs global arrays: use contrastive_loss")
+        raise ValueError("method 'auto' needs global arrays; use contrastive_loss")
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     for argument, x in (("image", image), ("text", text)):
         _check_varies(argument, x, names)
@@ -174,7 +179,7 @@ def local_contrastive_loss(
 def _local_part(
     method: str, names: tuple[str, ...], tile: int
 ) -> Callable[[Side, Side, Array, Array | None], Array]:
-    """The function of a device's shards whose sum over devices is the loss."""
+    """Returns a function of a device's shards whose sum over devices is the loss."""
     if method == "reference":
         return lambda rows, columns, scale, bias: disco.gathered(rows, columns, scale, bias, names)
 
@@ -223,18 +228,22 @@ def _check(
         if not hasattr(x, "dtype"):
             raise ValueError(f"{name} must be an array, not a {type(x).__name__}")
         if jnp.ndim(x) != 2 or not len(x):
-            raise ValueError(f"{name} must be [batch, D], not of shape {jnp.shape(x)}")
+            raise ValueError(f"{name} must have shape [batch, D], not {jnp.shape(x)}")
         if x.dtype not in (jnp.float32, jnp.bfloat16):
-            # float16's gradients would underflow, and everything is accumulated in float32.
+            # float16 gradients would underflow; both dtypes are accumulated in float32.
             raise ValueError(f"{name} must be float32 or bfloat16, not {x.dtype}")
     if image.shape != text.shape:
-        raise ValueError(f"image {image.shape} and text {text.shape} differ in shape")
+        raise ValueError(
+            f"image {image.shape} and text {text.shape} differ in shape; they must match"
+        )
     if image.dtype != text.dtype:
-        raise ValueError(f"image ({image.dtype}) and text ({text.dtype}) differ in dtype")
+        raise ValueError(
+            f"image ({image.dtype}) and text ({text.dtype}) differ in dtype; they must match"
+        )
     if kind == "sigmoid" and logit_bias is None:
-        raise ValueError("logit_bias is missing: the sigmoid loss needs it")
+        raise ValueError("logit_bias is missing; the sigmoid loss requires it")
     if kind == "softmax" and logit_bias is not None:
-        raise ValueError("logit_bias is for the sigmoid loss: the softmax loss cancels it")
+        raise ValueError("logit_bias is for the sigmoid loss only; the softmax loss cancels it")
     for name, scalar in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
         if scalar is not None and not _is_float_scalar(scalar):
             raise ValueError(f"{name} must be a floating-point scalar, not {scalar!r}")
@@ -244,9 +253,9 @@ def _check(
         if labels is not None and not hasattr(labels, "dtype"):
             raise ValueError(f"{name} must be an array, not a {type(labels).__name__}")
         if labels is not None and labels.shape != image.shape[:1]:
-            raise ValueError(f"{name} must be of shape {image.shape[:1]}, not {labels.shape}")
+            raise ValueError(f"{name} must have shape {image.shape[:1]}, not {labels.shape}")
     if weights is not None and jnp.issubdtype(weights.dtype, jnp.complexfloating):
-        raise ValueError(f"weights must be real numbers, not {weights.dtype}")
+        raise ValueError(f"weights must be real, not {weights.dtype}")
     if group_ids is not None and not jnp.issubdtype(group_ids.dtype, jnp.integer):
         raise ValueError(f"group_ids must be integers, not {group_ids.dtype}")
 
@@ -266,6 +275,6 @@ def _check_varies(argument: str, x: Array, names: tuple[str, ...]) -> None:
     missing = replicated_axes(x, names)
     if missing:
         raise ValueError(
-            f"{argument} is replicated over axis_name {missing[0]!r}: every device would bring the "
-            "same samples; split the batch over it, and keep check_vma=True"
+            f"{argument} is replicated over axis_name {missing[0]!r}: every device would "
+            "contribute the same samples; shard the batch over it and keep check_vma=True"
         )

@@ -1,8 +1,8 @@
-"""`disco`: the paper's decomposition (DisCo-CLIP, Algorithm 1), and the gathered dense loss.
+"""`disco`: the decomposition of DisCo-CLIP (Algorithm 1), and the gathered dense loss.
 
-A device gathers all features, computes the logits of its own images against all texts and of its
-own texts against all images, and differentiates just those: what it contributes to the gradients
-of others' features reaches them through the backward collective of `all_gather`.
+Each device gathers all features, computes the logits of its own images against all texts and of
+its own texts against all images, and differentiates only these. Its contributions to the gradients
+of other devices' features reach them through the backward collective of `all_gather`.
 """
 
 import jax
@@ -18,7 +18,10 @@ Array = jax.Array
 
 
 def softmax(rows: Side, columns: Side, logit_scale: Array, axis_name: AxisName) -> Array:
-    """This device's part of the softmax loss, of images `rows` and texts `columns`, `[b, D]`."""
+    """Returns this device's part of the softmax loss.
+
+    `rows` are the images and `columns` the texts, `[b, D]` each.
+    """
     return (
         _cross_entropy(rows, columns, logit_scale, axis_name)
         + _cross_entropy(columns, rows, logit_scale, axis_name)
@@ -28,7 +31,7 @@ def softmax(rows: Side, columns: Side, logit_scale: Array, axis_name: AxisName) 
 def _cross_entropy(own: Side, others: Side, logit_scale: Array, axis_name: AxisName) -> Array:
     everyone = _gather(others, axis_name)
     logits = scaled_cosines(own.features, everyone.features, logit_scale)
-    # Rank r's positives stand in columns r b to (r + 1) b: the offset labels of Algorithm 1.
+    # Rank r's positives are in columns r b to (r + 1) b: the offset labels of Algorithm 1.
     b = len(own.features)
     target = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
     positives = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
@@ -42,7 +45,10 @@ def _cross_entropy(own: Side, others: Side, logit_scale: Array, axis_name: AxisN
 def sigmoid(
     rows: Side, columns: Side, logit_scale: Array, logit_bias: Array, axis_name: AxisName
 ) -> Array:
-    """This device's part of the sigmoid loss: its images against all texts. One block is all."""
+    """Returns this device's part of the sigmoid loss: its images against all texts.
+
+    The loss is a single sum over pairs, so one block of logits per device covers it.
+    """
     everyone = _gather(columns, axis_name)
     logits = scaled_cosines(rows.features, everyone.features, logit_scale) + logit_bias
     positive, allowed = tile_masks(rows, everyone, jnp.int32(0), axis_name)
@@ -57,7 +63,10 @@ def sigmoid(
 def gathered(
     rows: Side, columns: Side, logit_scale: Array, logit_bias: Array | None, axis_name: AxisName
 ) -> Array:
-    """This device's Nth of the dense loss over all features: what peers without a trick compute."""
+    """Returns this device's 1/N of the dense loss over all features, computed on every device.
+
+    This is what distributed losses without any decomposition compute.
+    """
     n = lax.axis_size(axis_name)
     image, text = _gather(rows, axis_name), _gather(columns, axis_name)
     labels = {"weights": image.share, "group_ids": image.group}

@@ -1,7 +1,7 @@
-"""The dense losses, on one device's worth of arrays: readable, slow, and every other one's oracle.
+"""Dense losses on unsharded arrays: readable, slow, and the reference for all other methods.
 
-Sharded over a mesh by a plain `jit` they are the method `auto`. Shapes: image and text `[B, D]`,
-L2-normalised, row k of both a pair; everything is computed in fp32.
+Under a plain `jit` with inputs sharded over a mesh, they are the method `auto`. image and text are
+`[B, D]` and L2-normalized, and row k of both is a pair. Logits and losses are computed in fp32.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# Stands for minus infinity in a masked logit: exp of it is 0, and differences of two are not NaN.
+# Replaces minus infinity in masked logits: its exp is 0, and differences of two are not NaN.
 MASKED = -1e30
 
 
@@ -21,7 +21,7 @@ def softmax(
     weights: Array | None = None,
     group_ids: Array | None = None,
 ) -> Array:
-    """CLIP's loss: the mean of two cross-entropies, of images over texts and texts over images.
+    """CLIP's loss: the mean of the image-to-text and text-to-image cross-entropies.
 
     `mean_i(lse_j L_ij + lse_j L_ji - 2 L_ii) / 2` with `L = logit_scale * image @ text.T`.
     """
@@ -44,10 +44,10 @@ def sigmoid(
     weights: Array | None = None,
     group_ids: Array | None = None,
 ) -> Array:
-    """SigLIP's loss (Zhai et al., 2023): every pair of the batch is a binary classification.
+    """SigLIP's loss (Zhai et al., 2023): binary classification of every pair in the batch.
 
-    `-sum_ij log sigmoid(z_ij (logit_scale * cos_ij + logit_bias)) / B`, z = 1 on the diagonal and
-    -1 elsewhere. Weighted, pair ij counts `(w_i + w_j) / 2`.
+    `-sum_ij log sigmoid(z_ij (logit_scale * cos_ij + logit_bias)) / B`, where z is 1 on the
+    diagonal and -1 elsewhere. With weights, pair ij counts `(w_i + w_j) / 2`.
     """
     n = len(image)
     logits = scaled_cosines(image, text, logit_scale) + logit_bias
@@ -60,16 +60,16 @@ def sigmoid(
 
 
 def cosines(image: Array, text: Array) -> Array:
-    """`image @ text.T`: multiplied in the features' dtype, accumulated and returned in fp32."""
+    """`image @ text.T`, multiplied in the features' dtype, accumulated and returned in fp32."""
     return jnp.einsum("id,jd->ij", image, text, preferred_element_type=jnp.float32)
 
 
 def scaled_cosines(image: Array, text: Array, logit_scale: Array) -> Array:
     """`logit_scale * image @ text.T`, for a whole block of logits.
 
-    fp32 features are scaled before the product, as OpenCLIP does: the gradient of the scale then
-    needs no block of cosines kept, which is a third of the memory. bf16 would lose the scale's
-    digits, and is scaled after.
+    fp32 features are scaled before the product, as in OpenCLIP. The gradient of the scale then does
+    not need a stored block of cosines, which saves a third of the memory. With bf16 features this
+    would round the scale, so their product is scaled instead.
     """
     if image.dtype == jnp.float32:
         return cosines(logit_scale * image, text)
@@ -77,7 +77,10 @@ def scaled_cosines(image: Array, text: Array, logit_scale: Array) -> Array:
 
 
 def shares(n: int, weights: Array | None) -> Array:
-    """fp32 `[n]`, each sample's share of the loss, 1 in all (0 in all where every weight is 0)."""
+    """Returns fp32 `[n]`, the samples' shares of the loss.
+
+    They sum to 1, or to 0 if every weight is 0.
+    """
     if weights is None:
         return jnp.full((n,), 1 / n, jnp.float32)
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
@@ -86,10 +89,10 @@ def shares(n: int, weights: Array | None) -> Array:
 
 
 def allowed_pairs(n: int, weights: Array | None, group_ids: Array | None) -> Array | None:
-    """bool `[n, n]`, the pairs that count: the diagonal, and negatives that nothing rules out.
+    """Returns bool `[n, n]`, the pairs that count: the diagonal and all negatives not excluded.
 
-    A weight of 0 rules out a sample's row and column, equal group ids their pair. None if neither
-    is given, when all pairs count.
+    A weight of 0 excludes a sample's row and column; equal group IDs exclude the pair. Returns None
+    if neither is given, in which case all pairs count.
     """
     if weights is None and group_ids is None:
         return None

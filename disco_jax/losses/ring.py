@@ -1,6 +1,6 @@
-"""`ring`: the text features travel round the devices, a block at a time, with their outputs.
+"""`ring`: blocks of text features, with their outputs, travel around the devices.
 
-No device ever holds more than two blocks that are not its own: no buffer grows with B.
+No device ever holds more than two blocks of other devices, so no buffer grows with B.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ from disco_jax.losses.tiles import Combine, TileFn, scan_tiles
 def walk(
     tile_fn: TileFn, carry: Any, columns: Any, combine: Combine, axis_name: AxisName, tile: int
 ) -> tuple[Any, Any]:
-    """As `stream.walk`, with the same arguments and results, by N hops instead of a gather.
+    """Like `stream.walk`, with the same arguments and results, but in N hops instead of a gather.
 
-    On hop k a device computes with the columns of the device k before it, while these travel on to
-    the next one, and the outputs of the columns before follow: nothing that is sent waits for what
-    is computed meanwhile. (On GPUs XLA's schedule makes use of it with
+    On hop k, a device computes with the columns of the device k before it. Meanwhile, it sends
+    these columns on to the next device, followed by the outputs of the previous block. Nothing that
+    is sent depends on the computation it overlaps with. (On GPUs, XLA schedules this overlap with
     `--xla_gpu_enable_latency_hiding_scheduler`: docs/losses.md.)
     """
     n = lax.axis_size(axis_name)
@@ -38,4 +38,4 @@ def walk(
     (carry, _, outputs), _ = lax.scan(
         hop, (carry, following, outputs), jnp.arange(1, n, dtype=jnp.int32)
     )
-    return carry, ring_shift(outputs, axis_name)  # the last hop brings them home
+    return carry, ring_shift(outputs, axis_name)  # the last hop returns them home

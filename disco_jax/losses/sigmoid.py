@@ -1,5 +1,7 @@
-"""The sigmoid loss over tiles. No log-sum-exp ties its terms together, so one pass does it all:
-where gradients are wanted, the forward pass computes them with the loss.
+"""The sigmoid loss over tiles of logits.
+
+No log-sum-exp couples the terms of the loss, so a single pass is enough: if gradients are needed,
+the forward pass computes them together with the loss.
 """
 
 from functools import partial
@@ -26,14 +28,14 @@ def tiled_sigmoid(
     logit_scale: Array,
     logit_bias: Array,
 ) -> Array:
-    """This device's part of the loss, an fp32 scalar: the sum over devices is the loss.
+    """Returns this device's part of the loss, an fp32 scalar; the loss is the sum over devices.
 
-    With the logits `L = s I T^t + bias`, shares `w` (1/B without weights) and z = 1 on the
-    diagonal, -1 elsewhere (SigLIP, Zhai et al., 2023, equation 3),
+    With the logits `L = s I T^t + bias`, shares `w` (1/B without weights), and z = 1 on the
+    diagonal and -1 elsewhere (SigLIP, Zhai et al., 2023, equation 3),
 
         loss = sum_ij (w_i + w_j)/2 softplus(-z_ij L_ij)
 
-    `rows` are the images and `columns` the texts, `[b, D]` each; `logit_scale` and `logit_bias`
+    `rows` are the images and `columns` the texts, `[b, D]` each. `logit_scale` and `logit_bias`
     must be typed as varying over `axis_name`.
     """
 
@@ -53,7 +55,7 @@ def _forward(walk, axis_name, tile, rows, columns, logit_scale, logit_bias):
         loss, d_image, d_bias = state
         share, logits, positive = _tile(rows, part, logit_scale, logit_bias, first, axis_name)
         loss += jnp.sum(share * jax.nn.softplus(jnp.where(positive, -logits, logits)))
-        # d softplus(x) = sigmoid(x), and sigmoid(x) - 1 = -sigmoid(-x), which does not cancel.
+        # softplus' = sigmoid. For positives, -sigmoid(-x) is sigmoid(x) - 1 without cancellation.
         gradient = share * jnp.where(positive, -jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits))
         d_bias += jnp.sum(gradient)
         gradient = gradient.astype(dtype)
@@ -85,7 +87,7 @@ def _scaled(gradient: Array, g: Array) -> Side:
 
 
 def _tile(rows, part, logit_scale, logit_bias, first, axis_name):
-    """`[b, tile]` each: the pairs' shares of the loss, their logits, which are positives."""
+    """Returns the pairs' shares of the loss, their logits and the positives, `[b, tile]` each."""
     logits = logit_scale * cosines(rows.features, part.features) + logit_bias
     positive, allowed = tile_masks(rows, part, first, axis_name)
     batch = len(rows.features) * lax.axis_size(axis_name)

@@ -1,9 +1,9 @@
-"""The softmax loss over tiles: half of the paper's work, and memory linear in B.
+"""The softmax loss over tiles: half the logits of DisCo-CLIP, and memory linear in B.
 
-DisCo-CLIP computes two logit blocks a device, `s I_n T^t` for the images and `s T_n I^t` for the
-texts. But the rows of the second are the columns of the first: it is enough to fold the columns of
-one block, tile by tile, into log-sum-exps, and to add those up over the devices. The backward pass
-computes each tile again. docs/losses.md has the derivation.
+DisCo-CLIP computes two blocks of logits per device, `s I_n T^t` for the images and `s T_n I^t` for
+the texts. But the rows of the second are columns of the first, so it is enough to fold the columns
+of one block, tile by tile, into log-sum-exps and merge these across devices. The backward pass
+recomputes each tile. See docs/losses.md for the derivation.
 """
 
 from functools import partial
@@ -21,10 +21,9 @@ Array = jax.Array
 
 
 class LogSumExp(NamedTuple):
-    """`log(sum(exp(x)))` kept as `peak + log(total)`, fp32 each.
+    """`log(sum(exp(x)))`, kept as the fp32 pair `peak + log(total)`.
 
-    Parts can be merged, and nothing is lost by rounding a large peak and a small logarithm to one
-    number.
+    Pairs can be merged, and no precision is lost by adding a small logarithm to a large peak.
     """
 
     peak: Array
@@ -32,13 +31,13 @@ class LogSumExp(NamedTuple):
 
 
 def merge(a: LogSumExp, b: LogSumExp) -> LogSumExp:
-    """The log-sum-exp over both sets of terms."""
+    """Merges the log-sum-exps of two sets of terms."""
     peak = jnp.maximum(a.peak, b.peak)
     return LogSumExp(peak, a.total * jnp.exp(a.peak - peak) + b.total * jnp.exp(b.peak - peak))
 
 
 def scatter(columns: LogSumExp, axis_name: AxisName) -> LogSumExp:
-    """Merges all devices' `[B]`, and keeps the own `[b]`."""
+    """Merges the `[B]` of all devices; each device keeps its own `[b]`."""
     peak = to_varying(lax.pmax(columns.peak, axis_name), axis_name)
     total = psum_scatter(columns.total * jnp.exp(columns.peak - peak), axis_name)
     start = lax.axis_index(axis_name) * len(total)
@@ -49,9 +48,9 @@ MERGE_LOGSUMEXP = Combine(merge, scatter)
 
 
 class Columns(NamedTuple):
-    """Columns on their way through the backward pass.
+    """Columns, and what the backward pass needs to know about them.
 
-    There a logit's part of the gradient is `factor * exp(logit - peak)`: share times softmax.
+    A logit contributes `factor * exp(logit - peak)` to the gradient: its share times its softmax.
     """
 
     side: Side
@@ -68,14 +67,15 @@ def tiled_softmax(
     columns: Side,
     logit_scale: Array,
 ) -> Array:
-    """This device's part of the loss, an fp32 scalar: the sum over devices is the loss.
+    """Returns this device's part of the loss, an fp32 scalar; the loss is the sum over devices.
 
-    With the logits `L = s I T^t` over all `[B, B]` pairs, and shares `w` (1/B without weights),
+    With the logits `L = s I T^t` over all `[B, B]` pairs and shares `w` (1/B without weights),
 
         loss = 1/2 sum_i w_i (lse_j L_ij + lse_j L_ji - 2 L_ii)
 
-    `rows` are the images and `columns` the texts, `[b, D]` each; `logit_scale` must be typed as
-    varying over `axis_name`. The gradients are of all devices' parts (docs/losses.md):
+    `rows` are the images and `columns` the texts, `[b, D]` each. `logit_scale` must be typed as
+    varying over `axis_name`. The gradients are those of all devices' parts together
+    (docs/losses.md):
 
         G_ij = w_i exp(L_ij - lse_k L_ik) + w_j exp(L_ij - lse_k L_kj) - 2 w_i [i = j]
         dI_i = s/2 sum_j G_ij T_j    dT_j = s/2 sum_i G_ij I_i    ds = 1/2 sum_ij G_ij cos_ij
@@ -111,10 +111,10 @@ def _forward(walk, axis_name, tile, rows, columns, logit_scale):
 
 
 def own_logits(logits: Array, known: Array, first: Array, axis_name: AxisName) -> Array:
-    """fp32 `[b]`, the rows' own pairs' logits: from this tile `[b, tile]`, or `known` already.
+    """Returns fp32 `[b]`, the logits of the rows' own pairs: from this `[b, tile]`, else `known`.
 
-    The very numbers that the log-sum-exps are of. Summed up once more, elementwise, they would be
-    rounded in another way, and the loss of a confident pair would be the difference.
+    These are the very numbers that the log-sum-exps include. Recomputed elementwise, they would be
+    rounded differently, and the loss of a confident pair would consist of that difference.
     """
     b, tile = logits.shape
     column = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32) - first
@@ -146,7 +146,7 @@ def _backward(walk, axis_name, tile, residuals, g):
     d_image = varying(rows.features.shape, axis_name)
     d_image, d_text = walk(tile_fn, d_image, moving, SUM, axis_name, tile)
     half = 0.5 * g
-    # sum_ij G_ij cos_ij = sum_i image_i . (G text)_i: no second look at the tiles.
+    # sum_ij G_ij cos_ij = sum_i image_i . (G text)_i: no second pass over the tiles.
     d_scale = half * jnp.sum(d_image * rows.features.astype(jnp.float32))
     scaled = half * logit_scale
     return (

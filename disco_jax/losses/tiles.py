@@ -1,7 +1,7 @@
-"""What `stream` and `ring` share: labels of rows and columns, and the walk over column tiles.
+"""What `stream` and `ring` share: labels of rows and columns, and the loop over column tiles.
 
-A pass takes the `[b, D]` rows that a device owns over all `[B, D]` columns, a tile of columns at a
-time, so that `[b, tile]` logits exist and `[b, B]` never do.
+A pass runs a device's own `[b, D]` rows over all `[B, D]` columns, one tile of columns at a time:
+`[b, tile]` logits exist at once, but never `[b, B]`.
 """
 
 from collections.abc import Callable
@@ -14,35 +14,36 @@ from jax import lax
 from disco_jax.losses.collectives import AxisName, psum_scatter, to_varying
 
 Array = jax.Array
-# (carry, columns of one tile, global index of its first column) -> (carry, outputs a column)
+# (carry, columns of one tile, global index of its first column) -> (carry, outputs per column)
 TileFn = Callable[[Any, Any, Array], tuple[Any, Any]]
 # (tile_fn, carry, own columns, combine, axis_name, tile) -> (carry, own columns' outputs)
 Walk = Callable[[TileFn, Any, Any, "Combine", AxisName, int], tuple[Any, Any]]
-TILE_ELEMENTS = 2**17  # logits in a default tile, where that is 256 columns or more
+TILE_ELEMENTS = 2**17  # logits in a default tile, if that gives 256 to 1,024 columns
 
 
 class Side(NamedTuple):
-    """Features and labels of rows, or of columns. A label nobody gave is None."""
+    """Features and labels of rows or of columns. Labels that were not given are None."""
 
     features: Array  # [b, D]
-    share: Array | None  # fp32 [b], the sample's share of the loss; None: equal shares
+    share: Array | None  # fp32 [b], the samples' shares of the loss; None: equal shares
     group: Array | None  # int [b]
 
 
 class Combine(NamedTuple):
-    """How the devices' outputs for the same column become one."""
+    """How the devices' outputs for the same column are combined."""
 
-    merge: Callable[[Any, Any], Any]  # two devices' outputs, as `ring` meets them
-    scatter: Callable[[Any, AxisName], Any]  # all devices', `[B, ...]` to the own `[b, ...]`
+    merge: Callable[[Any, Any], Any]  # outputs of two devices, for `ring`
+    scatter: Callable[[Any, AxisName], Any]  # all devices' `[B, ...]` to this one's `[b, ...]`
 
 
 SUM = Combine(jnp.add, psum_scatter)
 
 
 def default_tile(rows: int) -> int:
-    """Columns in a tile: 256, more where there are few rows, so that matmuls stay worth their call.
+    """Returns the default tile width: 256 columns, or up to 1,024 if there are few rows.
 
-    `--tile` of benchmarks/loss.py compares others.
+    Wider tiles keep matmuls with few rows large enough to be worth a call. `--tile` of
+    benchmarks/loss.py compares other widths.
     """
     return min(max(TILE_ELEMENTS // rows // 256 * 256, 256), 1024)
 
@@ -50,9 +51,9 @@ def default_tile(rows: int) -> int:
 def scan_tiles(
     tile_fn: TileFn, carry: Any, columns: Any, first: Array, tile: int
 ) -> tuple[Any, Any]:
-    """Runs `tile_fn` over all columns; outputs come back in the columns' order.
+    """Scans `tile_fn` over all columns; outputs are returned in the order of the columns.
 
-    Columns that fill no whole tile make a last, narrower one.
+    If `tile` does not divide the number of columns, the last tile is narrower.
     """
     total = len(jax.tree.leaves(columns)[0])
     tile = min(tile, total)
@@ -74,7 +75,7 @@ def scan_tiles(
 def tile_masks(
     rows: Side, columns: Side, first: Array, axis_name: AxisName
 ) -> tuple[Array, Array | None]:
-    """bool `[b, tile]` twice: which entries are positives, and which count at all (None: all)."""
+    """Returns two bool `[b, tile]`: which entries are positives, and which count (None: all)."""
     b, tile = len(rows.features), len(columns.features)
     row = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
     column = first + jnp.arange(tile, dtype=jnp.int32)
@@ -89,12 +90,12 @@ def tile_masks(
 
 
 def share_of(side: Side, batch: int) -> Array:
-    """fp32 `[b]`, the samples' shares of the loss over `batch` samples."""
+    """Returns fp32 `[b]`, the samples' shares of the loss over `batch` samples."""
     if side.share is not None:
         return side.share
     return jnp.full((len(side.features),), 1 / batch, jnp.float32)
 
 
 def varying(shape: tuple[int, ...], axis_name: AxisName, fill: float = 0.0) -> Array:
-    """An fp32 array of `fill`, typed as a scan's carry that varies over the devices must be."""
+    """Returns an fp32 array of `fill`, typed as varying over devices, as a scan's carry must be."""
     return to_varying(jnp.full(shape, fill, jnp.float32), axis_name)

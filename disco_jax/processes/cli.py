@@ -166,7 +166,7 @@ def _telling_memory() -> Any:
         told = str(error).partition("\n")[0]
         raise UserError(
             f"a device is out of memory ({told}); use microbatch, model.image_remat or more "
-            "devices; python -m disco_jax.plan reports the memory each setting needs"
+            "devices; python -m disco_jax.plan reports the memory that each setting needs"
         ) from error
 
 
@@ -216,7 +216,7 @@ def _exit(told: str, code: int) -> None:
     sys.stdout.flush()
     jax = sys.modules.get("jax")
     several = jax is not None and jax.distributed.is_initialized()
-    if jax and several and code == EXIT_PREEMPTED:  # all stop; exiting first aborts the others
+    if jax and several and code == EXIT_PREEMPTED:  # all exit; the first would abort the rest
         leave = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         leave.start()
         leave.join(LEAVING)
@@ -241,7 +241,7 @@ def parse(argv: list[str], usage: str, config_needed: bool = True) -> Any:
         sys.exit(0)
     path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
     if path is None and config_needed:
-        raise UserError("--config=FILE is missing, e.g. --config=configs/shapes.py")
+        raise UserError("--config=FILE is missing; pass e.g. --config=configs/shapes.py")
     if path is not None and not Path(path.split(":")[0]).is_file():
         raise UserError(f"--config: file not found: {path.split(':')[0]}")
     usable, problems = check_overrides(argv)
@@ -268,6 +268,6 @@ def _unexpected(argument: str) -> str:
     if argument.startswith("-"):
         name = argument.lstrip("-").partition("=")[0]
         if name.startswith("config."):
-            return f"--{name} requires --config=FILE"
+            return f"--{name} needs a --config=FILE to override"
         return f"unknown flag --{name}{near(name, list(flags.FLAGS))}"
     return f"unexpected argument {argument!r}; flags have the form --name=value"

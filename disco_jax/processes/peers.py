@@ -1,9 +1,9 @@
-"""Notices that another process of the run is gone, and ends this one with its name.
+"""Detects that another process of the run is gone, and exits with a message that names it.
 
-A collective waits for ever for a process that died; where the coordinator died, JAX aborts without
-a name. So each process has a watcher beside it (watcher.py), which writes a heartbeat into the
-run's folder while its process lives, and reads the others'. A folder is what the processes share
-anyway, for checkpoints.
+A collective waits forever for a dead process, and if the coordinator dies, JAX aborts without
+naming it. Each process therefore has a watcher (watcher.py), which writes a heartbeat to the run's
+folder while its process is alive and reads the heartbeats of the others. The processes share this
+folder anyway, for checkpoints.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ from disco_jax.processes.watcher import BEATS
 def watched(
     workdir: Path, launch: str, index: int, count: int, config: ConfigDict
 ) -> Iterator["Watch"]:
-    """While it lasts, the loss of any of `count` processes ends this one.
+    """Context in which the loss of any of `count` processes ends this one.
 
-    With EXIT_USER where the other one was ended by a mistake of the user's, else EXIT_PEER_LOST.
+    The exit code is EXIT_USER if the other process ended with a user error, else EXIT_PEER_LOST.
 
     Args:
-      workdir: the run's folder, which all processes see.
-      launch: what they were started with in common, and another start into the folder was not.
-      index: this process.
-      count: all of them.
-      config: `peer_timeout`, seconds without a heartbeat after which a process is lost, and
-        `start_timeout`, those until it must have been there.
+      workdir: The run's folder, visible to all processes.
+      launch: A name that the processes of this start share, and that differs from other starts'.
+      index: The index of this process.
+      count: The number of processes.
+      config: Provides `peer_timeout`, seconds without a heartbeat after which a process is lost,
+        and `start_timeout`, seconds within which it must have started.
 
     Raises:
-      UserError: the folder can't be written.
+      UserError: if the folder can't be written.
     """
     folder = workdir / "processes" / re.sub(r"[^\w.-]", "_", launch)
     try:
@@ -52,7 +52,7 @@ def watched(
     watch = Watch(folder, index, count, config.peer_timeout, config.start_timeout)
     try:
         yield watch
-    except Preempted:  # all stop at the same step
+    except Preempted:  # all processes stop at the same step
         watch.leave()
         raise
     except BaseException as error:
@@ -64,39 +64,40 @@ def watched(
 
 
 class Watch:
-    """The watcher of this process, and the thread that heeds it."""
+    """The watcher of this process, and the thread that acts on its verdict."""
 
     def __init__(self, folder: Path, index: int, count: int, timeout: float, start: float):
         self.timeout, self._folder = timeout, folder
         script = Path(__file__).with_name("watcher.py")
         numbers = (index, count, timeout, start, os.getpid(), EXIT_USER, EXIT_PEER_LOST)
-        # -I and -S: nothing but the standard library, started in a moment.
+        # -I and -S limit imports to the standard library, for a fast start.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", script, folder, *(str(x) for x in numbers)],
             stdin=subprocess.PIPE,
-            start_new_session=True,  # what kills the process's group leaves its watcher to tell
+            start_new_session=True,  # survives a kill of the process group, to report it
         )
         threading.Thread(target=self._heed, daemon=True).start()
 
     def _heed(self) -> None:
         code = self._process.wait()
         if code in (EXIT_USER, EXIT_PEER_LOST):
-            os._exit(code)  # the main thread may hang in a collective
+            os._exit(code)  # the main thread may be stuck in a collective
 
     def clear_others(self) -> None:
-        """Takes away what earlier starts left; by the process that holds the run's folder."""
+        """Removes what earlier starts left. Called by the process that locks the run's folder."""
         for folder in self._folder.parent.iterdir():
             if folder != self._folder and folder.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
 
     def wait_for_verdict(self) -> None:
-        """After an error that a lost peer may have caused: ends this process if one did."""
+        """Waits, after an error, long enough for a lost peer to be noticed and end this process."""
         time.sleep(self.timeout * (1 + 2 / BEATS) + 2)
 
     def leave(self, reason: str = "", code: int = 0) -> None:
-        """Tells the others that this process ends, why, and with what code; "" is the regular end.
+        """Announces to the others why this process ends, and its code; "" is a regular exit.
 
-        They end before this one does: of the coordinator's end JAX knows no reason, and aborts.
+        On an error, the others exit before this one does: if the coordinator exited first, JAX
+        would abort them without giving the reason.
         """
         if self._process.stdin is None or self._process.poll() is not None:
             return

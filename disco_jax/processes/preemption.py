@@ -1,4 +1,4 @@
-"""Stopping when told to: SIGTERM or SIGUSR1, as schedulers send before they take a machine away."""
+"""Preemption: stops on SIGTERM or SIGUSR1, which schedulers send before reclaiming a machine."""
 
 import os
 import signal
@@ -11,16 +11,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """Knows, at every step, whether to stop after it; the same step on every process.
+    """Decides at every step whether to stop after it. All processes stop after the same step.
 
-    Several processes agree by JAX's preemption service, which listens for SIGTERM itself: a SIGUSR1
-    is handed on to it as one.
+    Several processes agree through JAX's preemption service, which handles SIGTERM itself; SIGUSR1
+    is forwarded to it as SIGTERM.
     """
 
     def __init__(self) -> None:
         self._received = ""
-        # The processes agree on the highest number that any of them has asked with, and one more.
-        # Steps would not do: one that goes on from a checkpoint has asked with none before.
+        # The service stops all processes one past the highest number that any of them has passed to
+        # it. Step numbers would not work, because a resumed run has not passed the earlier ones.
         self._asked = 0
         self._alone = jax.process_count() == 1
         if self._alone:
@@ -29,21 +29,21 @@ class Preemption:
             self._before = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._hand_on)}
 
     def stops(self) -> bool:
-        """To be asked once a step, by all processes."""
+        """Whether to stop after this step. Must be called once per step by all processes."""
         self._asked += 1
         return bool(self._received) if self._alone else reached_preemption_sync_point(self._asked)
 
     def asked(self) -> bool:
-        """Whether to wait for nothing more: where other processes are to stop too, never."""
+        """Whether to stop waiting for data. Always False with several processes."""
         return self._alone and bool(self._received)
 
     @property
     def reason(self) -> str:
-        """The signal's name, where this process was sent it."""
+        """The name of the signal, if this process received it."""
         return self._received or "a signal to one of the processes"
 
     def close(self) -> None:
-        """Puts back what signals did before."""
+        """Restores the previous signal handlers."""
         for number, before in self._before.items():
             signal.signal(number, before)
 

@@ -1,9 +1,9 @@
-"""The small process beside each of a run's: tells the others that it lives, and notices their end.
+"""The watcher next to each process of a run: writes its heartbeat and watches the others.
 
     python -I -S watcher.py FOLDER INDEX COUNT TIMEOUT START_TIMEOUT PID EXIT_USER EXIT_PEER_LOST
 
-Only the standard library, so that it starts at once and weighs nothing. It ends with its process:
-a line on its input is that one's last word, the end of its input its sudden death.
+It uses only the standard library, so that it starts quickly and takes little memory. It ends with
+its process: a line on its input is the process's last message, and end of input means it died.
 """
 
 import json
@@ -16,17 +16,17 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-BEATS = 10  # heartbeats within the time after which a process counts as lost
+BEATS = 10  # heartbeats per timeout
 
 
 def main() -> int:
-    """The exit code is that with which the process must end, 0 where it ended by itself."""
+    """Returns the exit code that the process must end with, or 0 if it ended on its own."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are meant for the process
+        signal.signal(number, signal.SIG_IGN)  # meant for the process, not for its watcher
     folder = Path(sys.argv[1])
     index, count, timeout, start, pid, mistake, lost = (float(x) for x in sys.argv[2:])
     own = folder / f"{int(index)}.json"
-    # Its number tells this start from others of the same process, whose host and pid may be equal.
+    # The UUID distinguishes this start from others with the same host and PID.
     me = {"start": uuid.uuid4().hex, "host": platform.node(), "pid": int(pid)}
     words: list[str] = []
     said = threading.Event()
@@ -40,22 +40,22 @@ def main() -> int:
     others = [Peer(path, i, timeout, start) for i, path in paths]
     beat, died = 0, 0.0
     while not died or time.monotonic() - died < timeout:
-        if words and words[0]:  # a regular end, or an error of its own
+        if words and words[0]:  # a regular exit, or an error in this process
             _write(own, me | json.loads(words[0]))
             return 0
         if words and not died:
             died = time.monotonic()
-            _write(own, me | {"left": "it died, or was killed"})
+            _write(own, me | {"left": "it died or was killed"})
         elif not died:
             beat += 1
             _write(own, me | {"beat": beat})
         for peer in others:
             if told := peer.lost(time.monotonic()):
-                # A mistake of the user's ends all with the same code: starting again can't help.
+                # A user error ends all processes with the same code, because a restart can't help.
                 code = mistake if peer.code == mistake else lost
                 if not died:
                     _write(own, me | {"left": told, "code": int(code)})
-                hint = "" if code == mistake else "; the same command goes on"
+                hint = "" if code == mistake else "; rerun the same command to resume"
                 print(
                     f"error: process {int(index)} on {me['host']}: {told}{hint}",
                     file=sys.stderr,
@@ -70,22 +70,22 @@ def main() -> int:
 
 
 class Peer:
-    """Another process, by its heartbeats; clocks of different hosts are not compared."""
+    """Another process, seen through its heartbeats. Clocks of hosts are never compared."""
 
     def __init__(self, path: Path, index: int, timeout: float, start: float):
         self._path, self._index, self._timeout, self._start = path, index, timeout, start
-        self._seen: Any = _read(path)  # an earlier start's, until it changes
-        self._alive: str | None = None  # the number of its start, once a heartbeat was seen
+        self._seen: Any = _read(path)  # from an earlier start, until it changes
+        self._alive: str | None = None  # UUID of its start, once a heartbeat has been seen
         self._changed = time.monotonic()
-        self.code: int | None = None  # with which it ends, where it has said so
+        self.code: int | None = None  # its exit code, if it has announced one
 
     def lost(self, now: float) -> str:
-        """What happened to it; empty while it is well, or is not there yet."""
+        """Returns what happened to it, or "" while it is alive or may still start."""
         found = _read(self._path)
         if found and "left" in found and found["start"] != self._alive:
-            found = None  # the last word of an earlier start
+            found = None  # the last message of an earlier start
         if found and self._alive not in (None, found["start"]):
-            return f"{self._name} was started again as pid {found['pid']} on {found['host']}"
+            return f"{self._name} was restarted as pid {found['pid']} on {found['host']}"
         if found and found != self._seen:
             self._seen, self._changed, self._alive = found, now, found["start"]
         if self._alive is None:
@@ -117,8 +117,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         new.write_text(json.dumps(content))
         new.replace(path)
     except FileNotFoundError:
-        return  # a later run has cleared the folder away
-    except OSError as error:  # a full disk must not end a run that could go on
+        return  # a later run has removed the folder
+    except OSError as error:  # a full disk must not end a run that could continue
         print(f"note: heartbeat {path} can't be written: {error.strerror}", file=sys.stderr)
 
 

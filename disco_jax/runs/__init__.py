@@ -1,1 +1,1 @@
-"""A run's folder: config, checkpoints, logs."""
+"""The folder of a run: config, checkpoints and logs."""

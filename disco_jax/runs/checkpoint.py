@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the state and the position in the data. Only this file imports Orbax."""
+"""Checkpoints of a run: the state and the data position. Wraps Orbax's checkpointing."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ from disco_jax.errors import UserError
 
 
 class _Manager(ocp.CheckpointManager):
-    """One that leaves JAX's preemption service to processes/preemption.py.
+    """An Orbax manager that leaves JAX's preemption service to processes/preemption.py.
 
-    It would ask it as well, with its own count of steps, and a signal could get lost between the
-    two: the service takes the highest number asked with for the last step.
+    Orbax would query the service too, with its own step numbers. The service takes the highest
+    number it is queried with as the last step, so a signal could get lost between the two.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -27,7 +27,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints in `workdir/checkpoints`, one a step, the newest `keep` of them."""
+    """The checkpoints in `workdir/checkpoints`, named by step; the newest `keep` are kept."""
 
     def __init__(self, workdir: Path, keep: int | None = None):
         self.folder = (workdir / "checkpoints").absolute()
@@ -35,24 +35,24 @@ class Checkpoints:
         self._manager = _Manager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, None where there is none."""
+        """Returns the step of the newest complete checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, as they are on the disk now, oldest first."""
+        """Returns the steps of all complete checkpoints now on disk, in ascending order."""
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Starts writing; training may go on meanwhile. A step that is there already stays.
+        """Starts writing a checkpoint in the background. A step that is already saved is skipped.
 
         Args:
-          step: of the state.
-          state: a tree of arrays.
-          data: the position in the data, whatever JSON can hold.
+          step: The step of the state.
+          state: A tree of arrays.
+          data: The position in the data, as a JSON-serializable dictionary.
 
         Raises:
-          UserError: this one, or the one before, can't be written.
+          UserError: if this checkpoint or the previous one can't be written.
         """
         if step in self._manager.all_steps():
             return
@@ -63,40 +63,46 @@ class Checkpoints:
         )
         try:
             self._manager.save(step, args=items)
-        except Exception as error:  # Orbax and its storage raise all kinds
+        except Exception as error:  # Orbax and its storage raise many types
             raise self._unwritten(error) from error
 
     def _check_space(self, state: Any) -> None:
-        """Better told before than by a write that fails in the middle."""
+        """Checks for enough free space up front, instead of failing in the middle of a write."""
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            told = f"it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} are free"
+            told = f"it needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
             raise self._unwritten(OSError(told))
 
     def wait(self) -> None:
-        """Until what was saved is on the disk. Raises UserError where it can't be written."""
+        """Waits until all saved checkpoints are on disk.
+
+        Raises:
+          UserError: if a checkpoint can't be written.
+        """
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # as above
             raise self._unwritten(error) from error
 
     def _unwritten(self, error: Exception) -> UserError:
-        self._manager.reload()  # an unfinished one is none
+        self._manager.reload()  # ignores unfinished checkpoints
         newest = self.latest_step()
-        kept = "there is no complete one" if newest is None else f"the newest is of step {newest}"
-        return UserError(f"no checkpoint can be written to {self.folder} ({_told(error)}); {kept}")
+        kept = "no complete one exists" if newest is None else f"the newest is of step {newest}"
+        return UserError(f"cannot write a checkpoint to {self.folder} ({_told(error)}); {kept}")
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """The state, laid out as `abstract_state` says, and the data's position; the newest's.
+        """Restores the state, sharded like `abstract_state`, and the data position.
+
+        The newest checkpoint is restored by default.
 
         Raises:
-          UserError: there is no checkpoint, or it is damaged.
-          FileNotFoundError: it has been removed meanwhile.
+          UserError: if there is no checkpoint, or it is damaged.
+          FileNotFoundError: if it has been removed in the meantime.
         """
         step = self.latest_step() if step is None else step
         if step is None:
-            raise UserError(f"there is no checkpoint in {self.folder}: train first")
+            raise UserError(f"there is no checkpoint in {self.folder}; train first")
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
@@ -113,26 +119,26 @@ class Checkpoints:
         state, data = restored["state"], restored["data"]
         stored, of_0_1 = data.pop("digest", None), data.pop("checksum", None)
         if stored is not None and stored != digest(state, data):
-            raise self._damaged(step, "its digest is not that of what was saved")
+            raise self._damaged(step, "its digest does not match the saved data")
         if of_0_1 is not None and of_0_1 != int(_sum_of_words(state)):
-            raise self._damaged(step, "its checksum is not that of what was saved")
+            raise self._damaged(step, "its checksum does not match the saved data")
         return state, data
 
     def _damaged(self, step: int, told: str) -> UserError:
         before = [s for s in self.steps() if s < step]
         back = f"python -m disco_jax.checkpoint {self.folder.parent} --go_back_to="
-        hint = f"; {back}{before[-1]} moves it aside, and the one before is used" if before else ""
+        hint = f"; {back}{before[-1]} goes back to the previous one" if before else ""
         return UserError(f"checkpoint {self.folder / str(step)} can't be restored: {told}{hint}")
 
     def set_aside(self, after: int) -> list[Path]:
-        """Moves checkpoints past a step into `checkpoints_set_aside`; where they are now.
+        """Moves checkpoints past a step to `checkpoints_set_aside` and returns their new paths.
 
         Raises:
-          UserError: there is none of that step.
+          UserError: if there is no checkpoint of that step.
         """
         if after not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"there is no checkpoint {after} in {self.folder}; there are: {known}")
+            raise UserError(f"there is no checkpoint {after} in {self.folder}; available: {known}")
         moved = []
         for step in self.steps():
             if step > after:
@@ -145,17 +151,21 @@ class Checkpoints:
         return moved
 
     def close(self) -> None:
-        """Waits for what is still being written. Raises UserError where it can't be."""
+        """Waits for pending writes and closes the manager.
+
+        Raises:
+          UserError: if a checkpoint can't be written.
+        """
         self.wait()
         self._manager.close()
 
 
 def digest(state: Any, data: dict[str, Any]) -> str:
-    """32 hexadecimal digits that change with any bit of the state, its order, or the data.
+    """Returns 32 hexadecimal digits that depend on every bit of the state, its order, and the data.
 
     Args:
-      state: a tree of arrays of 32 bits, sharded in any way.
-      data: what JSON can hold.
+      state: A tree of 32-bit arrays with any sharding.
+      data: A JSON-serializable dictionary.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
@@ -166,10 +176,10 @@ def digest(state: Any, data: dict[str, Any]) -> str:
 
 @jax.jit
 def _hashes(leaves: list[jax.Array]) -> jax.Array:
-    """uint32 `[leaves, 2]`: of each array two sums of its words, each mixed with its place.
+    """Returns uint32 `[leaves, 2]`: for each array, two sums of its words mixed with their indices.
 
-    Sums do not depend on how an array is sharded. A word by itself would be lost among others that
-    trade places; the mixing function (MurmurHash3's last steps) tells them apart.
+    Sums do not depend on how an array is sharded. A plain sum would not notice words that trade
+    places; mixing each word with its index (by MurmurHash3's finalizer) makes it depend on order.
     """
 
     def mix(x: jax.Array) -> jax.Array:
@@ -177,7 +187,7 @@ def _hashes(leaves: list[jax.Array]) -> jax.Array:
             x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
         return x ^ (x >> np.uint32(16))
 
-    @jax.jit  # traced once for all arrays of a shape
+    @jax.jit  # traced once per shape
     def hashes(x: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(x, jnp.uint32)
         place = jnp.zeros(x.shape, jnp.uint32)
@@ -192,7 +202,7 @@ def _hashes(leaves: list[jax.Array]) -> jax.Array:
 
 @jax.jit
 def _sum_of_words(state: Any) -> jax.Array:
-    """The checksum of 0.1's checkpoints: the sum of all 32-bit words."""
+    """Returns the checksum used by checkpoints of version 0.1: the sum of all 32-bit words."""
 
     def words(x: jax.Array) -> jax.Array:
         return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32)
@@ -201,7 +211,7 @@ def _sum_of_words(state: Any) -> jax.Array:
 
 
 def _is_of_the_machine(error: BaseException | None) -> bool:
-    """Whether memory or permissions are missing: no damage, and going back would not help."""
+    """Whether memory or permissions are lacking, rather than the checkpoint being damaged."""
     while error is not None:
         if isinstance(error, (MemoryError, PermissionError)):
             return True
@@ -212,7 +222,7 @@ def _is_of_the_machine(error: BaseException | None) -> bool:
 
 
 def _told(error: Exception) -> str:
-    """The system's own reason, which stands deep in the storage's message, or its first line."""
+    """Returns the system's reason, extracted from the storage's message, or its first line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if system := re.search(r": ([^:]+) \[os_error_code=", str(error)):

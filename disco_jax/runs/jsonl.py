@@ -1,4 +1,4 @@
-"""Files of one JSON object a line and a step, which a resumed run continues where it was."""
+"""JSON Lines files with one object per step, which a resumed run continues."""
 
 import json
 import shutil
@@ -14,21 +14,21 @@ from disco_jax.errors import UserError
 
 
 def process_file(workdir: Path, name: str) -> Path:
-    """`NAME.jsonl` of a run's folder, or this process's own `NAME-INDEX.jsonl` of several."""
-    import jax  # here: data workers import this file, and have no use for it
+    """Returns the path of `NAME.jsonl`, or of this process's `NAME-INDEX.jsonl` if several."""
+    import jax  # lazy: data workers import this file but do not need JAX
 
     own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
     return workdir / f"{name}{own}.jsonl"
 
 
 class JsonLines:
-    """Appends objects with a `step` to a file; what it holds past step `resume_from` is dropped.
+    """Appends objects with a `step` to a file, after dropping those past step `resume_from`.
 
-    Steps that are taken again write their lines again: without this they would stand twice. Where
-    lines can't be read, all others are kept, and the file as it was under another name.
+    A resumed run repeats these steps and writes their lines again. If lines are unreadable, all
+    others are kept, and the original file is copied to another name.
 
     Raises:
-      UserError: the file can't be read or written; its methods, that it can't be written.
+      UserError: if the file can't be read or written. The methods raise it if a write fails.
     """
 
     def __init__(self, path: Path, resume_from: int):
@@ -37,14 +37,14 @@ class JsonLines:
         rows = [row for row in found if isinstance(row.get("step"), int)]
         kept = [row for row in rows if row["step"] <= resume_from]
         self.count = len(kept)
-        new = path.with_name(path.name + ".new")  # a kill in between must leave the old one
+        new = path.with_name(path.name + ".new")  # if killed in between, the old file survives
         with self._told():
             if damaged or len(rows) < len(found):
                 copy = _free_name(path.with_name(path.name + ".damaged"))
                 shutil.copyfile(path, copy)
                 say(
                     f"note: {damaged + len(found) - len(rows)} lines of {path} can't be read; the "
-                    f"others are kept, and the file as it was is {copy}",
+                    f"others are kept, and the original file was copied to {copy}",
                     sys.stderr,
                 )
             new.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -52,7 +52,7 @@ class JsonLines:
             self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends `row`, and hands it to the operating system."""
+        """Appends `row` and flushes it to the operating system."""
         with self._told():
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -72,18 +72,18 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, in order, without lines that can't be read; none without a file.
+    """Returns a file's objects in order, without unreadable lines; [] if there is no file.
 
     Raises:
-      UserError: the system can't read the file.
+      UserError: if the file can't be read.
     """
     return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects, and the number of damaged lines.
+    """Returns the objects and the number of damaged lines.
 
-    A last line that a crash cut short is not counted: its step is taken again.
+    A last line that was cut off by a crash is not counted, because its step is repeated.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -99,12 +99,12 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # bytes that are not UTF-8 are a ValueError too
+    except (ValueError, RecursionError):  # ValueError includes invalid UTF-8
         return None
     return row if isinstance(row, dict) else None
 
 
 def _free_name(path: Path) -> Path:
-    """The path itself, or with the first number behind it that is free."""
+    """Returns the path itself if it is free, else with the first free number appended."""
     numbered = (path.with_name(f"{path.name}-{n}") for n in count(2))
     return path if not path.exists() else next(p for p in numbered if not p.exists())

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl` and TensorBoard, one line and one event a step."""
+"""Writes a run's metrics to `metrics.jsonl` and TensorBoard."""
 
 import shutil
 from pathlib import Path
@@ -11,13 +11,13 @@ from disco_jax.errors import UserError
 from disco_jax.runs.jsonl import JsonLines, read_lines
 
 METRICS_FILE = "metrics.jsonl"
-LEAST_FREE = 16 << 20  # bytes; TensorBoard's thread would end in a stack trace
+LEAST_FREE = 16 << 20  # bytes; below it, TensorBoard's writer thread would crash with a traceback
 
 
 class MetricWriter:
-    """Appends to a run's metrics; what a stopped run wrote past step `resume_from` is dropped.
+    """Appends to a run's metrics, after dropping those past step `resume_from`.
 
-    Of several processes the first one alone writes.
+    With several processes, only the first one writes.
     """
 
     def __init__(self, workdir: Path, resume_from: int):
@@ -28,24 +28,24 @@ class MetricWriter:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_from + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One JSON object a line: `step`, and names such as `train/loss`.
+        """Writes one line with a JSON object: `step` and metrics such as `train/loss`.
 
         Raises:
-          UserError: the disk is full.
+          UserError: if the disk is full.
         """
         if not self._writes:
             return
         if shutil.disk_usage(self._workdir).free < LEAST_FREE:
             raise UserError(
                 f"the disk of workdir {self._workdir} is full: less than {LEAST_FREE >> 20} MiB "
-                "are free; the same command goes on from the last checkpoint"
+                "are free; free some space and rerun the same command to resume"
             )
         self._lines.write({"step": step, **values})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes both."""
+        """Flushes and closes both files."""
         if not self._writes:
             return
         self._lines.close()
@@ -53,5 +53,5 @@ class MetricWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, in order."""
+    """Returns the rows of a run's metrics, in order."""
     return read_lines(workdir / METRICS_FILE)

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what was run in it, and that only one run writes it."""
+"""The folder of a run: its lock, its config, and a record of its starts."""
 
 import fcntl
 import json
@@ -21,11 +21,11 @@ from disco_jax.config.validation import validate
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 
-# What may differ when a run goes on, besides all of `eval`: none of it changes more than rounding.
+# Fields that may differ when a run resumes, besides all of `eval`. None changes more than rounding.
 FREE_FIELDS = (
     "data.dir",
     "data.max_bad_fraction",
-    "data.name",  # data may have moved: a checkpoint knows what they were (data/train_data.py)
+    "data.name",  # data may have moved; checkpoints identify them (data/train_data.py)
     "data.num_workers",
     "data.record_keys",
     "data.timeout",
@@ -49,15 +49,15 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 @contextmanager
 def locked(workdir: Path, patience: float = 0.0) -> Iterator[None]:
-    """Holds a run's folder, which is made if need be; the system lets go of it whatever happens.
+    """Locks a run's folder, creating it if needed. The system releases the lock in any case.
 
     Args:
-      workdir: the folder.
-      patience: seconds to try again for: a network file system keeps the lock of a host that is
-        gone for a while.
+      workdir: The folder.
+      patience: Seconds to keep retrying, because a network file system may keep the lock of a host
+        that is gone for a while.
 
     Raises:
-      UserError: another run holds it, or it can't be written.
+      UserError: if another run holds the lock, or the folder can't be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -79,31 +79,31 @@ def _lock(file: TextIO, workdir: Path, patience: float) -> None:
                 time.sleep(min(patience / 10, 5))
                 continue
             raise UserError(
-                f"workdir {workdir} is in use by another run; wait for its end, or choose another"
+                f"workdir {workdir} is in use by another run; wait for it or choose another"
             ) from error
-        except OSError:  # some network file systems have no locks
-            say(f"note: {workdir} is on a file system without locks: start one run in it only")
+        except OSError:  # some network file systems do not support locks
+            say(f"note: {workdir} is on a file system without locks; start only one run in it")
         return
 
 
 def claim(config: ConfigDict, workdir: Path) -> None:
-    """Writes `config.json` into a new run's folder, or checks that the run there has this config.
+    """Writes `config.json` to a new run's folder, or checks that the existing run has this config.
 
     Raises:
-      UserError: the folder holds a run of another config.
+      UserError: if the folder holds a run with a different config.
     """
     path = workdir / "config.json"
     if path.exists():
         check_same(read_json(path), config, workdir)
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    new = path.with_name("config.json.new")  # a kill in between must not leave half of it
+    new = path.with_name("config.json.new")  # a kill in between must not leave a partial file
     new.write_text(config.to_json(indent=2) + "\n")
     new.replace(path)
 
 
 def record(config: ConfigDict, workdir: Path, **told: Any) -> None:
-    """Adds a line to `starts.jsonl`: when, what code, what config, and on what it was started."""
+    """Appends a line to `starts.jsonl`: time, code, environment and config of this start."""
     line = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -131,7 +131,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The code's commit, with a + where files differ from it; None outside a git checkout."""
+    """Returns the code's commit, with a + if files were modified; None outside a git checkout."""
     root = Path(disco_jax.__file__).parent.parent
     git = ["git", "-C", str(root)]
     try:
@@ -147,10 +147,10 @@ def _commit() -> str | None:
 
 
 def stored_config(workdir: Path) -> ConfigDict:
-    """The config of the run in a folder.
+    """Returns the config of the run in a folder.
 
     Raises:
-      UserError: there is none, or it is of another version.
+      UserError: if there is none, or it is from an incompatible version.
     """
     config = default()
     for field, value in flatten(ConfigDict(read_json(workdir / "config.json"))).items():
@@ -164,13 +164,17 @@ def stored_config(workdir: Path) -> ConfigDict:
     try:
         validate(config)
     except UserError as error:
-        raise UserError(f"{workdir / 'config.json'} is of another version: {error}") from error
+        raise UserError(f"{workdir / 'config.json'} is from another version: {error}") from error
     return config
 
 
 def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
-    """Raises UserError naming the fields in which a stored run's config differs from this one."""
-    old = flatten(default()) | flatten(ConfigDict(stored))  # fields may have come since
+    """Checks that a stored run's config agrees with this one.
+
+    Raises:
+      UserError: if it differs. The message names the fields.
+    """
+    old = flatten(default()) | flatten(ConfigDict(stored))  # fields may have been added since
     new = flatten(ConfigDict(json.loads(config.to_json())))
     differing = [
         f"{field} ({old.get(field)!r} there, {new.get(field)!r} here)"
@@ -181,13 +185,17 @@ def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Path) -> Non
     ]
     if differing:
         raise UserError(
-            f"workdir {workdir} holds a run of another config: {', '.join(differing)}; "
-            "choose another workdir, or this run's config"
+            f"workdir {workdir} holds a run with a different config: {', '.join(differing)}; "
+            "choose another workdir, or use that run's config"
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError naming the file where it is not one."""
+    """Returns the object in a JSON file.
+
+    Raises:
+      UserError: if the file is not readable JSON.
+    """
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,1 +1,1 @@
-"""The training step, its state, and the loop around it."""
+"""The training loop, with its setup, progress display, health checks and profiler."""

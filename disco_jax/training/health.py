@@ -1,4 +1,4 @@
-"""Steps that went wrong: updates left out because something was not finite, and loss spikes."""
+"""Tracks unhealthy steps: skipped non-finite updates, and loss spikes."""
 
 import math
 from collections import deque
@@ -11,22 +11,22 @@ from disco_jax.errors import UserError
 from disco_jax.runs.jsonl import JsonLines, process_file
 
 SPIKE = 6.0  # standard deviations above the mean loss
-MEMORY = 0.98  # what of mean and variance is kept a step: they look back some 50 steps
-WARM_UP = 100  # steps before which the loss falls too fast for a mean to say anything
-REMEMBERED = 4  # steps whose sample keys are kept: as many as may be in flight
+MEMORY = 0.98  # per-step decay of mean and variance, which thus cover about 50 steps
+WARM_UP = 100  # steps in which the loss falls too fast for its mean to be meaningful
+REMEMBERED = 4  # steps whose sample keys are kept; no more can be in flight
 
 
 class Health:
-    """Counts them over a whole run: it is part of its checkpoints.
+    """Counts skipped updates and loss spikes over a whole run; its state is checkpointed.
 
-    The step itself leaves parameters and optimiser as they were when its loss or the norm of its
-    gradients is not finite, and says so (training/step.py).
+    The train step itself skips the update, and reports it, if the loss or the gradient norm is not
+    finite (step/train_step.py).
 
     Args:
-      workdir: the run's folder, for `bad_steps.jsonl`: such steps and the keys of their samples.
-      max_bad_steps: in a row, after which the run stops.
-      step: where the run goes on.
-      saved: what `saved()` was then; empty for a new run.
+      workdir: The run's folder, for `bad_steps.jsonl`: skipped steps and the keys of their samples.
+      max_bad_steps: Number of consecutive skipped steps after which the run stops.
+      step: The step from which the run resumes.
+      saved: The result of `saved()` at that step; empty for a new run.
     """
 
     def __init__(self, workdir: Path, max_bad_steps: int, step: int, saved: dict[str, Any]):
@@ -37,14 +37,14 @@ class Health:
         self._lines = JsonLines(self._path, step)
 
     def begin(self, step: int, keys: np.ndarray) -> None:
-        """Remembers whose samples, str `[b]`, a step is about to take."""
+        """Remembers the sample keys, str `[b]`, of a step that is about to run."""
         self._keys.append((step, keys))
 
     def see(self, step: int, loss: float, grad_norm: float, skipped: bool) -> str:
-        """Takes note of a finished step; what there is to tell of it, or nothing.
+        """Records a finished step. Returns a message if the step was unhealthy, else "".
 
         Raises:
-          UserError: too many steps in a row were left out.
+          UserError: if too many consecutive steps were skipped.
         """
         s = self._saved
         if not skipped:
@@ -57,13 +57,13 @@ class Health:
             {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "keys": keys}
         )
         told = (
-            f"step {step}: loss {loss}, norm of gradients {grad_norm}: not finite, update left "
-            f"out; its samples are in {self._path}"
+            f"step {step}: update skipped because loss {loss} or gradient norm {grad_norm} is not "
+            f"finite; the keys of its samples are in {self._path}"
         )
         if s["in_a_row"] >= self._max:
             raise UserError(
-                f"{told}; it was the last of {s['in_a_row']} in a row, which max_bad_steps = "
-                f"{self._max} allows no more of. Sample keys begin {', '.join(keys[:3])}. The last "
+                f"{told}; it was the last of {s['in_a_row']} in a row, and the run stops at "
+                f"max_bad_steps = {self._max}. First sample keys: {', '.join(keys[:3])}. The last "
                 "checkpoint is good; a lower optimizer.learning_rate or grad_clip_norm may help"
             )
         return told
@@ -73,20 +73,20 @@ class Health:
         limit = s["mean"] + SPIKE * math.sqrt(s["variance"])
         spiked = step > WARM_UP and loss > limit
         s["spikes"] += spiked
-        seen = min(loss, limit) if step > WARM_UP else loss  # a spike must not hide the next
+        seen = min(loss, limit) if step > WARM_UP else loss  # a spike must not mask the next one
         first = step == 1 or not s["mean"]
         kept = 0.0 if first else MEMORY
         difference = seen - s["mean"]
         s["mean"] += (1 - kept) * difference
         s["variance"] = 0.0 if first else kept * (s["variance"] + (1 - kept) * difference**2)
-        return f"step {step}: loss {loss:.4f} is a spike: above {limit:.4f}" if spiked else ""
+        return f"step {step}: loss spike: {loss:.4f} is above {limit:.4f}" if spiked else ""
 
     def saved(self) -> dict[str, Any]:
-        """All that a checkpoint needs."""
+        """Returns the state to checkpoint."""
         return dict(self._saved)
 
     def metrics(self) -> dict[str, float]:
-        """Updates left out and spikes so far; nothing where there were none."""
+        """Returns the counts of skipped steps and spikes so far, without those that are zero."""
         told = {"train/skipped_steps": "skipped", "train/loss_spikes": "spikes"}
         return {name: float(self._saved[key]) for name, key in told.items() if self._saved[key]}
 

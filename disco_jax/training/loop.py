@@ -1,4 +1,4 @@
-"""Training from a config: open, restore or begin, step, evaluate, save, draw."""
+"""The training loop: steps, logging, evaluation, checkpoints and plots, as set by a config."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +27,7 @@ from disco_jax.training.setup import Setup, set_up
 
 
 class Resources(NamedTuple):
-    """What a run's loop works with, each with a `close`."""
+    """The objects that the training loop uses. Each has a `close` method."""
 
     data: TrainData
     health: Health
@@ -38,12 +38,12 @@ class Resources(NamedTuple):
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
-    """Trains to `config.num_steps`, from the newest checkpoint in `workdir` if there is one.
+    """Trains to `config.num_steps`, resuming from the newest checkpoint in `workdir`, if any.
 
     Raises:
-      UserError: config, data, workdir or disk are not as they must be.
-      Preempted: a signal asked to stop; the run is saved.
-      DataLost: a data worker died, or the data do not come.
+      UserError: if there is a problem with the config, data, workdir or disk.
+      Preempted: if a signal asked the run to stop. The run has been saved.
+      DataLost: if a data worker died or no data arrived.
     """
     setup = set_up(config, workdir)
     _announce(config, setup)
@@ -66,7 +66,7 @@ def _opened(config: ConfigDict, setup: Setup, workdir: Path) -> Iterator[Resourc
         Profiler(config.profile_steps, workdir),
         setup.checkpoints,
     )
-    with ExitStack() as stack:  # all are closed, whatever one of them raises
+    with ExitStack() as stack:  # closes all of them, even if one raises
         for part in reversed(resources):
             stack.callback(part.close)
         try:
@@ -96,11 +96,11 @@ def _run_steps(
         last = step == config.num_steps
         with watch.timed("data"):
             batch = data.next(preemption.asked)
-        if batch is None:  # it was to stop, and the data don't come
+        if batch is None:  # asked to stop while no data arrive
             steps.wait()
             if step - 1 > start:
                 save(step - 1)
-            raise Preempted(f"stopped by {preemption.reason} while it waited for data")
+            raise Preempted(f"stopped by {preemption.reason} while waiting for data")
         health.begin(step, batch.keys)
         profiler.before(step)
         steps.wait(left=batches_on_devices(config) - 1)
@@ -120,7 +120,7 @@ def _run_steps(
             row |= progress.update(step, row["train/loss"], row["train/logit_scale"])
             row |= data.metrics() | health.metrics()
         evaluates = last or (config.eval.every and step % config.eval.every == 0)
-        if stops and not last:  # who told it to stop may not wait for an evaluation
+        if stops and not last:  # whoever asked may not wait for an evaluation
             save(step)
             checkpoints.wait()
         if evaluates:
@@ -140,18 +140,22 @@ def _run_steps(
 
 
 class InFlight:
-    """Steps that the devices were given, and whose outcome was not looked at yet."""
+    """Steps dispatched to the devices whose metrics have not been read."""
 
     def __init__(self, health: Health):
         self._health = health
         self._steps: list[tuple[int, Metrics]] = []
 
     def add(self, step: int, values: Metrics) -> None:
-        """A step, and its metrics to be."""
+        """Adds a dispatched step and its future metrics."""
         self._steps.append((step, values))
 
     def wait(self, left: int = 0) -> None:
-        """Until all but the last `left` are done. Raises UserError where too many went wrong."""
+        """Waits until at most `left` steps remain.
+
+        Raises:
+          UserError: if too many consecutive steps were skipped.
+        """
         while len(self._steps) > left:
             step, values = self._steps.pop(0)
             loss, norm, skipped = (

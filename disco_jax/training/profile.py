@@ -1,4 +1,4 @@
-"""A trace of some steps, for Perfetto or XProf."""
+"""Traces selected steps, for Perfetto or XProf."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from disco_jax.display.terminal import console
 
 
 class Profiler:
-    """Writes a trace of the steps that `config.profile_steps` names, "FIRST:LAST" or "".
+    """Traces the steps in `config.profile_steps`, "FIRST:LAST" or "" for none.
 
-    Of the first process alone: all do the same, and one folder holds one process's trace.
+    Only the first process is traced: all do the same work, and a folder holds the trace of one.
     """
 
     def __init__(self, steps: str, workdir: Path):
@@ -21,22 +21,22 @@ class Profiler:
         self._folder, self._running = workdir / "profile", False
 
     def before(self, step: int) -> None:
-        """Starts the trace at its first step, or where a run goes on between the two."""
+        """Starts the trace at the first step, or later if the run resumes between the two."""
         if self._first <= step <= self._last and not self._running:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._running = True
 
     def after(self, step: int, values: Any) -> None:
-        """Ends it after its last step, when `values`, the step's results, are there."""
+        """Stops the trace after the last step, once its results `values` are ready."""
         if self._running and step >= self._last:
             jax.block_until_ready(values)
             self.close()
 
     def close(self) -> None:
-        """Ends the trace if it is still running."""
+        """Stops the trace if it is still running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
             console.print(
-                f"profile: {self._folder}: open perfetto_trace.json.gz in ui.perfetto.dev"
+                f"profile: {self._folder}; open its perfetto_trace.json.gz in ui.perfetto.dev"
             )

@@ -1,4 +1,4 @@
-"""A run's progress for a person: a live bar on a terminal, plain lines elsewhere."""
+"""Displays training progress: a live bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections import defaultdict
@@ -11,7 +11,7 @@ from disco_jax.display.terminal import console
 
 
 class Stopwatch:
-    """Where the time of steps went, in seconds a step, since it was last read."""
+    """Measures where the time of steps goes, in seconds per step since the last `read`."""
 
     def __init__(self) -> None:
         self._spent: defaultdict[str, float] = defaultdict(float)
@@ -19,16 +19,18 @@ class Stopwatch:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Counts what happens inside as `what`."""
+        """Attributes the time spent in this context to `what`."""
         begun = time.monotonic()
         yield
         self._spent[what] += time.monotonic() - begun
 
     def read(self, steps: int) -> dict[str, float]:
-        """`time/data`, waiting for samples; `time/checkpoint`, `time/eval`; `time/step`, the rest.
+        """Returns the times as metrics: `time/data`, `time/checkpoint`, `time/eval`, `time/step`.
+
+        `time/data` is the time spent waiting for samples, and `time/step` is the remainder.
 
         Args:
-          steps: taken since this process began.
+          steps: The number of steps since this process started.
         """
         now, taken = time.monotonic(), max(steps - self._steps, 1)
         rest = now - self._since - sum(self._spent.values())
@@ -39,7 +41,7 @@ class Stopwatch:
 
 
 class TrainProgress:
-    """Shows step, loss, logit_scale, images/s and the time left."""
+    """Shows step, loss, logit_scale, images/s and the remaining time."""
 
     def __init__(self, start: int, total: int, batch_size: int):
         self._total, self._batch_size = total, batch_size
@@ -56,7 +58,7 @@ class TrainProgress:
             self._bar.start()
 
     def update(self, step: int, loss: float, logit_scale: float) -> dict[str, float]:
-        """Shows this step; returns the speed since the last call, as metrics."""
+        """Shows this step and returns the speed since the last call, as metrics."""
         now = time.monotonic()
         steps, seconds = step - self._last[0], now - self._last[1]
         self._last = (step, now)
@@ -72,11 +74,11 @@ class TrainProgress:
         return {"train/images_per_second": self._rate}
 
     def pause(self, step: int) -> None:
-        """Leaves time spent on something else out of the speed."""
+        """Excludes the time since the last update, spent on something else, from the speed."""
         self._last = (step, time.monotonic())
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._bar.stop()
 
 

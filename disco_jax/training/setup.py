@@ -1,4 +1,4 @@
-"""What a run begins with: its folder claimed, its data opened, its state restored or made."""
+"""Sets up a run: claims its folder, opens its data, and restores or initializes its state."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,21 +26,21 @@ from disco_jax.step.state import TrainState, abstract_state, init_state
 
 
 class Setup(NamedTuple):
-    """A run, ready to take steps."""
+    """A run that is ready to train."""
 
     model: CLIPConfig
     mesh: Mesh
     source: Joined
     checkpoints: Checkpoints
     state: TrainState
-    position: dict[str, Any]  # what the checkpoint says of the data; empty for a new run
+    position: dict[str, Any]  # data position from the checkpoint; empty for a new run
 
 
 def set_up(config: ConfigDict, workdir: Path) -> Setup:
-    """Opens all that a run needs, by the first process first: it makes what the others then find.
+    """Opens everything a run needs. The first process goes first and creates what others read.
 
     Raises:
-      UserError: config, data, workdir or checkpoint are not as they must be.
+      UserError: if there is a problem with the config, data, workdir or checkpoint.
     """
     check_division(config, jax.device_count())
     mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
@@ -72,7 +72,7 @@ def _restore_or_init(
 
 
 def _of_first(step: int | None) -> int | None:
-    """What the first process sees: a network file system may show another an older list."""
+    """Returns the first process's value: a network file system may show others an older list."""
     if jax.process_count() == 1:
         return step
     told = int(broadcast_one_to_all(np.int32(-1 if step is None else step)))
@@ -80,10 +80,10 @@ def _of_first(step: int | None) -> int | None:
 
 
 def begin_from(source: Path, model: CLIPConfig, state: TrainState) -> TrainState:
-    """`state` with the parameters of a model folder or a run, laid out as they are.
+    """Returns `state` with the parameters of a model folder or a run; shardings stay.
 
     Raises:
-      UserError: they are not of the same model; the parameter is named.
+      UserError: if they belong to a different model. The message names the field or parameter.
     """
     origin, params = read_model(source)
     for theirs, ours in ((origin.vision, model.vision), (origin.text, model.text)):
@@ -91,21 +91,23 @@ def begin_from(source: Path, model: CLIPConfig, state: TrainState) -> TrainState
             there, here = getattr(theirs, field), getattr(ours, field)
             if there != here:
                 raise UserError(
-                    f"init_from: {source} has {field} {there}, and this model {here}; "
-                    f"--config.model.name={source} takes all of its sizes"
+                    f"init_from: {source} has {field} {there}, but this model has {here}; "
+                    f"--config.model.name={source} adopts its whole configuration"
                 )
     given, wanted = flatten(params), flatten(state.params)
     if ("logit_bias" in given) != ("logit_bias" in wanted):
         kind = "sigmoid" if "logit_bias" in given else "softmax"
         raise UserError(f"init_from: {source} was trained with loss.kind = {kind}")
     for name in sorted(given.keys() ^ wanted.keys()):
-        where = "not there" if name in wanted else "not in this model"
-        raise UserError(f"init_from: {name} of {source} is {where}: is it of another model.name?")
+        where = "missing from it" if name in wanted else "not in this model"
+        raise UserError(
+            f"init_from: {source} is a different model ({name} is {where}); check model.name"
+        )
     for name, leaf in wanted.items():
         if given[name].shape != leaf.shape:
             raise UserError(
-                f"init_from: {name} of {source} is of shape {given[name].shape}, and this model's "
-                f"of {leaf.shape}: is it of another model.name?"
+                f"init_from: {source} is a different model ({name} has shape {given[name].shape} "
+                f"there and {leaf.shape} here); check model.name"
             )
     placed = {name: jax.device_put(given[name], leaf.sharding) for name, leaf in wanted.items()}
     return state._replace(params=nest(placed))
