@@ -184,7 +184,7 @@ def test_command_ends_in_rows(tmp_path):
         ("--loss_only --topology=a100", "--topology: 'a100' is not one of"),
         ("--loss_only --topology=cpu:8 --batch_size=100", "is not divisible by the 8 devices"),
         ("--loss_only --topology=cpu:8 --compare=dense", "--compare: 'dense' is not one of"),
-        ("--loss_only --config.loss.method=ring", "requires --config=FILE"),
+        ("--loss_only --config.loss.method=ring", "needs a --config=FILE"),
         (
             "--loss_only=True --topology=cpu:8 --find_max_batch --batch_size=8,16",
             "--find_max_batch starts from one --batch_size",

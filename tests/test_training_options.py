@@ -54,9 +54,8 @@ def test_sharded_state_gives_the_same_curve():
         assert held(state.opt_state) - scalars <= (held(whole.opt_state) - 8) // fsdp
 
 
-@pytest.mark.parametrize("microbatch", [0, 4])
-def test_a_locked_image_tower_stays_as_it_is(microbatch):
-    config, model = small(microbatch=microbatch)
+def test_a_locked_image_tower_stays_as_it_is():
+    config, model = small(microbatch=4)
     model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, trained_blocks=0))
     mesh = mesh_of(2)
     step = make_train_step(config, model, mesh)
