@@ -159,7 +159,7 @@ def test_what_is_wrong_with_a_file_is_named(openclip, tmp_path):
         path.write_bytes(whole)
     for content in (whole[:-9], whole[:100], b"", b"{}", pickle.dumps({"a": 1})):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="is not a whole safetensors file"):
+        with pytest.raises(UserError, match="is not a complete safetensors file"):
             import_model(str(openclip), "openclip", out)
     assert not out.exists()
     with pytest.raises(UserError, match="no such file or folder"):
@@ -187,7 +187,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
 
 def test_nothing_is_overwritten(openclip, tmp_path):
     import_model(str(openclip), "openclip", tmp_path / "ours")
-    with pytest.raises(UserError, match="holds a model already"):
+    with pytest.raises(UserError, match="already contains a model"):
         import_model(str(openclip), "openclip", tmp_path / "ours")
     with pytest.raises(UserError, match="is not empty"):
         export_model(tmp_path / "ours", "hf", tmp_path / "ours")

@@ -270,9 +270,9 @@ def test_mistakes_in_sizes_are_named():
     with pytest.raises(ValueError, match="image_size 20 is not a multiple of patch_size 8"):
         CLIP(tiny(vision=VisionConfig(image_size=20, patch_size=8)), rngs=nnx.Rngs(0))
     clip = CLIP(tiny(), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="images are 8 x 8, the model takes 16 x 16"):
+    with pytest.raises(ValueError, match="images are 8 x 8; the model takes 16 x 16"):
         clip.encode_image(np.zeros((1, 8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match="texts are 9 tokens, the model takes 8"):
+    with pytest.raises(ValueError, match="texts have 9 tokens; the model takes 8"):
         clip.encode_text(np.zeros((1, 9), np.int32))
 
 

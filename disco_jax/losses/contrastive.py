@@ -96,7 +96,7 @@ def contrastive_loss(
     devices = math.prod(mesh.shape[name] for name in names)
     if method != "auto" and len(image) % devices:
         raise ValueError(
-            f"image has {len(image)} rows; it must have a multiple of {devices}, the devices"
+            f"image has {len(image)} rows; it must be divisible by the {devices} devices"
         )
 
     if explicit:  # Explicit axes are never resharded implicitly

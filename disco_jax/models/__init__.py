@@ -1,4 +1,4 @@
-"""CLIP's two towers. Nothing here knows of meshes, losses or optimisers."""
+"""CLIP's two towers. Independent of meshes, losses and optimizers."""
 
 from disco_jax.models.clip import CLIP, Params, abstract_model
 from disco_jax.models.config import CLIPConfig, TextConfig, VisionConfig

@@ -1,4 +1,4 @@
-"""From a config to what is trained, and on what: no data, checkpoint or logging."""
+"""Builds the model configuration from the training config; no data, checkpoints or logging."""
 
 import dataclasses
 from pathlib import Path
@@ -11,11 +11,11 @@ from disco_jax.models import CLIPConfig, preset
 from disco_jax.models.config import Attention
 from disco_jax.models.folder import MODEL_JSON, load_config
 
-INITIAL_LOGIT_BIAS = -10.0  # most pairs are negatives, and begin as such (SigLIP, section 3.2)
+INITIAL_LOGIT_BIAS = -10.0  # most pairs are negatives and start as such (SigLIP, section 3.2)
 
 
 def model_config(config: ConfigDict) -> CLIPConfig:
-    """The preset that the config names, with the config's choices."""
+    """Returns the preset that the config names, with the config's settings applied."""
     base, c = _base(config.model.name), config.model
     _check_blocks("image", c.image_trained_blocks, base.vision.layers)
     _check_blocks("text", c.text_trained_blocks, base.text.layers)
@@ -44,22 +44,25 @@ def model_config(config: ConfigDict) -> CLIPConfig:
 
 
 def _base(name: str) -> CLIPConfig:
-    """A preset's sizes, or a model folder's."""
+    """Returns the sizes of a preset or of a model folder."""
     if (Path(name) / MODEL_JSON).is_file():
         return load_config(Path(name))
     try:
         return preset(name)
     except ValueError as error:
-        raise UserError(f"model.name: {error}; or a folder with a {MODEL_JSON}") from error
+        raise UserError(f"model.name: {error}; or pass a folder with a {MODEL_JSON}") from error
 
 
 def _check_blocks(tower: str, wanted: int, layers: int) -> None:
     if wanted > layers:
-        raise UserError(f"model.{tower}_trained_blocks is {wanted}, and the tower has {layers}")
+        raise UserError(
+            f"model.{tower}_trained_blocks is {wanted}; it must be at most {layers}, the "
+            "tower's depth"
+        )
 
 
 def _attention(wanted: str, dtype: str) -> Attention:
-    """`xla` or `cudnn`: the flash attention that cuDNN has for 16 bits from Ampere on."""
+    """Resolves `auto`: `cudnn`, flash attention, for bf16 on Ampere or later, otherwise `xla`."""
     if wanted != "auto":
         return "cudnn" if wanted == "cudnn" else "xla"
     device = jax.devices()[0]

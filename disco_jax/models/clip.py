@@ -1,6 +1,6 @@
-"""CLIP (Radford et al., 2021) and SigLIP (Zhai et al., 2023): two towers and a scale.
+"""CLIP (Radford et al., 2021) and SigLIP (Zhai et al., 2023): two towers and a logit scale.
 
-Parameters are fp32; `dtype` is the compute dtype of both towers. Features leave in fp32.
+Parameters are fp32; `dtype` is the compute dtype of both towers. Features are returned in fp32.
 """
 
 from typing import Any
@@ -20,16 +20,16 @@ MAX_LOGIT_SCALE = float(np.log(100.0))
 
 
 def l2_normalize(x: Array) -> Array:
-    """Rows of `[..., D]` scaled to unit length, in fp32."""
+    """Scales the rows of `[..., D]` to unit length, in fp32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-Params = dict[str, Any]  # nested, by the names of modules
+Params = dict[str, Any]  # nested, keyed by module names
 
 
 class CLIP(nnx.Module):
-    """Two towers, the learnable logit_scale, kept as its logarithm, and logit_bias if wanted."""
+    """Two towers, a learnable logit_scale, stored as its logarithm, and an optional logit_bias."""
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         self.visual = VisionTransformer(config, rngs=rngs)
@@ -42,19 +42,19 @@ class CLIP(nnx.Module):
             self.logit_bias = nnx.Param(jnp.float32(config.logit_bias))
 
     def encode_image(self, images: Array, keys: Array | None = None) -> Array:
-        """L2-normalised fp32 features `[b, embed_dim]` of images `[b, h, w, 3]`.
+        """Returns L2-normalized fp32 features `[b, embed_dim]` of images `[b, h, w, 3]`.
 
-        `keys` `[b]` turn dropout on: one random key a sample, so that what is dropped does not
-        depend on how the batch is cut up.
+        `keys` `[b]` enable dropout. Each sample has its own random key, so that what is dropped
+        does not depend on how the batch is divided.
         """
         return l2_normalize(self.visual(images, keys))
 
     def encode_text(self, tokens: Array, keys: Array | None = None) -> Array:
-        """L2-normalised fp32 features `[b, embed_dim]` of token ids `[b, context_length]`."""
+        """Returns L2-normalized fp32 features `[b, embed_dim]` of tokens `[b, context_length]`."""
         return l2_normalize(self.text(tokens, keys))
 
 
 def abstract_model(config: CLIPConfig) -> tuple[nnx.GraphDef, Params]:
-    """The model's structure, and its parameters as shapes alone: nothing is allocated."""
+    """Returns the model's structure and its parameters as shapes, allocating nothing."""
     graph, params = nnx.split(nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0))), nnx.Param)
     return graph, nnx.to_pure_dict(params)

@@ -1,17 +1,17 @@
-"""Tensors from files: safetensors, or PyTorch's where torch is installed. Nothing is unpickled."""
+"""Reads tensors from safetensors, or from PyTorch files without unpickling (requires torch)."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (bfloat16 is a type of NumPy's once this is imported)
+import ml_dtypes  # noqa: F401  (registers bfloat16 as a NumPy dtype)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from disco_jax.errors import UserError
 
-# In the order in which they are looked for in a folder.
+# In the order in which a folder is searched for them.
 WEIGHTS = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -22,24 +22,24 @@ WEIGHTS = (
 
 
 def find_weights(place: Path) -> Path:
-    """The file itself, or the first of WEIGHTS in a folder.
+    """Returns the path itself if it is a file, else the first of WEIGHTS in that folder.
 
     Raises:
-      UserError: there is none.
+      UserError: if there is none.
     """
     if place.is_file():
         return place
     found = [place / name for name in WEIGHTS if (place / name).is_file()]
     if not found:
-        raise UserError(f"{place} holds none of {', '.join(WEIGHTS)}")
+        raise UserError(f"{place} contains no weights; expected one of {', '.join(WEIGHTS)}")
     return found[0]
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """fp32 arrays by name, of a `.safetensors`, `.bin` or `.pt` file.
+    """Returns fp32 arrays by name from a `.safetensors`, `.bin` or `.pt` file.
 
     Raises:
-      UserError: it is truncated, something else, or needs torch, which is not installed.
+      UserError: if the file is truncated or of another format, or needs torch and it is missing.
     """
     if path.suffix != ".safetensors":
         return _read_torch(path)
@@ -48,7 +48,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             names = file.keys()
             return {name: file.get_tensor(name).astype(np.float32) for name in names}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+        raise UserError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -56,40 +56,40 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} is PyTorch's format: install torch, or convert it to safetensors"
+            f"{path} is in PyTorch's format; install torch or convert it to safetensors"
         ) from error
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # it raises what its parser happens to stumble over
+    except Exception as error:  # its parser can raise anything
         raise UserError(f"{path} can't be read without unpickling: {error}") from error
     stored = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
     tensors = {k.removeprefix("module."): v for k, v in stored.items() if torch.is_tensor(v)}
     if not tensors:
-        raise UserError(f"{path} holds no state dict")
+        raise UserError(f"{path} does not contain a state dict")
     return {name: value.float().numpy() for name, value in tensors.items()}
 
 
 def copy_tokenizer(source: str, target: Path) -> Tokenizer:
-    """Copies a tokenizer's file, and nothing that is not one: a model's folder may be anybody's.
+    """Copies a tokenizer file, but only if it is one: model folders are untrusted.
 
     Raises:
-      UserError: it can't be read as one.
+      UserError: if it can't be parsed as a tokenizer.
     """
     try:
         content = Path(source).read_bytes()
         tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises plain Exceptions
+    except Exception as error:  # tokenizers raises plain Exceptions
         raise UserError(f"{source} is not a tokenizer: {error}") from error
     target.write_bytes(content)
     return tokenizer
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError where it is not one."""
+    """Returns the object in a JSON file. Raises UserError if it does not contain one."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
+        raise UserError(f"{path} can't be read as JSON: {error}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object")
+        raise UserError(f"{path} must contain a JSON object")
     return found

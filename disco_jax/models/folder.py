@@ -1,4 +1,4 @@
-"""A model by itself, without a run: a folder with `model.json` and `model.safetensors`."""
+"""A model folder, independent of any run: `model.json` and `model.safetensors`."""
 
 import dataclasses
 import json
@@ -20,13 +20,13 @@ MODEL_JSON, WEIGHTS, TOKENIZER = "model.json", "model.safetensors", "tokenizer.j
 
 
 def save_model(folder: Path, config: CLIPConfig, params: Mapping[str, np.ndarray]) -> None:
-    """Writes both files, and the tokenizer's where the model has one.
+    """Writes both files, and the tokenizer's file if the model has one.
 
     Raises:
-      UserError: there is a model already.
+      UserError: if the folder already contains a model.
     """
     if (folder / MODEL_JSON).exists():
-        raise UserError(f"{folder} holds a model already; choose another folder")
+        raise UserError(f"{folder} already contains a model; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(params), folder / WEIGHTS)
     if config.text.tokenizer:
@@ -37,31 +37,31 @@ def save_model(folder: Path, config: CLIPConfig, params: Mapping[str, np.ndarray
 
 
 def load_config(folder: Path) -> CLIPConfig:
-    """The sizes of the model in a folder, the path of its tokenizer made whole.
+    """Returns the configuration of the model in a folder, with its tokenizer's path resolved.
 
     Raises:
-      UserError: there is none.
+      UserError: if the folder has no model.
     """
     if not (folder / MODEL_JSON).is_file():
-        raise UserError(f"{folder} holds no {MODEL_JSON}: import a model into it first")
+        raise UserError(f"{folder} has no {MODEL_JSON}; import a model into it first")
     config = from_dict(read_object(folder / MODEL_JSON))
     if not config.text.tokenizer:
         return config
-    # The folder may come from anybody, and exporting copies this file.
+    # Model folders are untrusted, and exporting copies this file.
     if config.text.tokenizer != TOKENIZER:
         raise UserError(
-            f"{folder / MODEL_JSON}: text.tokenizer is {config.text.tokenizer!r}, and must be "
-            f"{TOKENIZER}, beside it"
+            f"{folder / MODEL_JSON}: text.tokenizer is {config.text.tokenizer!r}; it must be "
+            f"{TOKENIZER}, in the same folder"
         )
     text = dataclasses.replace(config.text, tokenizer=str(folder / config.text.tokenizer))
     return dataclasses.replace(config, text=text)
 
 
 def load_model(folder: Path) -> tuple[CLIPConfig, Params]:
-    """The model in a folder that `save_model` wrote.
+    """Returns the model in a folder that `save_model` wrote.
 
     Raises:
-      UserError: there is none, or its parameters are not what its `model.json` says.
+      UserError: if there is none, or its parameters do not match its `model.json`.
     """
     config = load_config(folder)
     tensors, expected = read_tensors(folder / WEIGHTS), shapes_of(config)
@@ -72,19 +72,19 @@ def load_model(folder: Path) -> tuple[CLIPConfig, Params]:
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise UserError(
-                f"{folder / WEIGHTS}: {name} is of shape {tensors[name].shape}, not {shape}"
+                f"{folder / WEIGHTS}: {name} has shape {tensors[name].shape}, expected {shape}"
             )
     return config, nest(tensors)
 
 
 def shapes_of(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of a model, by its path joined with /."""
+    """Returns the shape of every parameter of a model, keyed by its path joined with /."""
     _, params = abstract_model(config)
     return {name: leaf.shape for name, leaf in flatten(params).items()}
 
 
 def flatten(params: Any) -> dict[str, Any]:
-    """Parameters by their path joined with /."""
+    """Returns parameters keyed by their paths joined with /."""
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
     leaves = jax.tree_util.tree_leaves_with_path(pure)
     return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
@@ -103,16 +103,16 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_dict(config: CLIPConfig) -> dict[str, Any]:
-    """All fields, for `model.json`."""
+    """Returns all fields, for `model.json`."""
     return dataclasses.asdict(config)
 
 
 def from_dict(spec: dict[str, Any]) -> CLIPConfig:
-    """The inverse of `as_dict`. Raises UserError for a field that is unknown."""
+    """The inverse of `as_dict`. Raises UserError if a field is missing or unknown."""
     try:
         vision = dict(spec["vision"])
         vision |= {field: tuple(vision[field]) for field in ("mean", "std")}
         towers = {"vision": VisionConfig(**vision), "text": TextConfig(**spec["text"])}
         return CLIPConfig(**{**spec, **towers})
     except (KeyError, TypeError) as error:
-        raise UserError(f"this is no model.json: {error}") from error
+        raise UserError(f"model.json is invalid: {error}") from error

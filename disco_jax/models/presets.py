@@ -1,4 +1,4 @@
-"""The standard sizes, by OpenCLIP's names."""
+"""The standard model sizes, under OpenCLIP's names."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from disco_jax.models.config import (
 def siglip(
     vision: VisionConfig, text: TextConfig, activations: tuple[str, str] = ("gelu", "gelu")
 ) -> CLIPConfig:
-    """A SigLIP of these sizes; activations of the image tower and the text tower."""
+    """Returns a SigLIP of these sizes; `activations` are the image and the text tower's."""
     return CLIPConfig(
         embed_dim=vision.width,
         vision=dataclasses.replace(
@@ -35,7 +35,7 @@ _BASE = TextConfig(context_length=64, vocab_size=32_000, width=768, heads=12)
 _LARGE = dataclasses.replace(_BASE, width=1024, layers=24, heads=16)
 _SO400M = dataclasses.replace(_BASE, width=1152, layers=27, heads=16, mlp_ratio=3.7362)
 
-# Sizes from OpenCLIP's model_configs; B/32 and B/16 share a text tower, L/14 has a wider one.
+# Sizes from OpenCLIP's model_configs. B/32 and B/16 share a text tower; L/14 has a wider one.
 PRESETS = {
     "ViT-B-32": CLIPConfig(),
     "ViT-B-16": CLIPConfig(vision=VisionConfig(patch_size=16)),
@@ -87,7 +87,7 @@ PRESETS = {
 
 
 def preset(name: str) -> CLIPConfig:
-    """The configuration called `name`; ValueError with the known names otherwise."""
+    """Returns the configuration `name`. Raises ValueError, listing all names, if it is unknown."""
     if name not in PRESETS:
         raise ValueError(f"unknown model {name!r}; known are {', '.join(PRESETS)}")
     return PRESETS[name]

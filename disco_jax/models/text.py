@@ -1,4 +1,4 @@
-"""The text tower: a transformer over tokens, with CLIP's pooling or SigLIP's."""
+"""The text tower: a transformer over tokens with CLIP's or SigLIP's pooling."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ Array = jax.Array
 
 
 class TextTransformer(nnx.Module):
-    """Tokens to features: pooled as `config.text.pool` says, then projected."""
+    """Maps tokens to features, pooled as `config.text.pool` says and then projected."""
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         c, dtype = config.text, jnp.dtype(config.dtype)
@@ -46,18 +46,19 @@ class TextTransformer(nnx.Module):
             self.proj_bias = nnx.Param(jnp.zeros(config.embed_dim, jnp.float32))
 
     def __call__(self, tokens: Array, keys: Array | None = None) -> Array:
-        """Un-normalised fp32 features `[b, embed_dim]` of int32 token ids `[b, context_length]`.
+        """Returns unnormalized fp32 features `[b, embed_dim]`.
 
-        `keys` `[b]`, a sample's own random key each, turn dropout on.
+        `tokens` are int32 token IDs `[b, context_length]`. `keys` `[b]`, one random key per sample,
+        enable dropout.
         """
         n = tokens.shape[1]
         if n != self.config.context_length:
-            raise ValueError(f"texts are {n} tokens, the model takes {self.config.context_length}")
+            raise ValueError(f"texts have {n} tokens; the model takes {self.config.context_length}")
         x = self.token_embedding(tokens)
         x = x + self.positional_embedding[...].astype(self.dtype)[None]
         x = self.transformer(x, keys)
         if self.config.pool == "argmax":
-            # Along the axis, and not by pairs of indices, which would cross the devices of a batch.
+            # Gather along the axis: indexing by pairs would communicate across the batch's devices.
             place = jnp.argmax(tokens, axis=-1)[:, None, None]
             pooled = self.ln_final(jnp.take_along_axis(x, place, axis=1)[:, 0])
             return (pooled @ self.proj[...].astype(self.dtype)).astype(jnp.float32)

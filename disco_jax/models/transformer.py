@@ -1,8 +1,8 @@
-"""The pre-norm transformer block that both towers share, and the stack of them.
+"""The pre-norm transformer block that both towers share, and stacks of it.
 
-Blocks work on flattened tokens `[b*n, width]` and take the shape `[b, n, heads, head_dim]` only
-around attention: a weight gradient is then a plain matrix product, which XLA's CPU backend runs
-twice as fast as one that contracts two dimensions, and which costs nothing elsewhere.
+Blocks operate on flattened tokens `[b*n, width]` and use the shape `[b, n, heads, head_dim]` only
+for attention. Weight gradients are then plain matrix products, which XLA's CPU backend runs twice
+as fast as contractions of two dimensions. On other backends this costs nothing.
 """
 
 import math
@@ -20,18 +20,18 @@ from disco_jax.models.config import CLIPConfig, TowerConfig
 Array = jax.Array
 
 BLOCK_INPUT = "block_input"
-# What the backward pass computes again instead of keeping it, from least to most.
+# What the backward pass recomputes instead of saving, from least to most.
 REMAT = ("none", "dots", "full", "offload")
 
 
 def rematerialize(function: Callable, remat: str) -> Callable:
-    """`function`, its intermediates kept for the backward pass as `remat` says.
+    """Wraps `function` so that `remat` decides what is saved for the backward pass.
 
     Args:
-      function: a block of a scan (which is what keeps the compiler from undoing this), or the like.
-      remat: `none` keeps everything; `dots` keeps what the matmuls with weights gave; `full`
-        keeps the block's input alone; `offload` as full, with the input in the host's memory
-        until it is needed, which pays on GPUs and TPUs.
+      function: The body of a scan, e.g. a block. The scan keeps the compiler from undoing this.
+      remat: `none` saves everything; `dots` saves the outputs of matmuls with weights; `full` saves
+        only the block's input; `offload` is like `full`, with the input kept in host memory until
+        it is needed, which pays off on GPUs and TPUs.
     """
     policies = jax.checkpoint_policies
     if remat == "none":
@@ -54,7 +54,7 @@ def rematerialize(function: Callable, remat: str) -> Callable:
 
 @dataclass(frozen=True)
 class BlockInit:
-    """Initialisers of one block: the four kernels, and the bias of the two MLP layers."""
+    """Initializers of one block: the four kernels and the biases of the two MLP layers."""
 
     in_proj: Initializer
     out_proj: Initializer
@@ -65,9 +65,10 @@ class BlockInit:
 
 
 def clip_text_init(width: int, mlp_width: int, layers: int) -> BlockInit:
-    """CLIP's text tower: residual branches shrink with depth (OpenAI CLIP, `model.py`).
+    """CLIP's text tower: residual branches start smaller in deeper towers.
 
-    Its `initialize_parameters` leaves the biases of the MLP at PyTorch's defaults.
+    OpenAI's `initialize_parameters` (OpenAI CLIP, `model.py`) leaves MLP biases at PyTorch's
+    default.
     """
     attention, residual = width**-0.5, (width * 2 * layers) ** -0.5
     return BlockInit(
@@ -81,9 +82,9 @@ def clip_text_init(width: int, mlp_width: int, layers: int) -> BlockInit:
 
 
 def clip_vision_init(width: int, mlp_width: int) -> BlockInit:
-    """CLIP's image tower: OpenAI's code leaves it at PyTorch's defaults, restated here.
+    """CLIP's image tower: PyTorch's defaults, which OpenAI's code leaves unchanged.
 
-    Attention's input is Xavier-uniform; a linear layer is uniform in ±1/sqrt(fan_in), bias too.
+    The attention input is Xavier-uniform; linear layers are uniform in ±1/sqrt(fan_in), biases too.
     """
     linear = variance_scaling(1 / 3, "fan_in", "uniform")
     return BlockInit(
@@ -97,7 +98,7 @@ def clip_vision_init(width: int, mlp_width: int) -> BlockInit:
 
 
 def siglip_init() -> BlockInit:
-    """SigLIP's blocks, both towers': Xavier-uniform, tiny biases (big_vision, `models/vit.py`)."""
+    """SigLIP's blocks in both towers: Xavier-uniform, tiny biases (big_vision, `models/vit.py`)."""
     kernel, bias = xavier_uniform(), normal(1e-6)
     return BlockInit(kernel, kernel, kernel, kernel, mlp_in_bias=bias, mlp_out_bias=bias)
 
@@ -111,16 +112,16 @@ def _symmetric_uniform(bound: float) -> Initializer:
 
 
 def quick_gelu(x: Array) -> Array:
-    """OpenAI's approximation of gelu, `x * sigmoid(1.702 x)`."""
+    """OpenAI's approximation of GELU, `x * sigmoid(1.702 x)`."""
     return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
 
 
 @jax.custom_vjp
 def gelu(x: Array) -> Array:
-    """The exact gelu, `x Φ(x)`, by erf.
+    """The exact GELU, `x Φ(x)`, computed with erf.
 
-    Its own backward keeps `x` alone, where differentiating the formula keeps erf's output too, and
-    `jax.nn.gelu` goes through erfc, several times dearer on a CPU.
+    The custom backward pass saves only `x`; differentiating the formula would also save the output
+    of erf. `jax.nn.gelu` uses erfc, which is several times slower on CPUs.
     """
     return x * _normal_cdf(x)
 
@@ -142,7 +143,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def gelu_tanh(x: Array) -> Array:
-    """Gelu approximated by tanh, which Flax's is by default, and so SigLIP's."""
+    """GELU approximated with tanh: Flax's default, and therefore SigLIP's."""
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -154,10 +155,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class LayerNorm(nnx.LayerNorm):
-    """A LayerNorm in fp32, gain and bias included, that returns the dtype it was given.
+    """LayerNorm in fp32, including gain and bias, that returns the dtype of its input.
 
-    With a 16-bit `dtype` Flax's would round gain and bias before it uses them: a gain of 1.0019
-    would be 1 in bf16.
+    With a 16-bit `dtype`, Flax's LayerNorm would round gain and bias before using them: a gain of
+    1.0019 would become 1 in bf16.
     """
 
     def __init__(self, tower: TowerConfig, *, rngs: nnx.Rngs):
@@ -182,7 +183,7 @@ class Block(nnx.Module):
     ):
         width, dtype = tower.width, jnp.dtype(config.dtype)
         if width % tower.heads:
-            raise ValueError(f"width {width} is not a multiple of its {tower.heads} heads")
+            raise ValueError(f"width {width} must be a multiple of the {tower.heads} heads")
         self.heads, self.causal = tower.heads, causal
         self.activation = ACTIVATIONS[tower.activation]
         self.dropout, self.attention = tower.dropout, config.attention
@@ -200,12 +201,12 @@ class Block(nnx.Module):
         self.mlp_out = linear(tower.mlp_width, width, init.mlp_out, init.mlp_out_bias)
 
     def __call__(self, x: Array, tokens: int, keys: Array | None) -> Array:
-        """Maps `[b*n, width]` to the same shape; `tokens` is n, `keys` `[b]` turn dropout on."""
+        """Maps `[b*n, width]` to the same shape; `tokens` is n. `keys` `[b]` enable dropout."""
         x = x + self._drop(self._attention(self.ln_1(x), tokens), keys, 1)
         return x + self._drop(self.mlp_out(self.activation(self.mlp_in(self.ln_2(x)))), keys, 2)
 
     def _drop(self, branch: Array, keys: Array | None, use: int) -> Array:
-        """Dropout of `[b*n, width]`, with what is left scaled up to the same mean."""
+        """Applies dropout to `[b*n, width]`, scaling what remains to preserve the mean."""
         if keys is None or not self.dropout:
             return branch
         shape = (len(branch) // len(keys), branch.shape[1])
@@ -217,7 +218,7 @@ class Block(nnx.Module):
         width = x.shape[-1]
         qkv = self.in_proj(x).reshape(-1, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        # JAX refuses to differentiate cuDNN's for an odd number of tokens, such as CLIP's 77.
+        # JAX can't differentiate cuDNN's attention for an odd number of tokens, e.g. CLIP's 77.
         implementation = self.attention if tokens % 2 == 0 else "xla"
         mixed = jax.nn.dot_product_attention(
             q, k, v, is_causal=self.causal, implementation=implementation
@@ -226,9 +227,9 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A stack of `layers` equal blocks, kept as one block whose parameters lead with `[layers]`.
+    """A stack of `layers` identical blocks, stored as one with leading axis `[layers]`.
 
-    It runs under `lax.scan`, so a block is compiled once however deep the tower.
+    It runs under `lax.scan`, so a block is compiled only once, however deep the tower.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class Transformer(nnx.Module):
     ):
         trained, layers = tower.trained_blocks, tower.layers
         if trained > layers:
-            raise ValueError(f"trained_blocks {trained} is more than the {layers} there are")
+            raise ValueError(f"trained_blocks is {trained}; it must be at most {layers}, the depth")
         self.remat, self.unroll = tower.remat, config.unroll
         self.layers, self.frozen = layers, layers - trained if trained > 0 else 0
 
@@ -254,7 +255,7 @@ class Transformer(nnx.Module):
         self.blocks = stack(rngs)
 
     def __call__(self, x: Array, keys: Array | None = None) -> Array:
-        """Maps `[b, n, width]` to the same shape; `keys` `[b]` turn dropout on."""
+        """Maps `[b, n, width]` to the same shape; `keys` `[b]` enable dropout."""
         b, n, width = x.shape
         graph, stacked = nnx.split(self.blocks)
 
@@ -266,7 +267,7 @@ class Transformer(nnx.Module):
         layer = rematerialize(layer, self.remat)
         blocks = (stacked, jnp.arange(1, self.layers + 1, dtype=jnp.int32))
         x = x.reshape(b * n, width)
-        if self.frozen:  # a scan of their own, which differentiation then leaves alone
+        if self.frozen:  # frozen blocks run in their own scan, which is not differentiated
             front, blocks = (jax.tree.map(cut, blocks) for cut in (self._front, self._end))
             x, _ = jax.lax.scan(layer, x, jax.lax.stop_gradient(front), unroll=self.unroll)
         x, _ = jax.lax.scan(layer, x, blocks, unroll=self.unroll)

@@ -1,4 +1,4 @@
-"""The image tower: a vision transformer with CLIP's pooling or SigLIP's."""
+"""The image tower: a vision transformer with CLIP's or SigLIP's pooling."""
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +18,19 @@ Array = jax.Array
 
 
 def normalize_pixels(images: Array, config: VisionConfig, dtype: jnp.dtype) -> Array:
-    """uint8 `[b, h, w, 3]` to `dtype`, less the model's mean, over its deviation.
+    """Normalizes uint8 `[b, h, w, 3]` by the model's mean and deviation, and casts to `dtype`.
 
-    Images travel as bytes and are normalised here, on the device that uses them.
+    Images are transferred as bytes and normalized here, on the device that uses them.
     """
     mean, std = (jnp.asarray(c, jnp.float32).reshape(1, 1, 1, 3) for c in (config.mean, config.std))
     return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
 
 
 def drop_patches(x: Array, keys: Array, rate: float, kept_first: int) -> Array:
-    """Keeps the first `kept_first` tokens and a random choice of the rest of `[b, n, width]`.
+    """Keeps the first `kept_first` tokens and a random subset of the rest of `[b, n, width]`.
 
-    `round(patches (1 - rate))` are left of each image, at least one (FLIP, Li et al., 2023).
-    `keys` `[b]`.
+    `round(patches (1 - rate))` patches of each image are kept, at least one (FLIP, Li et al.,
+    2023). `keys` `[b]` are one random key per sample.
     """
     n = x.shape[1] - kept_first
     kept = max(1, round(n * (1 - rate)))
@@ -41,9 +41,9 @@ def drop_patches(x: Array, keys: Array, rate: float, kept_first: int) -> Array:
 
 
 class AttentionPool(nnx.Module):
-    """SigLIP's pooling: a learned query attends to all patches, then a residual MLP.
+    """SigLIP's pooling: a learned query attends to all patches, followed by a residual MLP.
 
-    Source: "MAP head" of Scaling Vision Transformers (Zhai et al., 2022), as in big_vision.
+    This is the "MAP head" of Scaling Vision Transformers (Zhai et al., 2022), as in big_vision.
     """
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
@@ -69,7 +69,7 @@ class AttentionPool(nnx.Module):
         query = jnp.broadcast_to(query[None], (b, 1, width)).reshape(b, 1, self.heads, -1)
         pairs = x.reshape(b * n, width) @ kernel[:, width:] + bias[None, width:]
         pairs = pairs.reshape(b, n, 2, self.heads, -1)
-        # One query: XLA's attention whatever the blocks have, whose kernels want longer ones.
+        # Always XLA's attention: other kernels, which blocks may use, expect more queries than one.
         mixed = jax.nn.dot_product_attention(
             query, pairs[:, :, 0], pairs[:, :, 1], implementation="xla"
         )
@@ -78,7 +78,7 @@ class AttentionPool(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    """ViT with learned positions, pooled and projected as `config.vision.pool` says."""
+    """ViT with learned position embeddings, pooled and projected as `config.vision.pool` says."""
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         c, dtype = config.vision, jnp.dtype(config.dtype)
@@ -114,19 +114,20 @@ class VisionTransformer(nnx.Module):
         else:
             if c.width != config.embed_dim:
                 raise ValueError(
-                    f"embed_dim {config.embed_dim} is not vision.width {c.width}: attention "
+                    f"embed_dim {config.embed_dim} must equal vision.width {c.width}: attention "
                     "pooling has no projection"
                 )
             self.pool = AttentionPool(config, rngs=rngs)
 
     def __call__(self, images: Array, keys: Array | None = None) -> Array:
-        """Un-normalised fp32 features `[b, embed_dim]` of `[b, image_size, image_size, 3]`.
+        """Returns unnormalized fp32 features `[b, embed_dim]`.
 
-        uint8 images are normalised with the model's mean and deviation; floats are taken as they
-        are. `keys` `[b]`, a sample's own random key each, turn dropout on.
+        `images` are `[b, image_size, image_size, 3]`. uint8 images are normalized with the model's
+        mean and deviation; float images are used unchanged. `keys` `[b]`, one random key per
+        sample, enable dropout.
         """
         embed = self._embed
-        if self.config.remat != "none":  # keeps the bytes for the backward pass, not the patches
+        if self.config.remat != "none":  # saves the bytes for the backward pass, not the patches
             embed = jax.checkpoint(embed)
         x = embed(images)
         b, _, width = x.shape
@@ -143,14 +144,14 @@ class VisionTransformer(nnx.Module):
         return (self.ln_post(x[:, 0]) @ self.proj[...].astype(self.dtype)).astype(jnp.float32)
 
     def _embed(self, images: Array) -> Array:
-        """`[b, h, w, 3]` to `[b, patches, width]`, row by row."""
+        """Embeds `[b, h, w, 3]` as `[b, patches, width]`, row by row."""
         if images.dtype == jnp.uint8:
             images = normalize_pixels(images, self.config, self.dtype)
         images = images.astype(self.dtype)
         b, h, w, channels = images.shape
         p, size = self.config.patch_size, self.config.image_size
         if (h, w) != (size, size):
-            raise ValueError(f"images are {h} x {w}, the model takes {size} x {size}")
+            raise ValueError(f"images are {h} x {w}; the model takes {size} x {size}")
         x = images.reshape(b, h // p, p, w // p, p, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
         return self.patch_embed(x)

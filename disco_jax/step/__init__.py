@@ -1,1 +1,1 @@
-"""One optimiser update: state, gradients, the jitted step. Pure: no files, no flags."""
+"""One optimizer update: state, gradients and the jitted step. Pure: no files or flags."""

@@ -1,12 +1,13 @@
-"""The loss of a batch and its gradients: all at once, or exactly by microbatches.
+"""The loss of a batch and its gradients: in a single pass, or exactly by microbatches.
 
-Contrastive gradients need all features at once, but not all activations. By microbatches
-(GradCache, Gao et al., 2021): encode every microbatch and keep only the features; one loss over all
-of them gives dL/dfeatures; encode again, microbatch by microbatch, pull those back and add up. What
-is random is drawn from a sample's place in the batch: both passes, and any division, drop the same.
+Contrastive gradients need all features at once, but not all activations. With microbatches
+(GradCache, Gao et al., 2021), a step first encodes every microbatch and keeps only its features.
+One loss over all features gives dL/dfeatures. The step then encodes each microbatch again, pulls
+its dL/dfeatures back and accumulates the gradients. Random keys are derived from a sample's place
+in the batch, so both passes, and any division of the batch, apply the same dropout.
 
-Each device encodes its own samples and adds up its own gradients of the towers; only then are they
-summed over the devices, once a step (`sum_over_devices`).
+Each device encodes its own samples and accumulates its own gradients of the towers. They are summed
+over the devices only once per step (`sum_over_devices`).
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from disco_jax.step.state import trained, with_trained
 
 Array = jax.Array
 Batch = dict[str, Array]
-Features = tuple[Array, Array]  # images' and texts', fp32 `[n, D]` each
+Features = tuple[Array, Array]  # of images and of texts, fp32 `[n, D]` each
 GradientFn = Callable[[Params, Batch, Array], tuple[Array, Params]]
 
 SCALARS = ("logit_scale", "logit_bias")
@@ -36,18 +37,18 @@ ROWS = P(BATCH_AXES)
 
 
 class ModelFns(NamedTuple):
-    """What the gradients are made of, for one config, model and mesh."""
+    """The functions that gradients are built from, for one config, model and mesh."""
 
-    # fp32 parameters, sharded or not -> the towers' in their compute dtype, whole on all devices
+    # fp32 parameters of the towers, sharded or not -> in their compute dtype, replicated
     cast_params: Callable[[Params], Params]
-    # (prepared parameters, samples, their places in the batch, step) -> features
+    # (cast parameters, samples, their places in the batch, step) -> features
     encode: Callable[[Params, Batch, Array, Array], Features]
-    # (the scalars among the parameters, features of the whole batch) -> loss
+    # (scalar parameters, features of the whole batch) -> loss
     loss: Callable[[Params, Features], Array]
 
 
 def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFns:
-    """The functions that `whole_batch`, `by_microbatches` and the host's loop are built from."""
+    """Returns the functions that `whole_batch`, `by_microbatches` and `HostStep` build on."""
     graph, abstract = abstract_model(model)
     root = jax.random.key(config.seed)
     random = bool(config.model.dropout or config.model.patch_dropout)
@@ -60,7 +61,7 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
         return jax.tree.map(lambda x: gather_parameter(mesh, x), cast)
 
     def keys(tower: int, trained_blocks: int, places: Array, step: Array) -> Array | None:
-        """One for each sample, another stream for each tower; None: nothing is dropped."""
+        """Returns one key per sample, from one stream per tower; None if nothing is dropped."""
         if not random or not trained_blocks:
             return None
         key = jax.random.fold_in(jax.random.fold_in(root, step), tower)
@@ -72,7 +73,7 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
         image = clip.encode_image(
             samples["images"], keys(0, model.vision.trained_blocks, places, step)
         )
-        if on_cpu:  # one tower after the other: side by side they fight for the cores and caches
+        if on_cpu:  # one tower at a time: in parallel they compete for cores and caches
             image, params = lax.optimization_barrier((image, params))
         return image, nnx.merge(graph, params | scalars).encode_text(
             samples["tokens"], keys(1, model.text.trained_blocks, places, step)
@@ -92,13 +93,13 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
 
 
 def _computes_in_dtype(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter is used in the compute dtype; norms and the scalars are in fp32."""
+    """Whether a parameter is used in the compute dtype; norms and the scalars stay in fp32."""
     names = [entry.key for entry in path]
     return names[0] not in SCALARS and not any(n == "ln" or n.startswith("ln_") for n in names)
 
 
 def gather_parameter(mesh: Mesh, x: Array) -> Array:
-    """A parameter, whole on every device; gathered in its dtype, where XLA might before a cast."""
+    """Gathers a parameter on every device in its dtype; XLA might gather it before the cast."""
     spec = state_sharding(mesh, x.shape).spec
     axis = _split_axis(spec)
     if axis is None:
@@ -107,26 +108,26 @@ def gather_parameter(mesh: Mesh, x: Array) -> Array:
     def local(x: Array) -> Array:
         return lax.all_gather(x, "fsdp", axis=axis, tiled=True)
 
-    # The types can't tell that what was gathered is the same on all devices.
+    # check_vma can't infer that the gathered array is the same on all devices.
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=P(), check_vma=False)(x)
 
 
 def _split_axis(spec: P) -> int | None:
-    """The dimension that `fsdp` splits, None where it splits none."""
+    """Returns the dimension that `fsdp` splits, or None."""
     return tuple(spec).index("fsdp") if "fsdp" in tuple(spec) else None
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """The towers' parameters, and the loss's scalars."""
+    """Splits parameters into those of the towers and the scalars of the loss."""
     towers = {name: x for name, x in params.items() if name not in SCALARS}
     return towers, {name: x for name, x in params.items() if name in SCALARS}
 
 
 def whole_batch(config: ConfigDict, fns: ModelFns, model: CLIPConfig, mesh: Mesh) -> GradientFn:
-    """Loss and gradients in one go, by differentiating through everything."""
+    """Returns a function that computes loss and gradients in a single pass."""
 
     def encode(towers: Params, own: Params, samples: Batch, step: Array) -> Features:
-        """This device's features, of its own copy of the trained parameters, `[1, ...]`."""
+        """Returns this device's features, given its own copy `[1, ...]` of trained parameters."""
         changing = jax.tree.map(lambda x: x[0], own)
         places = own_places(len(samples["tokens"]))
         return fns.encode(with_trained(model, towers, changing), samples, places, step)
@@ -148,10 +149,10 @@ def whole_batch(config: ConfigDict, fns: ModelFns, model: CLIPConfig, mesh: Mesh
 
 
 def by_microbatches(config: ConfigDict, fns: ModelFns, model: CLIPConfig, mesh: Mesh) -> GradientFn:
-    """The same numbers, with the activations of `config.microbatch` samples a device at a time."""
+    """Like `whole_batch`, with activations of only `config.microbatch` samples a device at once."""
 
     def fold(x: Array) -> Array:
-        """A device's `[b, ...]` to `[k, m, ...]`: k microbatches of m samples."""
+        """Reshapes a device's `[b, ...]` to `[k, m, ...]`: k microbatches of m samples."""
         return x.reshape(-1, config.microbatch, *x.shape[1:])
 
     def forward(towers: Params, samples: Batch, step: Array) -> Features:
@@ -190,7 +191,7 @@ def by_microbatches(config: ConfigDict, fns: ModelFns, model: CLIPConfig, mesh: 
 
 
 def own_places(count: int) -> Array:
-    """int32 `[count]`: on a device, the places of its samples in the batch."""
+    """Returns int32 `[count]`: the places of this device's samples in the batch."""
     start = lax.axis_index(BATCH_AXES) * count
     return start + jnp.arange(count, dtype=jnp.int32)
 
@@ -198,8 +199,8 @@ def own_places(count: int) -> Array:
 def pullback(
     fns: ModelFns, model: CLIPConfig, towers: Params
 ) -> Callable[[Batch, Array, Features, Array], Params]:
-    """On one device: (samples, places, dL/dfeatures, step) -> gradients of what is trained."""
-    # A copy of its own for each device: the gradients of a shared one would be summed at once.
+    """Returns (samples, places, dL/dfeatures, step) -> gradients of what is trained, per device."""
+    # Each device has its own copy: gradients of a shared one would be summed immediately.
     changing = jax.tree.map(lambda x: to_varying(x, BATCH_AXES), trained(model, towers))
 
     def pull(samples: Batch, places: Array, cotangents: Features, step: Array) -> Params:
@@ -213,10 +214,10 @@ def pullback(
 
 
 def one_each(mesh: Mesh, params: Params) -> Params:
-    """A copy of replicated parameters for each device, `[N, ...]`: takes no memory.
+    """Returns a copy of replicated parameters for each device, `[N, ...]`, at no memory cost.
 
-    Gradients of these are each device's own; those of the parameters themselves would be summed
-    over the devices where they arise, in their dtype.
+    The gradients of these copies are each device's own. Gradients of the parameters themselves
+    would be summed over the devices where they arise, in the parameters' dtype.
     """
     shape = (mesh.devices.size,)
     return jax.tree.map(
@@ -235,14 +236,15 @@ def zeros(params: Params) -> Params:
 
 
 def add(total: Params, gradients: Params) -> Params:
-    """`total + gradients` on one device, in fp32."""
+    """Returns `total + gradients` on one device, in fp32."""
     return jax.tree.map(lambda a, g: a + g.astype(jnp.float32)[None], total, gradients)
 
 
 def sum_over_devices(mesh: Mesh, own: Params, dtype: str) -> Params:
-    """Each device's own gradients `[N, ...]`, summed in `dtype`; fp32, sharded like parameters.
+    """Sums all devices' gradients `[N, ...]` in `dtype`; returns fp32, sharded like parameters.
 
-    One psum_scatter over `fsdp`, where that splits a parameter, and one psum over the rest.
+    Parameters split over `fsdp` take one psum_scatter over `fsdp` and one psum over `data`; all
+    others take one psum over both.
     """
 
     def reduce(x: Array) -> Array:

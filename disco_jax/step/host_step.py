@@ -1,7 +1,7 @@
-"""The step by microbatches with images in the host's memory, which then bounds the batch.
+"""The microbatch step with images in host memory, which then limits the batch.
 
-A loop in Python over five jitted functions. Samples travel to the devices one microbatch ahead of
-the one computed, once for the features and once more for the gradients.
+A Python loop over the five jitted functions of `HostStep.phases`. Samples are sent to the devices
+one microbatch ahead of the computation, once for the features and again for the gradients.
 """
 
 from typing import Any, NamedTuple
@@ -40,14 +40,15 @@ class Phase(NamedTuple):
 
     function: Any
     arguments: tuple[Any, ...]  # abstract
-    turns: int  # calls in a step
-    beside: tuple[Any, ...]  # abstract arrays that are alive as well, and not arguments
+    turns: int  # calls per step
+    beside: tuple[Any, ...]  # abstract arrays that are also alive, besides the arguments
 
 
 class HostStep:
-    """(state, batch) to (state, metrics), as `make_train_step`'s; the batch is of NumPy arrays.
+    """(state, batch) -> (state, metrics), like `make_train_step`, but with a batch of NumPy arrays.
 
-    They are this process's rows: uint8 `images` `[B / processes, h, w, 3]` and int32 `tokens`.
+    The batch contains this process's rows: uint8 `images` `[B / processes, h, w, 3]` and int32
+    `tokens`.
     """
 
     def __init__(self, config: ConfigDict, model: CLIPConfig, mesh: Mesh):
@@ -64,13 +65,13 @@ class HostStep:
             return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
 
         def places(i: Array) -> Array:
-            """Those of microbatch i's samples in the batch, on a device."""
+            """Returns the places in the batch of microbatch i's samples on a device."""
             return own_places(count * config.microbatch).reshape(count, -1)[i]
 
         def encode(
             towers: Params, features: Features, samples: Samples, i: Array, step: Array
         ) -> tuple[Features, Array]:
-            """On a device: puts microbatch i's features in place; and a number to wait for."""
+            """On a device: stores microbatch i's features; also returns a value to wait for."""
             new = fns.encode(towers, samples, places(i), step)
             image, text = (
                 lax.dynamic_update_slice_in_dim(old, piece[None, None], i, axis=1)
@@ -95,7 +96,7 @@ class HostStep:
             i: Array,
             step: Array,
         ) -> tuple[Params, Array]:
-            """On a device: adds microbatch i's gradients; and a number to wait for."""
+            """On a device: adds microbatch i's gradients; also returns a value to wait for."""
             of_samples = jax.tree.map(lambda x: x[0, i], cotangents)
             grads = pullback(fns, model, towers)(samples, places(i), of_samples, step)
             return add(total, grads), jax.tree.leaves(grads)[0].ravel()[:1]
@@ -122,16 +123,17 @@ class HostStep:
     def __call__(
         self, state: TrainState, batch: dict[str, np.ndarray]
     ) -> tuple[TrainState, Metrics]:
-        """Takes one step; the state passed in is gone."""
+        """Takes one step. The state passed in is donated."""
         value, total, d_scalars = self.gradients(state, batch)
         return self._update(state, value, total, d_scalars)
 
     def gradients(
         self, state: TrainState, batch: dict[str, np.ndarray]
     ) -> tuple[Array, Params, Params]:
-        """Loss, each device's own gradients of the towers `[N, ...]`, and the scalars' gradients.
+        """Returns the loss and the gradients of the towers and of the scalars.
 
-        All else is freed before the update.
+        Gradients of the towers are each device's own, `[N, ...]`. Everything else is freed before
+        the update.
         """
         towers = self._cast_params(state.params)
         features = self._each(
@@ -148,9 +150,9 @@ class HostStep:
         return value, total, d_scalars
 
     def _each(self, batch: dict[str, np.ndarray], carry: Any, call: Any) -> Any:
-        """Folds `call(carry, microbatch i, i)` over all i, each sent while the one before runs.
+        """Folds `call(carry, microbatch i, i)` over all i, sending each while the last one runs.
 
-        At most two are on the devices: before a third is sent, the first is waited for.
+        At most two microbatches are on the devices: a third is sent only after the first is done.
         """
         folded = {
             name: x.reshape(self._local_devices, self._count, -1, *x.shape[1:])
@@ -170,7 +172,7 @@ class HostStep:
         return carry
 
     def phases(self) -> dict[str, Phase]:
-        """What a step compiles, in its order, as shapes: for the planner."""
+        """Returns what a step compiles, in order, as shapes for the planner."""
         config, model, mesh = self._config, self._model, self._mesh
         state = abstract_state(model, make_optimizer(config), mesh)
         towers, scalars = split(state.params)

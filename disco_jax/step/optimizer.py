@@ -1,4 +1,4 @@
-"""Optimisers by name, from Optax, with CLIP's exceptions from weight decay, warm-up and cosine."""
+"""Optax optimizers by name, with CLIP's weight decay exceptions and warmup-cosine schedule."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-# Parameters that are pulled to no particular value: gains, biases, single vectors and scalars.
+# Parameters without weight decay: gains, biases, single vectors and scalars.
 UNDECAYED = frozenset(
     {"scale", "bias", "proj_bias", "class_embedding", "logit_scale", "logit_bias"}
 )
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up to the peak at update `warmup_steps`, then a cosine to 0 at `num_steps`.
+    """Linear warmup to the peak at update `warmup_steps`, then cosine decay to 0 at `num_steps`.
 
-    As OpenCLIP's: the first update has a rate of `peak / warmup_steps`, not 0.
+    As in OpenCLIP, the first update has a rate of `peak / warmup_steps`, not 0.
     """
     peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
     cosine = optax.cosine_decay_schedule(peak, max(config.num_steps - warmup, 1))
@@ -26,13 +26,14 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, if any, then the optimiser that the config names.
+    """Returns the optimizer that the config names, after clipping by global norm, if any.
 
-    - `adamw`: 8 bytes of state a parameter.
-    - `lion` (Chen et al., 2023): 4 bytes; wants a learning rate some 3 to 10 times smaller.
-    - `adafactor` (Shazeer and Stern, 2018): factored second moment and no first; next to nothing.
-    - `muon` (Jordan et al., 2024): the blocks' matrices by orthogonalised momentum, 4 bytes, scaled
-      so that AdamW's learning rate serves (Liu et al., 2025); AdamW without decay for the rest.
+    - `adamw`: 8 bytes of state per parameter.
+    - `lion` (Chen et al., 2023): 4 bytes; needs a learning rate about 3 to 10 times smaller.
+    - `adafactor` (Shazeer and Stern, 2018): factored second moment, no first; almost no state.
+    - `muon` (Jordan et al., 2024): orthogonalized momentum for the blocks' matrices, 4 bytes,
+      scaled so that AdamW's learning rate works (Liu et al., 2025); AdamW without decay for the
+      rest.
     """
     c, rate = config.optimizer, make_schedule(config)
     if c.name == "adamw":
@@ -42,7 +43,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     elif c.name == "lion":
         optimizer = optax.lion(rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=decay_mask)
     elif c.name == "adafactor":
-        # optax.adafactor's own decay is not scaled by the learning rate: so built from its parts.
+        # Built from parts because optax.adafactor does not scale its decay by the learning rate.
         optimizer = optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
@@ -60,21 +61,21 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
             consistent_rms=0.2,
         )
     else:
-        raise ValueError(f"optimizer.name {c.name!r} is not known")
+        raise ValueError(f"optimizer.name {c.name!r} is not one of adamw, lion, adafactor, muon")
     if c.grad_clip_norm:
         return optax.chain(optax.clip_by_global_norm(c.grad_clip_norm), optimizer)
     return optimizer
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the parameters that decay. By name: a stack of layers makes every bias a matrix."""
+    """Returns True for parameters that decay, by name: stacking layers makes biases matrices."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
 
 
 def muon_matrices(params: Any) -> Any:
-    """Which axes of a parameter are a matrix for Muon: those of the blocks' stacked kernels.
+    """Returns the matrix axes of each parameter for Muon: those of the blocks' stacked kernels.
 
-    The fused projection to queries, keys and values, `[layers, width, 3 width]`, is one matrix.
+    The fused query, key and value projection, `[layers, width, 3 width]`, counts as one matrix.
     """
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it comes to be on the mesh."""
+"""The training state, and how it is created on the mesh."""
 
 from typing import Any, NamedTuple
 
@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 from disco_jax.mesh import batch_sharding, state_sharding
 from disco_jax.models import CLIP, CLIPConfig, Params
 
-# A tower's parameters behind its blocks, trained with the last of them.
+# A tower's parameters after its blocks, trained together with the last blocks.
 AFTER_BLOCKS = ("ln_post", "pool", "ln_final", "proj", "proj_bias")
 
 
 class TrainState(NamedTuple):
-    """Updates done, the parameters as a nested dict, and the optimiser's state.
+    """The number of updates, the parameters as a nested dict, and the optimizer state.
 
-    Parameters that are not trained are in `params`, and have no part in `opt_state`.
+    Parameters that are not trained are in `params` but not in `opt_state`.
     """
 
     step: jax.Array
@@ -27,10 +27,11 @@ class TrainState(NamedTuple):
 
 
 def trained(config: CLIPConfig, params: Params) -> Params:
-    """The parameters that training changes: all, unless a tower's `trained_blocks` says otherwise.
+    """Returns the parameters to train: all, unless a tower's `trained_blocks` says otherwise.
 
-    Of a tower of which only the last blocks are trained: those, cut off the stack, and what
-    follows them. Of one with 0 (LiT, Zhai et al., 2022): nothing.
+    If only the last blocks of a tower are trained, these are those blocks, sliced from the stack,
+    and the layers after them. With `trained_blocks` 0 (LiT, Zhai et al., 2022), nothing of it is
+    trained.
     """
     kept = dict(params)
     for tower, blocks in _partly_trained(config, params):
@@ -43,7 +44,7 @@ def trained(config: CLIPConfig, params: Params) -> Params:
 
 
 def with_trained(config: CLIPConfig, params: Params, changed: Params) -> Params:
-    """`params` with what `trained` gave of them replaced by `changed`."""
+    """Returns `params` with the subset that `trained` selects replaced by `changed`."""
     merged = params | changed
     for tower, blocks in _partly_trained(config, params):
         merged[tower] = params[tower]
@@ -70,7 +71,7 @@ def _init(config: CLIPConfig, optimizer: optax.GradientTransformation, seed: int
 def abstract_state(
     config: CLIPConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The state as shapes with shardings: to restore into, to compile for, to initialise by."""
+    """Returns the state as shapes with shardings, to restore, compile or initialize it."""
     shapes = jax.eval_shape(lambda: _init(config, optimizer, 0))
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding(mesh, x.shape)),
@@ -79,7 +80,7 @@ def abstract_state(
 
 
 def abstract_batch(config: CLIPConfig, batch_size: int, mesh: Mesh) -> dict[str, Any]:
-    """A training batch as shapes with shardings."""
+    """Returns a training batch as shapes with shardings."""
     size, length = config.vision.image_size, config.text.context_length
     rows = batch_sharding(mesh)
     return {
@@ -91,6 +92,6 @@ def abstract_batch(config: CLIPConfig, batch_size: int, mesh: Mesh) -> dict[str,
 def init_state(
     config: CLIPConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
 ) -> TrainState:
-    """A new state, made where it belongs: no device ever holds more than its share."""
+    """Initializes a state in its sharding: no device ever holds more than its share."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
     return jax.jit(lambda: _init(config, optimizer, seed), out_shardings=shardings)()

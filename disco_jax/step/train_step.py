@@ -1,4 +1,4 @@
-"""One update: both towers, the loss over the mesh, gradients, optimiser. Pure, and jitted once."""
+"""One update: both towers, the loss over the mesh, gradients, optimizer. Pure, and jitted once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,15 +22,16 @@ StepFn = Callable[[TrainState, dict[str, Any]], tuple[TrainState, Metrics]]
 
 
 def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn:
-    """The jitted step of `config` on `mesh`: (state, batch) to (state, metrics).
+    """Returns the jitted step of `config` on `mesh`: (state, batch) -> (state, metrics).
 
-    The batch holds uint8 `images` `[B, h, w, 3]` and int32 `tokens` `[B, context_length]`, split
-    over the mesh. The state is donated: the one passed in is gone. Metrics are fp32 scalars:
-    `train/loss`, `train/logit_scale` (the factor), `train/grad_norm`, `train/learning_rate`, and
-    `train/skipped`, 1 where loss or gradients were not finite and the update was left out.
+    The batch contains uint8 `images` `[B, h, w, 3]` and int32 `tokens` `[B, context_length]`,
+    sharded over the mesh. The state is donated: don't use the one passed in again. Metrics are fp32
+    scalars: `train/loss`, `train/logit_scale` (the factor), `train/grad_norm`,
+    `train/learning_rate`, and `train/skipped`, which is 1 if loss or gradients were not finite and
+    the update was skipped.
 
     Raises:
-      ValueError: the config names what is not there, or sizes do not fit the mesh.
+      ValueError: if the config contains an unknown name, or sizes do not fit the mesh.
     """
     fns = make_model_fns(config, model, mesh)
     gradient = (by_microbatches if config.microbatch else whole_batch)(config, fns, model, mesh)
@@ -50,11 +51,12 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
 
 
 def batches_on_devices(config: ConfigDict) -> int:
-    """How many batches of images the devices hold at once, for the loop and for the planner.
+    """Returns how many batches of images the devices hold, for the loop and the planner.
 
-    Two: the next one is sent while a step runs, which hides it. By microbatches one: such a step is
-    long beside the sending, and its images may be most of what a device holds. (In the host's
-    memory, `microbatch_mode = "host"`, they are two microbatches: training/host_step.py.)
+    Two by default: the next batch is sent while a step runs, which hides the transfer. One with
+    microbatches: such a step takes long compared to the transfer, and its images may fill most of
+    the device memory. (With images in host memory, `microbatch_mode = "host"`, the devices hold two
+    microbatches: step/host_step.py.)
     """
     return 1 if config.microbatch else 2
 
@@ -62,9 +64,9 @@ def batches_on_devices(config: ConfigDict) -> int:
 def make_update(
     config: ConfigDict, model: CLIPConfig
 ) -> Callable[[TrainState, Array, Params], tuple[TrainState, Metrics]]:
-    """(state, loss, gradients) to (state, metrics): the optimiser's part of a step."""
+    """Returns (state, loss, gradients) -> (state, metrics), the optimizer's part of a step."""
     optimizer, schedule = make_optimizer(config), make_schedule(config)
-    # SigLIP's scale has no bound: its published models are above CLIP's.
+    # SigLIP's scale is not clamped: its published models exceed CLIP's bound.
     clamp = clamp_logit_scale if config.loss.kind == "softmax" else lambda params: params
 
     def update(state: TrainState, loss: Array, grads: Params) -> tuple[TrainState, Metrics]:
@@ -72,14 +74,14 @@ def make_update(
         updates, opt_state = optimizer.update(grads, state.opt_state, changing)
         changed = clamp(optax.apply_updates(changing, updates))
         grad_norm = optax.tree.norm(grads)
-        # What is not finite would stay in the parameters for ever: such an update is left out.
+        # Skip updates that are not finite: they would stay in the parameters forever.
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         changed, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
             (changed, opt_state),
             (changing, state.opt_state),
         )
-        # Time goes on all the same: the schedule's count is the run's, also after such a step.
+        # The schedule counts the steps of the run, including skipped ones.
         opt_state = optax.tree.set(opt_state, of_schedule, count=state.step + 1)
         params = with_trained(model, state.params, changed)
         metrics = {
@@ -95,16 +97,16 @@ def make_update(
 
 
 def of_schedule(path: tuple[Any, ...], value: Any) -> bool:
-    """Whether a number of the optimiser's state counts the updates for the learning rate."""
+    """Whether an entry of the optimizer state is the update count of the schedule."""
     return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
 
 
 def state_shardings(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> TrainState:
-    """Where each array of the state lies."""
+    """Returns the sharding of each array of the state."""
     state = abstract_state(model, make_optimizer(config), mesh)
     return jax.tree.map(lambda x: x.sharding, state)
 
 
 def clamp_logit_scale(params: dict[str, Any]) -> dict[str, Any]:
-    """The scale kept within [1, 100], as CLIP's authors found necessary (section 2.5)."""
+    """Clamps the scale to [1, 100], as CLIP's authors found necessary (section 2.5)."""
     return params | {"logit_scale": jnp.clip(params["logit_scale"], 0.0, MAX_LOGIT_SCALE)}
