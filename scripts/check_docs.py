@@ -1,11 +1,11 @@
-"""Runs what README.md and docs/*.md tell people to type, in a fresh copy of the repository.
+"""Runs the commands in README.md and docs/*.md, in a fresh clone of the repository.
 
     python scripts/check_docs.py [--only=TEXT] [--list]
 
-A command is an indented line that begins with a program; consecutive lines are one script. What
-would take hours runs shortened (SHORTER), what needs a cluster, an account or another library is
-checked otherwise (ELSEWHERE); both are told. Blocks of Python are run as well (NAMES).
-Needs requirements-dev.txt, and a checkout whose commits are what is to be checked.
+A command is an indented line that starts with a known program (PROGRAMS); consecutive commands form
+one script. Commands that would take hours are shortened (SHORTER). Commands that need a cluster, an
+account or another library are replaced by another check (ELSEWHERE). The output reports both.
+Python blocks run too (NAMES). Needs requirements-dev.txt, and checks only what is committed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("python ", "make ", "pip ", "sbatch ", "kubectl ", "PLAN=", "$PLAN ", "PYTHONPATH=")
-# The hub's repositories and people's own files are stood in for by what FILES makes.
+# FILES creates stand-ins for repositories on the Hub and for the user's own files.
 OPENCLIP = "stand_ins/openclip"
 FILES = f"""
 import io, json, shutil, tarfile
@@ -51,7 +51,7 @@ SHORT = " ".join(
     f"--config.{field}"
     for field in ("num_steps=4", "batch_size=16", "eval.every=0", "checkpoint_every=2")
 )
-# What is run instead, told in the output. In their order; each may rewrite what another left.
+# Substitutions that shorten commands. They apply in order, each to the result of those before it.
 SHORTER = (
     (r"^make demo.*", "python train.py --config=configs/shapes.py --workdir=runs/shapes"),
     (r"^make test.*", "python -m pytest tests/test_collectives.py"),
@@ -77,14 +77,14 @@ SHORTER = (
     (r"checkpoint WORKDIR", "checkpoint runs/shapes"),
 )
 YAML = "import sys, yaml; list(yaml.safe_load_all(sys.stdin))"
-# What can't run on any machine, and what is done instead.
+# Commands that can't run on every machine, and what to run instead.
 ELSEWHERE = (
     (r"^sbatch (\S+)", r"bash -n \1"),
     (r"^kubectl apply -f (\S+)", rf"python -c '{YAML}' < \1"),
     (r"^pip install", "true"),
     (r"--peer openclip|parity\.py", "true"),  # needs requirements-bench.txt
 )  # fmt: skip
-# What the examples in Python may take for granted.
+# Names that the Python examples may use without defining them.
 NAMES = """
 import jax, numpy as np
 from disco_jax.config import default
@@ -100,7 +100,7 @@ logit_scale = np.float32(10)
 
 
 def blocks(text: str) -> tuple[list[list[str]], list[str]]:
-    """Scripts of shell commands, and blocks of Python, of one document."""
+    """Extracts the shell scripts and the Python blocks of one document."""
     python = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     shell: list[list[str]] = []
     inside = False
@@ -113,18 +113,18 @@ def blocks(text: str) -> tuple[list[list[str]], list[str]]:
 
 
 def runnable(command: str) -> tuple[str, str]:
-    """What is run for a command, and what to say of it."""
+    """Returns what to run for a command, and a label for the output."""
     for pattern, instead in ELSEWHERE:
         if found := re.search(pattern, command):
             return found.expand(instead), "elsewhere"
     short = command
     for pattern, instead in SHORTER:
         short = re.sub(pattern, instead, short)
-    return short, "as it is" if short == command else "shortened"
+    return short, "as written" if short == command else "shortened"
 
 
 def run(script: str, where: Path) -> str:
-    """What a script printed if it failed, else nothing."""
+    """Runs a script; returns the end of its output if it failed, else an empty string."""
     path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
     job = subprocess.run(
         ["bash", "-ec", script],
@@ -137,10 +137,10 @@ def run(script: str, where: Path) -> str:
 
 
 def main() -> None:
-    """Ends with 1 where anything failed."""
+    """Runs the scripts; exits with 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="commands that contain this text")
-    parser.add_argument("--list", action="store_true", help="tell what would be run")
+    parser.add_argument("--only", default="", help="run only the commands that contain this text")
+    parser.add_argument("--list", action="store_true", help="list what would run")
     arguments = parser.parse_args()
     done: set[str] = set()
     failed = 0
@@ -148,22 +148,22 @@ def main() -> None:
         where = Path(folder) / "copy"
         subprocess.run(["git", "clone", "--quiet", ROOT, where], check=True)
         (where / "data").mkdir()
-        if (ROOT / "data/shapes").is_dir():  # else the first command draws it
+        if (ROOT / "data/shapes").is_dir():  # otherwise the first command draws it
             (where / "data/shapes").symlink_to(ROOT / "data/shapes")
         if not arguments.list and (told := run(f"python - <<'END'{FILES}END", where)):
             sys.exit(told)
         for document in (where / "README.md", *sorted((where / "docs").glob("*.md"))):
-            for left in ("runs/mine", "runs/pairs", "models"):  # each document begins anew
+            for left in ("runs/mine", "runs/pairs", "models"):  # each document starts fresh
                 shutil.rmtree(where / left, ignore_errors=True)
             shell, python = blocks(document.read_text())
             scripts = [("\n".join(c), [runnable(line) for line in c]) for c in shell]
             scripts += [
-                (code, [(f"python - <<'END'{NAMES}{code}END", "as it is")]) for code in python
+                (code, [(f"python - <<'END'{NAMES}{code}END", "as written")]) for code in python
             ]
             for shown, lines in scripts:
                 script = "\n".join(command for command, _ in lines)
-                script += "\nfor job in $(jobs -p); do wait $job; done"  # a bare wait never fails
-                # The first one trains what others evaluate and export.
+                script += "\nfor job in $(jobs -p); do wait $job; done"  # a bare `wait` never fails
+                # Always run the first script: it trains the model that others evaluate and export.
                 if script in done or (done and arguments.only not in shown):
                     continue
                 done.add(script)
