@@ -146,11 +146,11 @@ def test_texts_are_cleaned_ended_and_padded(tmp_path):
 
 def test_a_tokenizer_that_does_not_fit_is_refused(theirs, tmp_path):
     path = write_tokenizer(tmp_path / "t.json")
-    with pytest.raises(UserError, match=r"has 8 tokens, and the model 7: set model\.tokenizer"):
+    with pytest.raises(UserError, match=r"has 8 tokens, but the model has 7; set model\.tokenizer"):
         make_tokenizer(TextConfig(vocab_size=7, tokenizer=str(path), pool="last"))
-    with pytest.raises(UserError, match="the tokenizer of CLIP has 49,408 tokens, and the model"):
+    with pytest.raises(UserError, match="the tokenizer of CLIP has 49,408 tokens, but the model"):
         make_tokenizer(PRESETS["ViT-B-16-SigLIP"].text)
-    with pytest.raises(UserError, match="pools at the end of text of CLIP's"):
+    with pytest.raises(UserError, match="pools at the end-of-text token of CLIP's"):
         make_tokenizer(TextConfig(tokenizer=str(path)))
     with pytest.raises(UserError, match="neither the token </s> nor <eos> and <pad>"):
         FileTokenizer(write_tokenizer(tmp_path / "n.json", ["<unk>"]), 4)

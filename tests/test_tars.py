@@ -195,7 +195,7 @@ def test_a_shard_that_vanishes_or_changes_is_a_bad_sample(tmp_path):
 
 def test_all_bad_ends_in_an_error(tmp_path):
     load = load_of([write(tmp_path / "0.tar", {"x.jpg": b"?", "x.txt": b"t"})])
-    with pytest.raises(UserError, match="100 samples drawn one after the other are bad"):
+    with pytest.raises(UserError, match="100 samples drawn in a row are bad"):
         load.train(0, 0)
 
 

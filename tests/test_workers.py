@@ -105,7 +105,7 @@ def test_data_that_do_not_come_end_the_run():
     def stuck(timeout: float) -> Batches:
         return Batches((never.wait() for _ in range(9)), 1, timeout, memory=None)
 
-    with pytest.raises(DataLost, match=r"no data came for \d s \(data.timeout\)"):
+    with pytest.raises(DataLost, match=r"no data arrived for \d s \(data.timeout\)"):
         next(stuck(1.0))
     assert stuck(60.0).next(lambda: True) is None
     never.set()

@@ -1,4 +1,4 @@
-"""What was wrong with the data: counted by kind, written down, and too much of it an error."""
+"""Counts bad samples by kind, logs them, and stops the run if there are too many."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,18 +11,18 @@ from disco_jax.data.source import KINDS
 from disco_jax.errors import UserError
 from disco_jax.runs.jsonl import JsonLines
 
-WRITTEN = 10_000  # bad samples written down; beyond, they are only counted
-AT_LEAST = 1_000  # samples that the share of bad ones is taken of, so that one alone is not a lot
+WRITTEN = 10_000  # bad samples logged; any further ones are only counted
+AT_LEAST = 1_000  # minimum denominator of the bad fraction, so that one bad sample is not too many
 
 
 class BadSamples:
-    """Counts over a whole run: they are part of its checkpoints.
+    """Counts and logs the bad samples of a whole run; the counts are saved in its checkpoints.
 
     Args:
-      path: the file they are written down in.
-      max_fraction: bad samples among all that were tried, above which the run stops.
-      step: where the run goes on; what was written past it is dropped.
-      counts: by kind, at that step.
+      path: the log file.
+      max_fraction: the fraction of bad samples, among all tried, above which the run stops.
+      step: the step to resume from; later lines of the log are dropped.
+      counts: the counts by kind at that step.
     """
 
     def __init__(self, path: Path, max_fraction: float, step: int, counts: dict[str, int]):
@@ -31,10 +31,10 @@ class BadSamples:
         self._lines = JsonLines(self._path, step)
 
     def add(self, failures: Iterable[Failure], step: int, samples: int) -> None:
-        """Counts the bad samples of a step; this process has seen `samples` good ones.
+        """Counts the bad samples of a step, after `samples` good ones in this process.
 
         Raises:
-          UserError: there are too many.
+          UserError: if there are too many.
         """
         new = list(failures)
         if not new:
@@ -55,8 +55,8 @@ class BadSamples:
 
 
 def total_counts(counts: Counter[str]) -> Counter[str]:
-    """The counts of all processes together; all must call it."""
-    import jax  # here: data workers import this file, and have no use for it
+    """Returns the counts summed over all processes, all of which must call it."""
+    import jax  # lazy: data workers import this module without needing JAX
     from jax.experimental.multihost_utils import process_allgather
 
     own = np.array([counts[kind] for kind in KINDS], np.int32)
@@ -65,29 +65,30 @@ def total_counts(counts: Counter[str]) -> Counter[str]:
 
 
 def as_metrics(counts: Counter[str]) -> dict[str, float]:
-    """`data/bad`, and `data/bad_KIND` of each kind there was; nothing where there was none."""
+    """Returns `data/bad` and the `data/bad_KIND` of each kind found; empty if there are none."""
     kinds = {f"data/bad_{kind}": float(n) for kind, n in sorted(counts.items())}
     return {"data/bad": float(counts.total()), **kinds} if kinds else {}
 
 
 def own_share(counts: dict[str, int], index: int, processes: int) -> dict[str, int]:
-    """What process `index` takes up of all processes' counts, however many there were then.
+    """Returns the part of the global `counts` that process `index` resumes with.
 
-    About as much each: a process compares its count with the samples it has seen itself.
+    The counts are split evenly, for any previous number of processes, because each process compares
+    its count with the samples that it has seen itself.
     """
     return {kind: n // processes + (index < n % processes) for kind, n in counts.items()}
 
 
 def describe(counts: Counter[str]) -> str:
-    """`3 broken_image, 1 empty_caption`: the commonest first."""
+    """Returns e.g. `3 broken_image, 1 empty_caption`, with the most common kind first."""
     return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
 
 
 def check_problems(problems: Counter[str], samples: int, max_fraction: float) -> None:
-    """Raises UserError where an index found more wrong than may be."""
+    """Raises UserError if indexing the source found too many problems."""
     total = problems.total()
     if total > max_fraction * max(samples + total, AT_LEAST):
         raise UserError(
-            f"data.name: {describe(problems)} beside {samples} samples, more than "
+            f"data.name: {describe(problems)} for {samples} usable samples, more than "
             f"data.max_bad_fraction = {max_fraction} allows"
         )

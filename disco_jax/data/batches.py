@@ -1,7 +1,7 @@
-"""Batches put together from the pieces of data workers, with an eye on the workers.
+"""Assembles batches from the pieces that data workers deliver, and monitors the workers.
 
-A worker can die (the kernel's out-of-memory killer takes the largest process) or get stuck (a file
-system that does not answer): every wait here is bounded.
+A worker can die (the kernel's out-of-memory killer picks the largest process) or get stuck (on a
+file system that does not respond), so every wait here is bounded.
 """
 
 import multiprocessing
@@ -21,30 +21,30 @@ from disco_jax.data.shared_memory import SharedMemory
 from disco_jax.display.terminal import say
 from disco_jax.errors import READER, DataLost
 
-POLL = 0.5  # seconds between looks at the workers while a batch is waited for
-GRACE = 5.0  # seconds for a batch that is due when the run is told to stop, and for a worker's end
-NOTICE = 60.0  # seconds without data after which that is told
+POLL = 0.5  # seconds between checks on the workers while waiting for a batch
+GRACE = 5.0  # seconds to wait for a pending batch when the run stops, and for workers to exit
+NOTICE = 60.0  # seconds without data before a notice is printed
 
 
 class Batch(NamedTuple):
-    """What a step takes, and what it does not: who is in it, and what was bad."""
+    """The arrays for one training step, with the keys of its samples and the bad samples."""
 
     arrays: dict[str, np.ndarray]  # images uint8 [b, size, size, 3]; tokens int32 [b, context]
-    labels: np.ndarray  # int32 [b]; empty where the source has none
+    labels: np.ndarray  # int32 [b]; empty if the source has none
     keys: np.ndarray  # str [b]
     failures: list[Failure]
 
 
 class Batches:
-    """Puts `count` pieces together to a batch, the next one while the last is in use.
+    """Iterator that joins `count` pieces into a batch, one batch ahead of the caller.
 
-    In a thread: a step by the host's loop leaves the main one no time.
+    Batches are assembled in a thread, because the main thread is busy running the host's loop.
 
     Args:
-      pieces: an iterator of Grain's, with a `close`.
-      count: pieces of a batch.
-      timeout: seconds without a piece after which the data count as lost.
-      memory: the workers' shared memory, where there are workers.
+      pieces: a Grain iterator, which has a `close` method.
+      count: pieces per batch.
+      timeout: seconds without a piece after which `DataLost` is raised.
+      memory: the workers' shared memory; None without workers.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Batches:
         self._workers: dict[int, BaseProcess] = {}  # by pid
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._next: Future[Batch] | None = None  # workers start with the first batch asked for
-        self._came = time.monotonic()  # when the last piece did
+        self._next: Future[Batch] | None = None  # workers start on the first request
+        self._came = time.monotonic()  # when the last piece arrived
 
     def __iter__(self) -> "Batches":
         return self
@@ -67,25 +67,25 @@ class Batches:
         return batch
 
     def next(self, stops: Callable[[], bool]) -> Batch | None:
-        """The next batch; None once `stops` is true and the batch does not come soon.
+        """Returns the next batch, or None if `stops()` is true and it does not arrive soon.
 
         Raises:
-          DataLost: a worker died, or no data came for `timeout` seconds.
+          DataLost: if a worker died or no data arrived for `timeout` seconds.
         """
         future = self._next = self._next or self._assembled()
-        self._came = time.monotonic()  # what was not asked for can't be late
+        self._came = time.monotonic()  # the timeout counts from this request
         asked, noticed = 0.0, False
         while not wait([future], POLL).done:
             self._check_workers()
             late = time.monotonic() - self._came
             if late > self._timeout:
                 raise DataLost(
-                    f"no data came for {late:.0f} s (data.timeout): a file system that does not "
-                    "answer, or a worker that is stuck"
+                    f"no data arrived for {late:.0f} s (data.timeout): the file system does not "
+                    "respond, or a worker is stuck"
                 )
             if late > NOTICE and not noticed:
                 noticed = True
-                say(f"no data came for {late:.0f} s; waiting up to data.timeout", sys.stderr)
+                say(f"no data for {late:.0f} s; waiting up to data.timeout", sys.stderr)
             if stops():
                 asked = asked or time.monotonic()
                 if time.monotonic() - asked > GRACE:
@@ -99,12 +99,12 @@ class Batches:
             return future.result()
         except RuntimeError as error:
             self._check_workers()
-            if "Worker process was terminated" in str(error):  # Grain was the first to see it
+            if "Worker process was terminated" in str(error):  # Grain noticed first
                 raise DataLost(_death("a data worker", None)) from error
             raise
 
     def _assembled(self) -> Future[Batch]:
-        """A batch to be; of a thread that does not keep the program from ending."""
+        """Starts assembling a batch in a daemon thread, which does not block interpreter exit."""
         future: Future[Batch] = Future()
 
         def assemble() -> None:
@@ -125,7 +125,7 @@ class Batches:
                 raise CancelledError
             piece = next(self._pieces)
             self._came = time.monotonic()
-            # Copied at once: to keep all pieces until the last is there would take twice as much.
+            # Copy each piece as it arrives: keeping them all until the last one doubles the memory.
             for name, rows in piece.arrays.items():
                 n = len(rows)
                 if name not in whole:
@@ -142,7 +142,7 @@ class Batches:
         )
 
     def _check_workers(self) -> None:
-        """Raises DataLost where one has died: Grain may wait for the rest of its last message."""
+        """Raises DataLost if a worker died; Grain may wait for the rest of its last message."""
         for child in multiprocessing.active_children():
             if self._memory and child.pid and "grain-process-prefetch" in child.name:
                 self._workers.setdefault(child.pid, child)
@@ -151,7 +151,7 @@ class Batches:
                 raise DataLost(_death(f"data worker {pid}", worker.exitcode))
 
     def close(self) -> None:
-        """Ends the workers: gently, and by force where that takes more than some seconds."""
+        """Stops the workers, killing them if they have not exited after `GRACE` seconds."""
         self._closed = True
         closing = threading.Thread(target=self._close, daemon=True)
         closing.start()
@@ -173,8 +173,8 @@ class Batches:
 def _death(who: str, code: int | None) -> str:
     if code is None or code == -signal.SIGKILL:
         return (
-            f"{who} was killed, most likely because the machine ran out of memory: fewer "
-            "data.num_workers, or smaller batches, take less"
+            f"{who} was killed, most likely because the machine ran out of memory; reduce "
+            "data.num_workers or batch_size"
         )
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return f"{who} died ({how})"

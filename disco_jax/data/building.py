@@ -1,4 +1,4 @@
-"""One process at a time builds what many read: an index, a prepared data set."""
+"""A lock that lets one process at a time build a shared file, e.g. an index or a dataset."""
 
 import fcntl
 import sys
@@ -11,15 +11,15 @@ from disco_jax.display.terminal import say
 
 @contextmanager
 def building(lock: Path, what: str) -> Iterator[None]:
-    """Holds a lock while it lasts; waits, and says so, while another process does.
+    """Context manager that holds a file lock, waiting with a message if another process has it.
 
-    The system lets go of it whatever happens to the process. Where there are no locks, as on some
-    network file systems, or the folder can't be written, nothing is held: what is built must be
-    renamed into its place, so that two who build at once harm no reader.
+    The system releases the lock even if the process is killed. If the file system does not support
+    locks, as on some network file systems, or the folder is not writable, no lock is held. What is
+    built must therefore be renamed into place, so that concurrent builds do not disturb readers.
 
     Args:
-      lock: a file, made if need be, that stays.
-      what: for the message.
+      lock: the lock file, which is created if missing and never removed.
+      what: what is being built, for the message.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def building(lock: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process that makes {what}", sys.stderr)
+            say(f"waiting for another process to build {what}", sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass

@@ -1,4 +1,4 @@
-"""Labelled images in a folder of folders, one a class: `<root>/<class>/*.jpg`."""
+"""Labeled images in one folder per class: `<root>/<class>/*.jpg`."""
 
 import os
 from collections import Counter
@@ -12,14 +12,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class FolderSource:
-    """The images of all classes, folder after folder; a `Source`.
+    """The images of all classes, ordered by class folder and file name; a `Source`.
 
     Args:
-      root: holds the classes' folders; files beside them are not looked at.
-      label_of: the class of a folder's name; raises UserError where there is none.
+      root: contains the class folders; files next to them are ignored.
+      label_of: maps a folder's name to its class; raises UserError for an unknown name.
 
     Raises:
-      UserError: there is no image, or a folder that is no class.
+      UserError: if there are no images, or a folder is not a class.
     """
 
     def __init__(self, root: Path, label_of: Callable[[str], int]):
@@ -27,16 +27,16 @@ class FolderSource:
         self._images = []
         for folder in sorted(path for path in root.iterdir() if path.is_dir()):
             label = label_of(folder.name)
-            with os.scandir(folder) as entries:  # tells what they are without a look at each
+            with os.scandir(folder) as entries:  # gives file types without a stat per file
                 for entry in sorted(entries, key=lambda entry: entry.name):
                     if not entry.name.lower().endswith(SUFFIXES):
                         continue
-                    if not entry.is_file():  # to open a pipe is to wait for its other end
+                    if not entry.is_file():  # opening a pipe would block
                         self.problems["not_a_file"] += 1
                         continue
                     self._images.append((folder / entry.name, label))
         if not self._images:
-            raise UserError(f"{root} holds no folder of images")
+            raise UserError(f"{root} has no images; expected <class>/*.jpg, .jpeg, .png or .webp")
         self.fingerprint = f"{root.name}, {len(self)} images"
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""One sample of the stream: read, decoded, its caption drawn; replaced where it is bad."""
+"""Loads one sample of the stream: reads, decodes, draws a caption, and replaces a bad sample."""
 
 import html
 from collections.abc import Sequence
@@ -12,28 +12,28 @@ from disco_jax.data.source import MAX_TEXT_BYTES, BadSample, Joined, Sample
 from disco_jax.data.transforms import ImageLimits, open_image, to_pixels, to_random_pixels
 from disco_jax.errors import UserError
 
-TRIES = 100  # replacements of one sample, before there is no hope
-_REPLACEMENT = 1  # a stream of random numbers apart from the sample's own
+TRIES = 100  # samples tried for one position before the run stops
+_REPLACEMENT = 1  # separates its random stream from the sample's own
 
 Failure = tuple[str, str, str]  # kind, key and detail of a bad sample
 
 
 class Loaded(NamedTuple):
-    """A sample ready for its batch."""
+    """A sample ready to be batched."""
 
     key: str
     pixels: np.ndarray  # uint8 [size, size, 3]
-    captions: tuple[str, ...]  # in training the one that was drawn
+    captions: tuple[str, ...]  # in training, only the one drawn
     label: int | None
-    image_name: str | None  # equal for samples of one and the same image; None: of its own
-    failures: tuple[Failure, ...]  # bad samples that stood in its place
+    image_name: str | None  # equal for samples that share an image; None: not shared
+    failures: tuple[Failure, ...]  # the bad samples that it replaces
 
 
 class Load:
-    """Loads samples of a source, all that is random about them drawn from seed and position.
+    """Loads samples of a source, with all randomness derived from the seed and the position.
 
-    So a sample is the same whatever the number of workers and processes, and after a restart; and a
-    bad one is replaced by another without moving any other.
+    A sample is therefore the same for any number of workers and processes and after a restart, and
+    replacing a bad sample does not shift the others.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Load:
         self._limits = ImageLimits(*(data[name] for name in ImageLimits._fields))
 
     def train(self, position: int, index: int) -> Loaded:
-        """Sample `index` of the source, at this position of the stream; its replacement if bad.
+        """Loads sample `index` of the source for a stream position, or a replacement if it is bad.
 
         Raises:
-          UserError: a hundred replacements are bad too.
+          UserError: if `TRIES` samples in a row are bad.
         """
         failures: list[Failure] = []
         for attempt in range(TRIES):
@@ -58,12 +58,12 @@ class Load:
             index = self._another(index, position, attempt)
         kind, key, detail = failures[0]
         raise UserError(
-            f"{TRIES} samples drawn one after the other are bad; the first is {key}: "
+            f"data.name: {TRIES} samples drawn in a row are bad; the first is {key}: "
             f"{kind} {detail}".rstrip()
         )
 
     def once(self, position: int, index: int, attempt: int = 0) -> Loaded:
-        """As `train`, but without a replacement: raises BadSample."""
+        """Like `train`, but raises BadSample instead of drawing a replacement."""
         rng = np.random.default_rng((self._seed, position, attempt))
         sample = self._source[index]
         captions = usable_captions(sample)
@@ -72,10 +72,10 @@ class Load:
         return Loaded(sample.key, self._pixels(sample, rng), captions, sample.label, None, ())
 
     def evaluate(self, index: int) -> Loaded:
-        """Sample `index` by the evaluation transform, with all of its captions.
+        """Loads sample `index` with the evaluation transform and all of its captions.
 
         Raises:
-          BadSample: it is bad.
+          BadSample: if the sample can't be used.
         """
         sample = self._source[index]
         image = open_image(sample.image, self._limits, sample.key)
@@ -90,17 +90,17 @@ class Load:
         return to_pixels(image, self._size, sample.key, self._squash)
 
     def _another(self, index: int, position: int, attempt: int) -> int:
-        """Any sample of the same one of the joined sources, so that their weights stay."""
+        """Draws a sample from the same joined source, which preserves the mixing weights."""
         part = self._source.part(index)
         rng = np.random.default_rng((self._seed, position, attempt, _REPLACEMENT))
         return int(rng.integers(self._source.starts[part], self._source.starts[part + 1]))
 
 
 def usable_captions(sample: Sample) -> tuple[str, ...]:
-    """The sample's captions; none where its source was asked for none.
+    """Returns the sample's captions; empty if its source does not read captions.
 
     Raises:
-      BadSample: one of them is not a text or too long, or there should be some and are not.
+      BadSample: if captions are missing, or one is empty, too large or not text.
     """
     if sample.captions is None:
         return ()
@@ -110,7 +110,7 @@ def usable_captions(sample: Sample) -> tuple[str, ...]:
         raise BadSample("missing_caption", sample.key)
     for caption in captions:
         if isinstance(caption, str | bytes) and len(caption) > MAX_TEXT_BYTES:
-            raise BadSample("too_large", sample.key, f"a caption of {len(caption):,}")
+            raise BadSample("too_large", sample.key, f"a caption of length {len(caption):,}")
     texts = tuple(_decode(caption, sample.key) for caption in captions)
     if not all(html.unescape(text).strip() for text in texts):
         raise BadSample("empty_caption", sample.key)
@@ -124,9 +124,9 @@ def _decode(caption: Any, key: str) -> str:
         except UnicodeDecodeError as error:
             raise BadSample("broken_caption", key, str(error)) from error
     if not isinstance(caption, str):
-        raise BadSample("broken_caption", key, f"{type(caption).__name__} instead of a text")
+        raise BadSample("broken_caption", key, f"{type(caption).__name__} instead of text")
     try:
-        caption.encode()  # lone surrogates, which JSON can hold, are no text
+        caption.encode()  # fails for lone surrogates, which JSON can contain
     except UnicodeEncodeError as error:
         raise BadSample("broken_caption", key, str(error)) from error
     return caption

@@ -1,4 +1,4 @@
-"""Patterns of file names: braces and globs, as webdataset's users write them."""
+"""Expands file name patterns with braces and globs, as in WebDataset."""
 
 import glob
 import math
@@ -11,35 +11,37 @@ from braceexpand import braceexpand
 
 from disco_jax.errors import UserError
 
-MOST = 1_000_000  # files of one pattern
+MOST = 1_000_000  # files per pattern
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files of `{000..099}.tar`, `*.tar` or both at once, in order, none twice.
+    """Returns the files that match a pattern of braces and globs, in order, without duplicates.
+
+    For example, `{000..099}.tar`, `*.tar` or a combination.
 
     Raises:
-      UserError: nothing matches, a file that braces name is not there or is none, or there would be
-        too many.
+      UserError: if nothing matches, a named file is missing or not a regular file, or the pattern
+        expands to too many files.
     """
     text = str(Path(pattern).expanduser())
     try:
         names = [] if _least(text) > MOST else list(islice(_expanded(text), MOST + 1))
     except ValueError as error:
-        raise UserError(f"data.name: the braces of {pattern!r} do not match") from error
+        raise UserError(f"data.name: the braces of {pattern!r} are unbalanced") from error
     if not 0 < len(names) <= MOST:
-        raise UserError(f"data.name: {pattern} stands for more than {MOST:,} files")
-    paths: dict[Path, None] = {}  # in order, none twice
+        raise UserError(f"data.name: {pattern} expands to more than {MOST:,} files")
+    paths: dict[Path, None] = {}  # an ordered set
     for name in names:
         whole = Path(name)
         found = [whole] if whole.is_file() else sorted(Path(whole.anchor).glob(_relative(whole)))
         if whole.is_symlink() and not whole.exists():
-            raise UserError(f"data.name: {whole} is a link to a file that is not there")
+            raise UserError(f"data.name: {whole} is a link to a missing file")
         if not found and glob.has_magic(name):
             raise UserError(f"data.name: no file matches {name}")
         if not found:
-            raise UserError(f"data.name: there is no file {name}")
+            raise UserError(f"data.name: {name} does not exist")
         if wrong := next((path for path in found if not path.is_file()), None):
-            raise UserError(f"data.name: {wrong} is not a file")  # a pipe would be waited for
+            raise UserError(f"data.name: {wrong} is not a regular file")  # a pipe would block
         paths.update(dict.fromkeys(found))
     return list(paths)
 
@@ -49,7 +51,7 @@ def _expanded(text: str) -> Iterator[str]:
 
 
 def _least(text: str) -> int:
-    """How many names `{1..9}` and `{a,b}` in it make at least; they would be made one by one."""
+    """Returns a lower bound on the number of expanded names, without expanding them."""
     count = math.prod(inner.count(",") + 1 for inner in re.findall(r"\{([^{}]*)\}", text))
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", text):
         count *= abs(int(last[:20]) - int(first[:20])) + 1

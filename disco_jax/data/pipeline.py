@@ -1,8 +1,8 @@
-"""From a source to batches, on Grain: decoded, tokenised, in a known order.
+"""Input pipeline on Grain: reads, decodes and tokenizes samples in a deterministic order.
 
-Sample k of a run is a function of the seed and of k alone: epoch after epoch, each a permutation of
-the source, batches cut from the endless row. So the position in the data is one number, the samples
-seen, whatever the number of workers, processes or devices.
+Sample k of a run depends only on the seed and k. The epochs, each a permutation of the source, form
+an endless stream, which is cut into batches. The position in the data is therefore a single number,
+the samples seen, regardless of the number of workers, processes or devices.
 """
 
 import functools
@@ -28,21 +28,21 @@ from disco_jax.data.shared_memory import SharedMemory
 from disco_jax.data.source import BadSample, Joined
 from disco_jax.data.tokenizer import TextTokenizer
 
-ENDLESS = 2**48  # samples: more than any run sees
+ENDLESS = 2**48  # more samples than any run sees
 
 
 class Collate:
-    """Samples to a batch; captions are tokenised together."""
+    """Collates samples into a batch, tokenizing all captions in one call."""
 
     def __init__(self, tokenizer: TextTokenizer, memory: SharedMemory | None = None):
         self._tokenizer, self._memory = tokenizer, memory
 
     def into(self, memory: SharedMemory | None) -> "Collate":
-        """The same, with images in shared memory."""
+        """Returns a copy that puts the images in `memory`, if given."""
         return Collate(self._tokenizer, memory)
 
     def __call__(self, samples: Sequence[Loaded]) -> Batch:
-        """Raises ValueError for no sample at all."""
+        """Returns the batch of `samples`, of which there must be at least one."""
         pixels = [sample.pixels for sample in samples]
         shape = (len(pixels), *pixels[0].shape)
         images = (self._memory.empty if self._memory else np.empty)(shape, np.uint8)
@@ -72,30 +72,30 @@ def train_batches(
     rows: np.ndarray | None = None,
     timeout: float = math.inf,
 ) -> Batches:
-    """This process's share of the batches, from global sample `start` on.
+    """Returns this process's share of the training batches, starting at global sample `start`.
 
-    Workers hand over pieces of at most 64 samples, of which each holds a few: large batches do not
-    wait in every one of them. Two whole batches are in memory, the one in use and the next.
+    Workers deliver batches in pieces (see `piece_size`) and buffer only a few pieces each, so that
+    they do not all hold large batches. Two full batches are in memory: the current and the next.
 
     Args:
       source: the samples.
-      load: what reads them.
-      collate: what joins them.
-      batch_size: samples a batch, over all processes.
-      seed: of the permutations.
-      start: samples seen, over all processes.
-      num_workers: processes that load; 0: the calling one.
-      weights: shares of the joined sources, each of which then has epochs of its own; none: all
-        of them are one set.
+      load: reads and decodes a sample.
+      collate: joins samples into a batch.
+      batch_size: global batch size, over all processes.
+      seed: seed of the permutations.
+      start: samples seen so far, over all processes.
+      num_workers: number of loading processes; 0 loads in the calling process.
+      weights: mixing proportions of the joined sources, each of which then has its own epochs;
+        if empty, the sources form a single dataset.
       rows: int, ascending: the rows of each batch that this process loads (`mesh.own_rows`); all
-        of them by default. Row r of a batch is the same sample whoever loads it.
-      timeout: seconds without data after which they count as lost.
+        by default. Row r of a batch is the same sample whichever process loads it.
+      timeout: seconds without data after which `DataLost` is raised.
     """
     _parse_flags()
     ends = source.starts if weights else [0, len(source)]
     streams = [grain.MapDataset.range(*part).shuffle(seed=seed).repeat() for part in pairwise(ends)]
     order = grain.MapDataset.mix(streams, weights) if weights else streams[0]
-    # The place in the stream goes along: what is random about a sample is drawn from it.
+    # Keep the position in the stream: it seeds the sample's random crop and caption choice.
     placed = order.map_with_index(lambda position, index: (position, int(index)))
     rows = np.arange(batch_size) if rows is None else rows
     share = len(rows)
@@ -112,7 +112,7 @@ def train_batches(
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     stream = loaded.batch(piece, batch_fn=collate.into(memory)).to_iter_dataset(read)
     if num_workers:
-        # Nothing goes through Grain's own shared memory: its names do not tell whose it is.
+        # Disable Grain's own shared memory: its segment names do not identify the run.
         small = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         stream = grain.experimental.WithOptionsIterDataset(stream, small).mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
@@ -122,18 +122,18 @@ def train_batches(
 
 
 def piece_size(share: int) -> int:
-    """Samples in a piece: a divisor of a process's share of the batch, from 8 to 64, or all."""
+    """Samples per piece: the largest divisor of `share` from 8 to 64, or `share` if none."""
     return max((n for n in range(8, 65) if share % n == 0), default=share)
 
 
 class EvalBatch(NamedTuple):
-    """A process's rows of an evaluation batch; None where a sample is bad, or past the end."""
+    """A process's rows of an evaluation batch; None for bad samples and past the end."""
 
     samples: list[Loaded | None]
     failures: list[Failure]
 
     def images(self, size: int) -> np.ndarray:
-        """uint8 `[b, size, size, 3]`, black where there is no sample."""
+        """Returns uint8 `[b, size, size, 3]`; rows without a sample are black."""
         images = np.zeros((len(self.samples), size, size, 3), np.uint8)
         for image, sample in zip(images, self.samples, strict=True):
             if sample is not None:
@@ -141,7 +141,7 @@ class EvalBatch(NamedTuple):
         return images
 
     def labels(self) -> np.ndarray:
-        """int32 `[b]`, -1 where there is no sample or it has no label."""
+        """Returns int32 `[b]`; -1 for rows without a sample or a label."""
         labels = [-1 if s is None or s.label is None else s.label for s in self.samples]
         return np.array(labels, np.int32)
 
@@ -153,10 +153,10 @@ def eval_batches(
     batch_size: int,
     rows: np.ndarray | None = None,
 ) -> Iterator[EvalBatch]:
-    """The `rows` (all by default) of each batch of `length` samples, in order: each sample once.
+    """Iterates over the `rows` (all by default) of batches of `length` samples, in order, once.
 
     Every process gets the same number of batches. Samples are loaded in threads, which take no
-    time to start; decoding leaves Python to them.
+    time to start; decoding releases the GIL.
     """
     rows = np.arange(batch_size) if rows is None else rows
     own = len(rows)
@@ -182,9 +182,9 @@ def eval_batches(
 
 
 def _start_worker(memory: SharedMemory | None, index: int, count: int) -> None:
-    """Makes a worker end when its run is killed; it would wait for ever to be asked for more.
+    """Makes a worker exit when its run is killed; otherwise it would wait for requests forever.
 
-    But not before: signals that tell the run to stop may reach all of its processes.
+    Workers ignore stop signals, which may reach every process of the run.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -203,4 +203,4 @@ def _start_worker(memory: SharedMemory | None, index: int, count: int) -> None:
 
 def _parse_flags() -> None:
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads its own, also in programs that have none
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, even in programs without any

@@ -1,4 +1,4 @@
-"""Which source a name means."""
+"""Opens the source that a name refers to."""
 
 from pathlib import Path
 
@@ -13,16 +13,17 @@ from disco_jax.errors import UserError
 
 
 def open_source(data: ConfigDict, name: str, split: str, *, captions: bool = True) -> Joined:
-    """The samples that `name` stands for, as `config.data.name` does, or several joined by `::`.
+    """Opens the source or sources that `name` refers to, in the syntax of `config.data.name`.
 
     Args:
       data: the config's `data` section.
-      name: `.tar` shards, a `.csv`, `.tsv` or `.parquet` table, or a TFDS data set.
-      split: of TFDS data sets; shards and tables have none.
-      captions: False leaves captions unread.
+      name: `.tar` shards, a `.csv`, `.tsv` or `.parquet` table, or a TFDS dataset; several are
+        joined by `::`.
+      split: the split of TFDS datasets; shards and tables have none.
+      captions: whether to read captions.
 
     Raises:
-      UserError: it is not there, or is not what it should be.
+      UserError: if a source is missing or invalid.
     """
     key = data.caption_key if captions else ""
     return Joined([_open(data, part, split, key) for part in name.split("::")])
@@ -39,7 +40,7 @@ def _open(data: ConfigDict, name: str, split: str, caption_key: str) -> Source:
         return TableSource(paths[0], data.image_key, caption_key)
     if Path(name).expanduser().is_dir():
         raise UserError(f"data.name: {name} is a folder; name its shards, {name}/*.tar, or a table")
-    # Here: TFDS takes seconds to import, and whoever has shards does not need it.
+    # Lazy: TFDS takes seconds to import, and shards and tables do not need it.
     from disco_jax.data.tfds_source import TfdsSource
 
     return TfdsSource(name, split, data.dir, data.image_key, caption_key)

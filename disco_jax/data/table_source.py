@@ -1,4 +1,4 @@
-"""Image-text pairs in a folder, listed with their captions in a CSV, TSV or Parquet table."""
+"""Image-text pairs from a CSV, TSV or Parquet table of image paths and captions."""
 
 import hashlib
 import stat
@@ -20,12 +20,12 @@ class TableSource:
     """The rows of a table, one image each; a `Source`.
 
     Args:
-      table: the file; CSV and TSV begin with a line of column names.
-      image_key: the column of paths, absolute or from the table's folder.
-      caption_key: the column of captions, texts or lists of texts; "", no captions.
+      table: the file; CSV and TSV start with a header row.
+      image_key: the column of image paths, absolute or relative to the table's folder.
+      caption_key: the column of captions, each a text or a list of texts; "" for no captions.
 
     Raises:
-      UserError: the table can't be read, has no such column, or no row.
+      UserError: if the table can't be read, lacks a column, or has no rows.
     """
 
     def __init__(self, table: Path, image_key: str, caption_key: str):
@@ -33,7 +33,7 @@ class TableSource:
         self._columns = self._load()
         self._length = len(self._columns[0])
         if not self._length:
-            raise UserError(f"data.name: {table} has no row")
+            raise UserError(f"data.name: {table} has no rows")
         self.problems: Counter[str] = Counter()
         digest = hashlib.sha256()
         with table.open("rb") as opened:
@@ -42,7 +42,7 @@ class TableSource:
         self.fingerprint = f"{table.name}, {self._length} rows, {digest.hexdigest()[:12]}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_columns": None}  # each process reads the table for itself
+        return self.__dict__ | {"_columns": None}  # each process reads the table itself
 
     def _load(self) -> list[pa.Array]:
         wanted = [key for key in (self._image_key, self._caption_key) if key]
@@ -59,8 +59,8 @@ class TableSource:
                         delimiter="\t" if self._table.suffix == ".tsv" else ",",
                         newlines_in_values=True,
                     ),
-                    # Captions are texts, even where all of them look like numbers; bytes that are
-                    # no UTF-8 are a bad sample, not the table's end.
+                    # Captions are read as bytes: a column that looks like numbers stays text, and
+                    # invalid UTF-8 makes a bad sample instead of failing the whole table.
                     convert_options=pa.csv.ConvertOptions(
                         include_columns=wanted,
                         column_types=dict.fromkeys(wanted, pa.large_binary()),
@@ -87,7 +87,7 @@ class TableSource:
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
-                raise BadSample("unreadable", str(path), "not a plain file")
+                raise BadSample("unreadable", str(path), "not a regular file")
             if status.st_size > MAX_IMAGE_BYTES:
                 raise BadSample("too_large", str(path), f"{status.st_size:,} bytes")
             image = path.read_bytes()
@@ -100,7 +100,7 @@ class TableSource:
 
 
 def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Texts with 64-bit offsets: those of Parquet end at 2 GiB a column."""
+    """Casts texts to 64-bit offsets: with 32 bits, a Parquet column is limited to 2 GiB."""
     large = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
     kind = column.type
     if pa.types.is_list(kind):

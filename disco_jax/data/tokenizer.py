@@ -1,7 +1,7 @@
-"""Texts to token ids, by the `tokenizers` library: CLIP's byte pairs, or a tokenizer.json.
+"""Tokenizes texts with the `tokenizers` library: CLIP's byte-pair encoding or a tokenizer.json.
 
-Cleaning follows OpenAI's and OpenCLIP's: text mended by ftfy, HTML unescaped twice, white space
-collapsed, lower case; for SigLIP without punctuation too.
+Cleaning follows OpenAI and OpenCLIP: text is fixed by ftfy, HTML-unescaped twice, its whitespace
+collapsed, and lowercased. For SigLIP, punctuation is removed as well.
 """
 
 import gzip
@@ -22,13 +22,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from disco_jax.errors import UserError
 
-if TYPE_CHECKING:  # data workers import this file, and have no use for JAX
+if TYPE_CHECKING:  # data workers import this module without needing JAX
     from disco_jax.models.config import TextConfig
 
-_WORD = re.compile("[^\x00-\x20\x7f\ufeff]")  # what is in every line that has a word
+_WORD = re.compile("[^\x00-\x20\x7f\ufeff]")  # matches every line that contains a word
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 START, END = "<start_of_text>", "<end_of_text>"  # as OpenCLIP spells them
-_MERGES = 49152 - 256 - 2  # CLIP uses the first so many of the file
+_MERGES = 49152 - 256 - 2  # CLIP uses only this many of the merges in the file
 _WORDS = (
     r"<start_of_text>|<end_of_text>|'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -36,7 +36,7 @@ _WORDS = (
 
 
 class CLIPTokenizer:
-    """CLIP's: OpenAI's merges; texts to ids, padded with 0 to `context_length` and cut to it."""
+    """CLIP's tokenizer, with OpenAI's merges; pads with 0 or truncates to `context_length`."""
 
     def __init__(self, context_length: int = 77):
         self.context_length = context_length
@@ -51,12 +51,12 @@ class CLIPTokenizer:
         return self._bpe.get_vocab_size()
 
     def ids(self, texts: Sequence[str], enough: int = sys.maxsize) -> list[list[int]]:
-        """Start, ids and end of each text, not padded; cut past `enough` characters."""
+        """Returns each text's ids with start and end, unpadded; cut past `enough` characters."""
         encodings = self._bpe.encode_batch([_first(_cleaned(text), enough) for text in texts])
         return [[self._start, *encoding.ids, self._end] for encoding in encodings]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """int32 `[len(texts), context_length]`; a text that is cut still ends in the end token."""
+        """Returns int32 `[len(texts), context_length]`; truncated texts keep the end token."""
         tokens = np.zeros((len(texts), self.context_length), np.int32)
         for row, ids in zip(tokens, self.ids(texts, self._enough), strict=True):
             if len(ids) > self.context_length:
@@ -66,13 +66,13 @@ class CLIPTokenizer:
 
 
 class FileTokenizer:
-    """A `tokenizer.json` as SigLIP's models have: texts to ids, each ended and padded as there.
+    """A tokenizer read from a `tokenizer.json`, with the end and padding tokens of SigLIP models.
 
-    SigLIP's (T5's sentence pieces) ends in `</s>` and is padded with it; SigLIP 2's (Gemma's) ends
-    in `<eos>` and is padded with `<pad>`.
+    SigLIP's (T5's SentencePiece) ends texts with `</s>` and pads with it; SigLIP 2's (Gemma's) ends
+    texts with `<eos>` and pads with `<pad>`.
 
     Raises:
-      UserError: the file is no tokenizer, or has no such token.
+      UserError: if the file is not a tokenizer or lacks these tokens.
     """
 
     def __init__(self, path: str | Path, context_length: int):
@@ -85,7 +85,7 @@ class FileTokenizer:
             self._end, self._pad = eos, pad
         else:
             raise UserError(f"{path} has neither the token </s> nor <eos> and <pad>")
-        # Twice what could be needed: how a text is cut into pieces may depend on what follows.
+        # Twice the maximum needed, because tokenization may depend on the text that follows.
         self._enough = 2 * context_length * max(map(len, self._pieces.get_vocab()))
 
     @property
@@ -94,7 +94,7 @@ class FileTokenizer:
         return self._pieces.get_vocab_size()
 
     def ids(self, texts: Sequence[str], enough: int = sys.maxsize) -> list[list[int]]:
-        """Ids and end of each text, not padded; cut past `enough` characters."""
+        """Returns each text's ids with the end token, unpadded; cut past `enough` characters."""
         encodings = self._pieces.encode_batch(
             [_first(map(_without_punctuation, _cleaned(text)), enough) for text in texts],
             add_special_tokens=False,
@@ -102,7 +102,7 @@ class FileTokenizer:
         return [[*encoding.ids, self._end] for encoding in encodings]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """int32 `[len(texts), context_length]`; a text that is cut still ends in the end token."""
+        """Returns int32 `[len(texts), context_length]`; truncated texts keep the end token."""
         tokens = np.full((len(texts), self.context_length), self._pad, np.int32)
         for row, ids in zip(tokens, self.ids(texts, self._enough), strict=True):
             if len(ids) > self.context_length:
@@ -115,10 +115,10 @@ TextTokenizer = CLIPTokenizer | FileTokenizer
 
 
 def make_tokenizer(text: "TextConfig") -> TextTokenizer:
-    """The tokenizer of a text tower.
+    """Returns the tokenizer of a text tower.
 
     Raises:
-      UserError: it has more ids than the tower, or its file can't be read.
+      UserError: if its file can't be read or it does not suit the tower.
     """
     if text.tokenizer:
         tokenizer: TextTokenizer = FileTokenizer(text.tokenizer, text.context_length)
@@ -126,11 +126,14 @@ def make_tokenizer(text: "TextConfig") -> TextTokenizer:
         tokenizer = CLIPTokenizer(text.context_length)
     if text.pool == "last" and tokenizer.vocab_size > text.vocab_size:
         raise UserError(
-            f"the tokenizer {text.tokenizer or 'of CLIP'} has {tokenizer.vocab_size:,} tokens, and "
-            f"the model {text.vocab_size:,}: set model.tokenizer to the model's tokenizer.json"
+            f"the tokenizer {text.tokenizer or 'of CLIP'} has {tokenizer.vocab_size:,} tokens, but "
+            f"the model has {text.vocab_size:,}; set model.tokenizer to the model's tokenizer.json"
         )
     if text.tokenizer and text.pool == "argmax":
-        raise UserError("model.tokenizer: this model pools at the end of text of CLIP's tokenizer")
+        raise UserError(
+            "model.tokenizer: this model pools at the end-of-text token of CLIP's tokenizer; leave "
+            "it empty"
+        )
     return tokenizer
 
 
@@ -149,15 +152,15 @@ def _read_tokenizer(path: str) -> Tokenizer:
 
 
 def clean(text: str) -> str:
-    """`text` mended, unescaped, with single spaces, in lower case."""
+    """Returns `text` fixed by ftfy, HTML-unescaped, with single spaces and in lowercase."""
     return " ".join(word for line in _cleaned(text) for word in line).lower()
 
 
 def _cleaned(text: str) -> Iterator[list[str]]:
-    """The words of each line: lines are what ftfy mends one at a time."""
+    """Yields the cleaned words of each line; ftfy fixes text line by line."""
     rules = ftfy.TextFixerConfig(explain=False)
     for line in io.StringIO(text, newline="\n"):
-        if "<" in line:  # HTML, from here on: ftfy leaves its entities to who reads it
+        if "<" in line:  # HTML from here on, in which ftfy keeps entities
             rules = rules._replace(unescape_html=False)
         if not _WORD.search(line):
             continue
@@ -165,9 +168,9 @@ def _cleaned(text: str) -> Iterator[list[str]]:
 
 
 def _first(words: Iterable[list[str]], enough: int) -> str:
-    """Words of so many characters at least, where there are so many, in lower case.
+    """Joins leading lines, lowercased, until they have at least `enough` characters.
 
-    A caption may be a book: ftfy takes seconds for a megabyte of short lines.
+    This bounds the cost of very long captions: ftfy takes seconds for a megabyte of short lines.
     """
     found: list[str] = []
     length = 0
@@ -181,14 +184,14 @@ def _first(words: Iterable[list[str]], enough: int) -> str:
 
 @cache
 def merges() -> list[tuple[str, str]]:
-    """OpenAI's merges, in their order."""
+    """Returns OpenAI's merges, in order of rank."""
     packed = resources.files("disco_jax").joinpath("assets/bpe_simple_vocab_16e6.txt.gz")
     lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
     return [(pair[0], pair[1]) for pair in (line.split() for line in lines[1 : _MERGES + 1])]
 
 
 def vocabulary(start: str = START, end: str = END) -> dict[str, int]:
-    """The id of every token, the two special ones by the names given."""
+    """Returns the id of every token, with the given names for the two special tokens."""
     alphabet = _byte_alphabet()
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     tokens += ["".join(pair) for pair in merges()]
@@ -209,7 +212,7 @@ def _byte_pair_encoder() -> Tokenizer:
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, in the order of CLIP's ids."""
+    """Returns GPT-2's printable substitutes for the 256 bytes, in the order of CLIP's ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = 256 - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]

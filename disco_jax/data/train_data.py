@@ -1,4 +1,4 @@
-"""The data of a training run: its batches, its place in them, and what was bad among them."""
+"""The data of a training run: its batches, its position in the stream, and its bad samples."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -28,19 +28,20 @@ from disco_jax.runs.jsonl import JsonLines, process_file
 
 
 class TrainData:
-    """This process's share of the batches, without an end, from where `position` says.
+    """Endless iterator over this process's share of the batches, resumable from a `position()`.
 
     Args:
-      config: the run's.
-      model: gives the sizes of images and texts.
+      config: the run's config.
+      model: the model's config, for the image size and the tokenizer.
       source: the samples of `config.data`.
-      rows: of each batch, that this process loads (`mesh.own_rows`).
+      rows: the rows of each batch that this process loads (`mesh.own_rows`).
       workdir: the run's folder, for `bad_samples.jsonl` and `keys.jsonl`.
       step: updates taken so far.
-      position: what `position()` was then; empty for a new run.
+      position: the value of `position()` at that step; empty for a new run.
 
     Raises:
-      UserError: the data are not those that the run began with, or too much of it is bad.
+      UserError: if the data differ from those that the run was started with, or too many samples
+        are bad.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class TrainData:
         then = position.get("data", source.fingerprint)
         if then != source.fingerprint:
             raise UserError(
-                f"data.name is not what this run began with: {then} then, {source.fingerprint} "
-                "now; put it back as it was, or choose another workdir"
+                f"data.name: the data have changed since this run was started: {then} then, "
+                f"{source.fingerprint} now; restore them or choose another workdir"
             )
         check_problems(source.problems, len(source), config.data.max_bad_fraction)
         self._source, self._step, self._batch_size = source, step, config.batch_size
@@ -84,18 +85,18 @@ class TrainData:
         )
 
     def __next__(self) -> Batch:
-        """The next step's batch; raises as `next` does."""
+        """Returns the next step's batch; raises the same errors as `next`."""
         batch = self.next(lambda: False)
         if batch is None:
             raise StopIteration
         return batch
 
     def next(self, stops: Callable[[], bool]) -> Batch | None:
-        """The next step's batch; None once `stops` is true and the batch does not come soon.
+        """Returns the next step's batch, or None if `stops()` is true and it does not arrive soon.
 
         Raises:
-          UserError: too many samples are bad.
-          DataLost: a data worker died, or no data came for `data.timeout` seconds.
+          UserError: if too many samples are bad.
+          DataLost: if a data worker died or no data arrived for `data.timeout` seconds.
         """
         batch = self._batches.next(stops)
         if batch is None:
@@ -107,9 +108,9 @@ class TrainData:
         return batch
 
     def position(self) -> dict[str, Any]:
-        """All that a checkpoint needs for the stream to go on after the last batch.
+        """Returns what a checkpoint stores to resume the stream after the last batch.
 
-        To be called by all processes, when no step is in flight.
+        All processes must call it, with no step in flight.
         """
         return {
             "samples_seen": self._step * self._batch_size,
@@ -118,17 +119,17 @@ class TrainData:
         }
 
     def metrics(self) -> dict[str, float]:
-        """Bad samples so far, in all and by kind; nothing where there were none.
+        """Returns the number of bad samples so far, in total and by kind; empty if there are none.
 
-        To be called by all processes.
+        All processes must call it.
         """
         self._total = total_counts(self._bad.counts)
         return as_metrics(self._total)
 
     def report(self) -> str:
-        """What was bad, in one line; empty where nothing was.
+        """Returns a one-line summary of the bad samples; empty if there are none.
 
-        Of several processes' samples those that the metrics have told.
+        With several processes, the counts are those of the last call to `metrics`.
         """
         bad = self._bad.counts if jax.process_count() == 1 else self._total
         told = [
@@ -142,7 +143,7 @@ class TrainData:
         return "; ".join(told)
 
     def close(self) -> None:
-        """Ends the workers and closes the files."""
+        """Stops the workers and closes the files."""
         self._batches.close()
         self._bad.close()
         if self._keys is not None:

@@ -1,4 +1,4 @@
-"""Images from encoded bytes to uint8 arrays of one size. Normalisation happens on the device."""
+"""Decodes images to uint8 arrays of a fixed size. They are normalized on the device."""
 
 import io
 import math
@@ -13,15 +13,15 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample
 
-# By their first bytes. `Image.open` would apply the process's own limit on pixels; ours,
-# `data.max_image_pixels`, is checked before a pixel is decoded.
+# Decoders by an image's first bytes. `Image.open` would apply Pillow's process-wide pixel limit;
+# ours, `data.max_image_pixels`, is checked before any pixel is decoded.
 FORMATS = ((b"\xff\xd8\xff", JpegImageFile), (b"\x89PNG", PngImageFile), (b"RIFF", WebPImageFile))
 BICUBIC = Image.Resampling.BICUBIC
-ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random crops, as torchvision's and OpenCLIP's
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random crops, as in torchvision and OpenCLIP
 
 
 class ImageLimits(NamedTuple):
-    """What an image may measure; the fields of `config.data` by these names."""
+    """Limits on an image's dimensions: the `config.data` fields of the same names."""
 
     max_image_pixels: int
     min_image_side: int
@@ -29,10 +29,10 @@ class ImageLimits(NamedTuple):
 
 
 def open_image(encoded: bytes, limits: ImageLimits, key: str) -> Image.Image:
-    """An image of which the header alone is read.
+    """Opens an image, reading only its header, and checks it against `limits`.
 
     Raises:
-      BadSample: it is none, or not within the limits.
+      BadSample: if it is not an image or exceeds the limits.
     """
     if not encoded:
         raise BadSample("empty_image", key)
@@ -51,50 +51,57 @@ def open_image(encoded: bytes, limits: ImageLimits, key: str) -> Image.Image:
 
 
 def read_header(encoded: bytes, key: str) -> Image.Image:
-    """A JPEG, PNG or WebP of any size, of which the header alone is read.
+    """Opens a JPEG, PNG or WebP of any size, reading only its header.
 
     Raises:
-      BadSample: it is none of them.
+      BadSample: if it is none of these.
     """
     opener = next((opener for start, opener in FORMATS if encoded.startswith(start)), None)
     if opener is None:
         raise BadSample("not_an_image", key)
     try:
         return opener(io.BytesIO(encoded))
-    except Exception as error:  # Pillow's parsers raise whatever a broken header makes them raise
+    except Exception as error:  # Pillow raises all kinds of errors for broken headers
         raise BadSample("not_an_image", key, _first_line(error)) from error
 
 
 def to_pixels(image: Image.Image, size: int, key: str, squash: bool = False) -> np.ndarray:
-    """uint8 `[size, size, 3]`, the evaluation transform: CLIP's, or all of the image squashed.
+    """Applies the evaluation transform: CLIP's resize and crop, or a squash of the whole image.
+
+    Returns:
+      uint8 `[size, size, 3]`.
 
     Raises:
-      BadSample: the image is broken inside.
+      BadSample: if the image data are damaged.
     """
     try:
         rgb = _rgb(image)
         return np.asarray(
             rgb.resize((size, size), BICUBIC) if squash else resize_and_crop(rgb, size)
         )
-    except Exception as error:  # as above, of broken bodies
+    except Exception as error:  # as above, for broken image data
         raise BadSample("broken_image", key, _first_line(error)) from error
 
 
 def to_random_pixels(
     image: Image.Image, size: int, least_area: float, rng: Generator, key: str
 ) -> np.ndarray:
-    """uint8 `[size, size, 3]`, the training transform: a random part, resized.
+    """Applies the training transform, a random resized crop.
 
-    A JPEG is decoded at a half, a quarter or an eighth where that still has more pixels than asked.
+    A JPEG is decoded at half, a quarter or an eighth of its resolution if that still gives enough
+    pixels.
+
+    Returns:
+      uint8 `[size, size, 3]`.
 
     Raises:
-      BadSample: the image is broken inside.
+      BadSample: if the image data are damaged.
     """
     width, height = image.size
     left, top, crop_width, crop_height = random_crop(rng, width, height, least_area)
     try:
         wanted = (width * size // crop_width + 1, height * size // crop_height + 1)
-        image.draft(None, wanted)  # does nothing but for JPEG
+        image.draft(None, wanted)  # has an effect on JPEGs only
         x, y = image.width / width, image.height / height
         box = (left * x, top * y, (left + crop_width) * x, (top + crop_height) * y)
         return np.asarray(_rgb(image).resize((size, size), BICUBIC, box=box))
@@ -105,10 +112,13 @@ def to_random_pixels(
 def random_crop(
     rng: Generator, width: int, height: int, least_area: float
 ) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a part of `least_area` to all of the image's area.
+    """Draws a crop that covers a fraction of the image's area from `least_area` to 1.
 
-    Areas uniform, aspect ratios log-uniform from 3/4 to 4/3, as torchvision's RandomResizedCrop;
-    where ten draws do not fit into the image, its middle, as near to those ratios as it can be.
+    As in torchvision's RandomResizedCrop, areas are uniform and aspect ratios log-uniform from 3/4
+    to 4/3. If ten draws do not fit into the image, takes the largest center crop in that range.
+
+    Returns:
+      Left, top, width and height.
     """
     low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
     for _ in range(10):
@@ -125,7 +135,7 @@ def random_crop(
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """The short side resized to `size` (bicubic) and the middle square cut out, as CLIP does."""
+    """Resizes the short side to `size` (bicubic) and takes the center crop, as CLIP does."""
     width, height = image.size
     if (width, height) == (size, size):
         return image
@@ -139,7 +149,7 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # grey of 16 bits, of which Pillow would keep the lowest 8
+    if image.mode.startswith("I"):  # 16-bit grayscale, of which Pillow would keep the low 8 bits
         image = image.point(lambda value: value * (1 / 257)).convert("L")
     return image if image.mode == "RGB" else image.convert("RGB")
 
