@@ -4,11 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from disco_jax.config import zeroshot_set
 from disco_jax.data.tokenizer import CLIPTokenizer
+from disco_jax.errors import UserError
 from disco_jax.evaluation.baseline import bag_of_colours, fit_predict
 from disco_jax.evaluation.classes import load_templates
 from disco_jax.evaluation.encoder import Encoder
+from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.evaluation.retrieval import _jitted, rank, recall_at
 from disco_jax.evaluation.zeroshot import (
     Confusion,
@@ -21,6 +25,7 @@ from disco_jax.models import PRESETS
 from disco_jax.step.optimizer import optax
 from disco_jax.step.state import init_state
 from tests.conftest import mesh_of
+from tests.test_microbatch import small
 
 
 def test_nearest_classes_by_hand():
@@ -180,3 +185,14 @@ def test_prompts():
 
 def test_fake_devices_are_there():
     assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize("field", ["eval.retrieval_name", "eval.sets.mine.source"])
+def test_a_source_that_is_missing_is_reported_with_its_own_field(field):
+    config, model = small()
+    config.eval.sets.mine = zeroshot_set("shapes", classes="shapes", templates="shapes")
+    if field == "eval.retrieval_name":
+        config.eval.sets = ConfigDict()
+    config.update_from_flattened_dict({field: "no_such_set"})
+    with pytest.raises(UserError, match=f"^{field}: unknown dataset 'no_such_set'"):
+        Evaluator(config, model, mesh_of(1))

@@ -27,21 +27,21 @@ def expand(pattern: str) -> list[Path]:
     try:
         names = [] if _least(text) > MOST else list(islice(_expanded(text), MOST + 1))
     except ValueError as error:
-        raise UserError(f"data.name: the braces of {pattern!r} are unbalanced") from error
+        raise UserError(f"the braces of {pattern!r} are unbalanced") from error
     if not 0 < len(names) <= MOST:
-        raise UserError(f"data.name: {pattern} expands to more than {MOST:,} files")
+        raise UserError(f"{pattern} expands to more than {MOST:,} files")
     paths: dict[Path, None] = {}  # an ordered set
     for name in names:
         whole = Path(name)
         found = [whole] if whole.is_file() else sorted(Path(whole.anchor).glob(_relative(whole)))
         if whole.is_symlink() and not whole.exists():
-            raise UserError(f"data.name: {whole} is a link to a missing file")
+            raise UserError(f"{whole} is a link to a missing file")
         if not found and glob.has_magic(name):
-            raise UserError(f"data.name: no file matches {name}")
+            raise UserError(f"no file matches {name}")
         if not found:
-            raise UserError(f"data.name: {name} does not exist")
+            raise UserError(f"{name} does not exist")
         if wrong := next((path for path in found if not path.is_file()), None):
-            raise UserError(f"data.name: {wrong} is not a regular file")  # a pipe would block
+            raise UserError(f"{wrong} is not a regular file")  # a pipe would block
         paths.update(dict.fromkeys(found))
     return list(paths)
 

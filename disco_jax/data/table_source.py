@@ -33,7 +33,7 @@ class TableSource:
         self._columns = self._load()
         self._length = len(self._columns[0])
         if not self._length:
-            raise UserError(f"data.name: {table} has no rows")
+            raise UserError(f"{table} has no rows")
         self.problems: Counter[str] = Counter()
         digest = hashlib.sha256()
         with table.open("rb") as opened:
@@ -73,7 +73,7 @@ class TableSource:
             field = "image_key" if named == self._image_key else "caption_key"
             raise UserError(f"data.{field}: {self._table} has no column {named!r}") from error
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"data.name: {self._table} can't be read: {error}") from error
+            raise UserError(f"{self._table} can't be read: {error}") from error
 
     def __len__(self) -> int:
         return self._length

@@ -135,7 +135,7 @@ def _is_current(path: Path, shard: Shard | None) -> bool:
     try:
         stat = path.stat()
     except OSError as error:
-        raise UserError(f"data.name: {path} can't be read: {error.strerror}") from error
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
     return shard is not None and (shard.size, shard.time) == (stat.st_size, stat.st_mtime_ns)
 
 
@@ -237,7 +237,7 @@ def scan(path: Path) -> tuple[int, int, bytes, dict[str, int]]:
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 rows, problems = _rows_of(data)
     except OSError as error:
-        raise UserError(f"data.name: {path} can't be read: {error.strerror}") from error
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
     return stat.st_size, stat.st_mtime_ns, rows, dict(problems)
 
 

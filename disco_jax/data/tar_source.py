@@ -45,7 +45,7 @@ class TarSource:
         self._stops = np.cumsum([shard.samples for shard in shards]).tolist()
         self.problems = sum((Counter(shard.problems) for shard in shards), Counter())
         if not len(self):
-            raise UserError(f"data.name: there is no image in {paths[0]} or the shards after it")
+            raise UserError(f"there is no image in {paths[0]} or the shards after it")
         told = "\n".join(f"{Path(s.path).name} {s.size} {s.samples}" for s in shards)
         self.fingerprint = (
             f"{len(shards)} shards, {len(self)} samples, "

@@ -20,7 +20,11 @@ def baselines(config: ConfigDict, sets: dict[str, ZeroShotSet], size: int) -> di
     if not config.eval.baseline_name:
         return metrics
     source = open_source(
-        config.data, config.eval.baseline_name, config.eval.baseline_split, captions=False
+        config.data,
+        config.eval.baseline_name,
+        config.eval.baseline_split,
+        field="eval.baseline_name",
+        captions=False,
     )
     chosen = np.random.default_rng(0).permutation(len(source))[:IMAGES]
     seen, labels = _load(Load(source, config.data, size), chosen)

@@ -53,7 +53,7 @@ class Evaluator:
         self._encoder = Encoder(model, mesh, config.eval.batch_size)
         self._classify = zeroshot.make_classify(self._encoder)
         self._tokenizer = make_tokenizer(model.text)
-        self.sets = {name: self._open(spec) for name, spec in config.eval.sets.items()}
+        self.sets = {name: self._open(name, spec) for name, spec in config.eval.sets.items()}
         self._cached: tuple[Params, dict[tuple[tuple[str, ...], ...], np.ndarray]] = ({}, {})
         self._pairs = None
         if config.eval.retrieval_name or config.eval.retrieval_split:
@@ -61,10 +61,11 @@ class Evaluator:
             if config.eval.retrieval_name:
                 data.image_key = config.eval.retrieval_image_key
                 data.caption_key = config.eval.retrieval_caption_key
+            field = "eval.retrieval_name" if config.eval.retrieval_name else "data.name"
             name = config.eval.retrieval_name or config.data.name
-            self._pairs = open_source(data, name, config.eval.retrieval_split)
+            self._pairs = open_source(data, name, config.eval.retrieval_split, field=field)
 
-    def _open(self, spec: ConfigDict) -> ZeroShotSet:
+    def _open(self, name: str, spec: ConfigDict) -> ZeroShotSet:
         if spec.classes == "tfds":
             from disco_jax.data.tfds_source import class_names  # lazy: TFDS takes seconds to import
 
@@ -77,7 +78,8 @@ class Evaluator:
         else:
             data = self._data.copy_and_resolve_references()
             data.image_key = spec.image_key
-            source = open_source(data, spec.source, spec.split, captions=False)
+            field = f"eval.sets.{name}.source"
+            source = open_source(data, spec.source, spec.split, field=field, captions=False)
         templates = tuple(load_templates(spec.templates))
         return ZeroShotSet(source, classes, templates, load_subset(spec.subset, classes))
 
