@@ -84,16 +84,20 @@ def _series(
     return [step for step, _ in points], [value for _, value in points]
 
 
-def plot_pairs(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) -> None:
-    """Plots a contact sheet of images `[h, w, 3]` with their captions."""
-    columns = 8
-    rows = -(-len(images) // columns)
-    figure, axes = subplots(
-        rows, columns, figsize=(1.9 * columns, 2.6 * rows), layout="constrained", squeeze=False
-    )
+def _grid(count: int, width: float, height: float) -> "tuple[Figure, Any]":
+    """Returns a figure and its axes for `count` images, eight per row; sizes in inches."""
+    rows = -(-count // 8)
+    size = (8 * width, rows * height)
+    figure, axes = subplots(rows, 8, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+    return figure, axes.flat
+
+
+def plot_pairs(images: Sequence[np.ndarray], captions: Sequence[str], path: Path) -> None:
+    """Plots a contact sheet of images `[h, w, 3]` with their captions."""
+    figure, axes = _grid(len(images), 1.9, 2.6)
+    for axis, image, caption in zip(axes, images, captions, strict=False):
         axis.imshow(image)
         told = textwrap.shorten(printable(caption), 90, placeholder="…")
         axis.set_title(textwrap.fill(told, 24), fontsize=7, parse_math=False)
@@ -104,14 +108,8 @@ def plot_predictions(
     images: np.ndarray, truth: Sequence[str], predicted: Sequence[str], path: Path
 ) -> None:
     """Plots images `[n, h, w, 3]` with the predicted name, and the true one if that is wrong."""
-    columns = 8
-    rows = -(-len(images) // columns)
-    figure, axes = subplots(
-        rows, columns, figsize=(1.7 * columns, 1.95 * rows), layout="constrained", squeeze=False
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, true, guess in zip(axes.flat, images, truth, predicted, strict=False):
+    figure, axes = _grid(len(images), 1.7, 1.95)
+    for axis, image, true, guess in zip(axes, images, truth, predicted, strict=False):
         axis.imshow(image, interpolation="nearest")
         right = true == guess
         true, guess = printable(true), printable(guess)
