@@ -54,6 +54,7 @@ CASES = [
     ("start_timeout=-1", "start_timeout is -1.0; it must be greater than 0"),
     ("peer_timeout=soon", "peer_timeout is 'soon'; it must be a number"),
     ("profile_steps=10", "profile_steps is '10'; it must be FIRST:LAST"),
+    (f"profile_steps={'9' * 5000}:{'9' * 5001}", "it must be FIRST:LAST"),
     ("profile_steps=20:10", "profile_steps is '20:10'; it must be FIRST:LAST"),
     ("model.name=", "model.name is empty"),
     ("model.dtype=float16", "model.dtype is 'float16'; it must be one of float32, bfloat16"),

@@ -147,7 +147,7 @@ def _of_several(c: dict[str, Any]) -> list[str]:
             "microbatch_mode 'host' requires microbatch, the samples per device in a microbatch"
         )
     traced = c["profile_steps"]
-    steps = re.fullmatch(r"(\d+):(\d+)", traced)
+    steps = re.fullmatch(r"(\d{1,9}):(\d{1,9})", traced)
     if traced and (not steps or not 1 <= int(steps[1]) <= int(steps[2])):
         problems.append(f"profile_steps is {traced!r}; it must be FIRST:LAST, e.g. 10:15")
     samples, wanted = c["num_steps"] * c["batch_size"], c["num_epochs"] * c["data.num_samples"]

@@ -44,7 +44,7 @@ class Batches:
       pieces: a Grain iterator, which has a `close` method.
       count: pieces per batch.
       timeout: seconds without a piece after which `DataLost` is raised.
-      memory: the workers' shared memory; None without workers.
+      memory: the workers' shared memory; None without workers, or where it can't be listed.
     """
 
     def __init__(
@@ -143,9 +143,7 @@ class Batches:
 
     def _check_workers(self) -> None:
         """Raises DataLost if a worker died; Grain may wait for the rest of its last message."""
-        for child in multiprocessing.active_children():
-            if self._memory and child.pid and "grain-process-prefetch" in child.name:
-                self._workers.setdefault(child.pid, child)
+        self._workers |= _grain_workers()
         for pid, worker in self._workers.items():
             if worker.exitcode and not self._closed:
                 raise DataLost(_death(f"data worker {pid}", worker.exitcode))
@@ -157,9 +155,8 @@ class Batches:
         closing.start()
         closing.join(GRACE)
         if closing.is_alive():
-            for child in multiprocessing.active_children():
-                if child.name.startswith("grain-process-prefetch"):
-                    child.kill()
+            for worker in _grain_workers().values():
+                worker.kill()
             closing.join(GRACE)
         if self._memory:
             self._memory.remove()
@@ -168,6 +165,12 @@ class Batches:
         if self._thread:
             self._thread.join()
         self._pieces.close()  # type: ignore[attr-defined]
+
+
+def _grain_workers() -> dict[int, BaseProcess]:
+    """Returns Grain's worker processes that are alive, by pid."""
+    children = multiprocessing.active_children()
+    return {c.pid: c for c in children if c.pid and c.name.startswith("grain-process-prefetch")}
 
 
 def _death(who: str, code: int | None) -> str:

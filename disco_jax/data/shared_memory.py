@@ -32,7 +32,9 @@ class SharedMemory:
         self.hold()
         # Undocumented, but as old as multiprocessing. Without it, leftover semaphores would merely
         # not be found.
-        multiprocessing.current_process()._config["semprefix"] = f"/{self._run}"  # type: ignore
+        self._config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+        self._semprefix = self._config.get("semprefix")
+        self._config["semprefix"] = f"/{self._run}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_run": self._run}
@@ -61,6 +63,7 @@ class SharedMemory:
 
         Python removes the semaphores itself at exit.
         """
+        self._config["semprefix"] = self._semprefix
         _remove_segments(self._run)
         (FOLDER / f"{self._run}.lock").unlink(missing_ok=True)
         os.close(self._lock)

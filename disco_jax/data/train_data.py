@@ -28,7 +28,7 @@ from disco_jax.runs.jsonl import JsonLines, process_file
 
 
 class TrainData:
-    """Endless iterator over this process's share of the batches, resumable from a `position()`.
+    """This process's share of the batches, without end, resumable from a `position()`.
 
     Args:
       config: the run's config.
@@ -83,13 +83,6 @@ class TrainData:
             rows=rows,
             timeout=config.data.timeout,
         )
-
-    def __next__(self) -> Batch:
-        """Returns the next step's batch; raises the same errors as `next`."""
-        batch = self.next(lambda: False)
-        if batch is None:
-            raise StopIteration
-        return batch
 
     def next(self, stops: Callable[[], bool]) -> Batch | None:
         """Returns the next step's batch, or None if `stops()` is true and it does not arrive soon.
