@@ -21,7 +21,9 @@ def written(golden, tmp_path, monkeypatch):
     with tarfile.open(golden / "written_before_0_2.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)  # its config names files beside it
-    return tmp_path
+    workdir = tmp_path / "r[" / "a]"  # would be markup, were it printed as such
+    workdir.parent.mkdir()
+    return (tmp_path / "run").rename(workdir)
 
 
 def features(model: str) -> dict[str, np.ndarray]:
@@ -30,16 +32,17 @@ def features(model: str) -> dict[str, np.ndarray]:
     return {"image": loaded.encode_image(images), "text": loaded.encode_text(texts)}
 
 
-def test_a_run_and_a_model_of_before(written):
+def test_a_run_and_a_model_of_before(written, capsys):
     with np.load("features.npz") as then:
         for name, now in features("model").items():
             np.testing.assert_allclose(now, then[f"model_{name}"], atol=1e-6)
-    expected = read_metrics(written / "run")
-    config = config_of(written, eval__retrieval_name="pairs.csv")
+    expected = read_metrics(written)
+    config = config_of(written.parent, eval__retrieval_name="pairs.csv")
     config.data.name, config.model.name = "pairs.csv", "model"
     with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
-        train(config, written / "run")
-    rows = read_metrics(written / "run")
+        train(config, written)
+    assert "r[/a]/curves.png" in capsys.readouterr().out.replace("\n", "")
+    rows = read_metrics(written)
     assert [row["step"] for row in rows] == list(range(1, 9))
     for name in ("train/loss", "train/grad_norm", "train/logit_scale"):
         then = [row[name] for row in expected]
@@ -48,5 +51,5 @@ def test_a_run_and_a_model_of_before(written):
         if name.startswith("retrieval/"):
             assert rows[-1][name] == value
     with np.load("features.npz") as then:
-        for name, now in features("run").items():
+        for name, now in features("r[/a]").items():
             np.testing.assert_allclose(now, then[f"run_{name}"], atol=1e-5)
