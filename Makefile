@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/shapes
 
-.PHONY: demo test test-highest lint plan docs-check clean
+.PHONY: demo test install-highest test-highest lint plan docs-check clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=configs/shapes.py --workdir=$(RUN)
@@ -18,8 +18,10 @@ test: $(VENV)/dev.stamp
 NEWEST := python3.13
 CORE := $(addprefix tests/test_,mesh.py launch.py collectives.py losses.py)
 
-test-highest:
+install-highest:
 	$(MAKE) --no-print-directory VENV=.venv-highest PYTHON=$(NEWEST) .venv-highest/core.stamp
+
+test-highest: install-highest
 	.venv-highest/bin/python -m pytest $(CORE)
 
 $(VENV)/core.stamp: $(VENV)/run.stamp requirements-dev.txt

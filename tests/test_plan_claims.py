@@ -119,27 +119,6 @@ def test_microbatches_reduce_each_gradient_once_in_fp32():
     assert 2 * count * 0.99 < split["all-gather"]["bytes"] < 2 * count * 1.02
 
 
-# topology, model, batch, microbatch, mode, GiB a device at most
-MICROBATCH_CLAIMS = [
-    ("a100-80gb:8", "ViT-L-14", 4_194_304, 512, "host", 72),
-]
-
-
-@needs_linux
-@pytest.mark.parametrize(
-    ("topology", "model", "batch", "microbatch", "mode", "gibibytes"), MICROBATCH_CLAIMS
-)
-def test_microbatches_on_a100s(topology, model, batch, microbatch, mode, gibibytes):
-    """Inf-CL's best with ViT-L/14 on 8 A100-80GB: 448,000. docs/memory.md has more."""
-    config = get_config()
-    config.model.name, config.batch_size = model, batch
-    config.microbatch, config.microbatch_mode = microbatch, mode
-    with Compiler(parse_topology(topology)) as compiler:
-        row = compiler.compile(config)
-    assert row["fits"]
-    assert row["peak_bytes"] <= gibibytes * GIB
-
-
 @needs_linux
 def test_a_tpu_compiles_too():
     with Compiler(parse_topology("v5e:4")) as compiler:

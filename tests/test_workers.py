@@ -22,6 +22,7 @@ from tests.conftest import ENV
 from tests.small_run import command, losses, make, start
 
 BEGAN = time.time()
+DUMP = {"PYTHONFAULTHANDLER": "1"}  # a run that is aborted prints where all its threads are
 WORKERS = ("--config.data.num_workers=1", "--config.num_steps=100000", "--config.log_every=1")
 
 
@@ -48,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def job(folder, tmp_path):
     """A run with two workers, in its third step or later; the process and its workdir."""
-    process = start(*command(folder, tmp_path / "run", *WORKERS), new_group=True)
+    process = start(*command(folder, tmp_path / "run", *WORKERS), env=DUMP, new_group=True)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/"):
@@ -61,7 +62,11 @@ def job(folder, tmp_path):
 
 def end_of(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
     """Its exit code and what it said, within so many seconds."""
-    errors = process.communicate(timeout=seconds)[1]
+    try:
+        errors = process.communicate(timeout=seconds)[1]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # Python then prints where all threads are
+        pytest.fail(f"still running after {seconds} s: {process.communicate()[1]}")
     return process.returncode, errors
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from disco_jax.inference import Model
 from disco_jax.models import CLIP, PRESETS
 from disco_jax.step.optimizer import optax
 from disco_jax.step.state import init_state
-from tests.conftest import mesh_of
+from tests.conftest import ENV, mesh_of
 from tests.tars import write
 
 ROOT = Path(__file__).parent.parent
@@ -225,12 +224,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, port, str(i), str(tmp_path)],
             cwd=ROOT,
-            env=env,
+            env=ENV,
             stdout=subprocess.PIPE,
             text=True,
         )
