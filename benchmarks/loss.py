@@ -1,8 +1,10 @@
 """Measures time and memory of the loss and gradients of each method, interleaved in one process.
 
     python benchmarks/loss.py --devices 2 --batch 8192 --dim 512 [--json] [--peer openclip]
+    python benchmarks/loss.py --platform gpu --batch 65536 --dim 768 --dtype bfloat16 --kind sigmoid
 
-With several batches (`--batch 2048,4096,8192`), `--chart` plots time and memory against batch.
+`default` is the default method, `default_linear` the same with `keep_bytes=0`. With several batches
+(`--batch 2048,4096,8192`), `--chart` plots time and memory against batch.
 """
 
 import argparse
@@ -20,19 +22,24 @@ from rich.console import Console
 from rich.table import Table
 
 from disco_jax.losses import METHODS, contrastive_loss
-from disco_jax.losses.collectives import all_gather
-from disco_jax.losses.tiles import default_tile, scan_tiles
-from disco_jax.mesh import BATCH_AXES, batch_sharding, make_mesh
+from disco_jax.mesh import batch_sharding, make_mesh
 from disco_jax.processes.backend import use_fake_devices
+
+LINEAR = "_linear"  # suffix of a method that keeps no logits
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--platform", default="cpu", help="cpu (fake devices), or gpu or tpu: all that are there"
+    )
     parser.add_argument("--devices", type=int, default=2, help="number of fake CPU devices")
     parser.add_argument("--batch", default="8192", help="global batch sizes, comma-separated")
     parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--precision", choices=("default", "high", "highest"), default=None)
     parser.add_argument("--kind", choices=("softmax", "sigmoid"), default="softmax")
-    parser.add_argument("--methods", default="auto,disco,stream,ring")
+    parser.add_argument("--methods", default="auto,disco,stream,ring,default,default_linear")
     parser.add_argument("--tile", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
@@ -45,9 +52,10 @@ def parse_arguments() -> argparse.Namespace:
         "--json", action="store_true", help="print the result as JSON on the last line"
     )
     arguments = parser.parse_args()
-    unknown = set(arguments.methods.split(",")) - set(METHODS)
+    known = {*METHODS, *(f"{name}{LINEAR}" for name in ("default", "stream", "ring"))}
+    unknown = set(arguments.methods.split(",")) - known
     if unknown:
-        parser.error(f"--methods: {unknown.pop()!r} is not one of {', '.join(METHODS)}")
+        parser.error(f"--methods: {unknown.pop()!r} is not one of {', '.join(sorted(known))}")
     return arguments
 
 
@@ -55,62 +63,45 @@ def compile_methods(arguments: argparse.Namespace, batch: int) -> dict[str, Any]
     """Compiles each method's loss and gradients for `batch`; returns them with their inputs."""
     mesh = make_mesh()
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(2, batch, arguments.dim)).astype(np.float32)
+    rows = rng.standard_normal((2, batch, arguments.dim), np.float32)
     rows /= np.linalg.norm(rows, axis=2, keepdims=True)
-    inputs = [jax.device_put(x, batch_sharding(mesh)) for x in rows]
+    inputs = [jax.device_put(x.astype(arguments.dtype), batch_sharding(mesh)) for x in rows]
     inputs += [jnp.float32(14.3)] + [jnp.float32(-10)] * (arguments.kind == "sigmoid")
     programs = {}
-    for method in arguments.methods.split(","):
+    for name in arguments.methods.split(","):
+        options = {"method": name.removesuffix(LINEAR)}
+        if name.endswith(LINEAR):
+            options["keep_bytes"] = 0
 
-        def loss(*args: Any, method: str = method) -> jax.Array:
+        def loss(*args: Any, options: dict[str, Any] = options) -> jax.Array:
             return contrastive_loss(
-                *args, mesh=mesh, kind=arguments.kind, method=method, tile=arguments.tile
+                *args,
+                mesh=mesh,
+                kind=arguments.kind,
+                tile=arguments.tile,
+                precision=arguments.precision,
+                **options,
             )
 
         step = jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs)))))
-        programs[method] = step.lower(*inputs).compile()
+        programs[name] = step.lower(*inputs).compile()
     return {"programs": programs, "inputs": inputs}
 
 
-def matmul_limit(batch: int, dim: int) -> Callable[[], float]:
-    """Times the machine's own matmul, scaled to the 8 B²D FLOPs of `stream` and `ring`."""
+def matmul_limit(batch: int, dim: int, dtype: str) -> Callable[[], float]:
+    """Times the machine's own matmul, scaled to the 8 B²D FLOPs of a loss with linear memory."""
     n = min(batch, 4096)
-    a, b = jnp.ones((n, dim)), jnp.ones((dim, n))
+    a, b = jnp.ones((n, dim), dtype), jnp.ones((dim, n), dtype)
     multiply = jax.jit(lambda a, b: a @ b)
     jax.block_until_ready(multiply(a, b))
-    scale = 8 * batch**2 * dim / (2 * n * n * dim)
+    # The fake devices share the machine; real ones work side by side.
+    together = 1 if jax.default_backend() == "cpu" else jax.device_count()
+    scale = 8 * batch**2 * dim / (2 * n * n * dim) / together
 
     def run() -> float:
         return scale * min(timed(lambda: multiply(a, b)) for _ in range(3))
 
     return run
-
-
-def tile_matmuls(inputs: list[jax.Array], tile: int | None) -> Callable[[], Any]:
-    """Runs only the matmuls of `stream` and `ring`, with the same tiles: a lower bound for both."""
-    mesh = make_mesh()
-
-    def local(image: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        columns = all_gather(text, BATCH_AXES)
-        size = tile or default_tile(len(image))
-
-        def forward(total: jax.Array, part: jax.Array, _: jax.Array) -> tuple[jax.Array, tuple]:
-            return total + (image @ part.T)[:, 0], ()
-
-        def backward(
-            total: jax.Array, part: jax.Array, _: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            block = image @ part.T
-            return total + block @ part, block.T @ image
-
-        first = jnp.int32(0)
-        used, _ = scan_tiles(forward, jnp.zeros_like(image[:, 0]), columns, first, size)
-        d_image, d_text = scan_tiles(backward, jnp.zeros_like(image), columns, first, size)
-        return used, d_image, d_text
-
-    rows = jax.sharding.PartitionSpec(BATCH_AXES)
-    step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(rows, rows), out_specs=rows))
-    return lambda: step(*inputs[:2])
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -122,16 +113,13 @@ def timed(function: Callable[[], Any]) -> float:
 def measure(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
     """Returns seconds (median, min, max) and temporary bytes per device of each method."""
     compiled = compile_methods(arguments, batch)
-    limit = matmul_limit(batch, arguments.dim)
+    limit = matmul_limit(batch, arguments.dim, arguments.dtype)
     for program in compiled["programs"].values():
         timed(lambda program=program: program(*compiled["inputs"]))
     seconds: dict[str, list[float]] = {name: [] for name in compiled["programs"]}
-    floor = tile_matmuls(compiled["inputs"], arguments.tile)
-    timed(floor)
-    limits, floors = [], []
+    limits = []
     for _ in range(arguments.repeats):
         limits.append(limit())
-        floors.append(timed(floor))
         for name, program in compiled["programs"].items():
             seconds[name].append(timed(lambda p=program: p(*compiled["inputs"])))
     methods = {
@@ -153,15 +141,17 @@ def measure(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
         "batch": batch,
         "methods": methods,
         "matmul_limit_seconds": statistics.median(limits),
-        "tile_matmul_seconds": statistics.median(floors),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
 
 
 def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     limit = result["matmul_limit_seconds"]
     table = Table(
-        title=f"{arguments.kind}, B = {result['batch']:,}, D = {arguments.dim}, fp32, "
-        f"{arguments.devices} CPU devices; 8 B²D at the matmul rate: {limit:.3f} s"
+        title=f"{arguments.kind}, B = {result['batch']:,}, D = {arguments.dim}, {arguments.dtype}, "
+        f"{result['devices']} x {result['device']}; 8 B²D at the matmul rate: {limit:.3f} s"
     )
     for column in (
         "method",
@@ -182,10 +172,10 @@ def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
         )
     console = Console(width=100)
     console.print(table)
-    console.print(
-        "only the matmuls of stream and ring, with their tiles: "
-        f"{result['tile_matmul_seconds']:.3f} s"
-    )
+    if result["peak_bytes"]:
+        console.print(
+            f"peak memory of a device, all methods: {result['peak_bytes'] / 2**20:.0f} MiB"
+        )
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -214,7 +204,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    use_fake_devices(arguments.devices)
+    if arguments.platform == "cpu":
+        use_fake_devices(arguments.devices)
+    else:
+        jax.config.update("jax_platforms", arguments.platform)
     results = []
     for batch in arguments.batch.split(","):
         results.append(measure(arguments, int(batch)))

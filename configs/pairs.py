@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"
     config.model.image_remat = "full"  # recompute activations: a third more compute,
     config.model.text_remat = "full"  # a ninth of the memory
-    config.loss.method = "ring"
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 1_000
     config.data.caption_key = "txt"  # for tar shards; for a table, the column of captions

@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # the paper computes in 16 bits too
     config.model.image_remat = "full"  # so that 65,536 samples fit on 8 GPUs of 40 GB
     config.model.text_remat = "full"
-    config.loss.method = "ring"  # the paper's `disco` loss in less memory (docs/losses.md)
 
     config.optimizer.name = "adamw"  # the paper's
     config.optimizer.learning_rate = 5e-4  # OpenCLIP

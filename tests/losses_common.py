@@ -9,6 +9,16 @@ import numpy as np
 from disco_jax.losses import reference
 
 Array = jax.Array
+# Arguments of every way to compute the loss: with all logits kept for the backward pass, with none.
+PATHS = {
+    "auto": {"method": "auto"},
+    "reference": {"method": "reference"},
+    "disco": {"method": "disco"},
+    "stream": {"method": "stream"},
+    "stream_linear": {"method": "stream", "keep_bytes": 0},
+    "ring": {"method": "ring"},
+    "ring_linear": {"method": "ring", "keep_bytes": 0},
+}
 
 
 def unit_rows(x: np.ndarray) -> np.ndarray:

@@ -8,9 +8,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
-from disco_jax.losses import KINDS, METHODS, contrastive_loss, local_contrastive_loss
+from disco_jax.losses import KINDS, contrastive_loss, local_contrastive_loss
 from tests.conftest import mesh_of
 from tests.losses_common import (
+    PATHS,
     arguments,
     dense,
     features,
@@ -20,6 +21,7 @@ from tests.losses_common import (
 )
 
 DISTRIBUTED = ("reference", "disco", "stream", "ring")
+EVERY = ("auto", *DISTRIBUTED)  # `default` is one of these
 
 
 def sharded(args: tuple, mesh, **kwargs) -> list[np.ndarray]:
@@ -27,20 +29,20 @@ def sharded(args: tuple, mesh, **kwargs) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_reference(kind, method, devices):
+def test_equals_reference(kind, path, devices):
     args = arguments(kind)
-    got = sharded(args, mesh_of(devices), kind=kind, method=method)
+    got = sharded(args, mesh_of(devices), kind=kind, **PATHS[path])
     assert max(relative_errors(got, dense(kind, args))) < 1e-5
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_and_groups(kind, method, devices):
+def test_weights_and_groups(kind, path, devices):
     args, extra = arguments(kind), labels(48)
-    got = sharded(args, mesh_of(devices), kind=kind, method=method, **extra)
+    got = sharded(args, mesh_of(devices), kind=kind, **PATHS[path], **extra)
     assert max(relative_errors(got, dense(kind, args, **extra))) < 1e-5
 
 
@@ -61,7 +63,7 @@ def test_a_weight_of_zero_is_a_sample_that_is_not_there(kind, method):
 
 @pytest.mark.parametrize(
     ("method", "placed"),
-    [(method, P("data")) for method in METHODS]
+    [(method, P("data")) for method in EVERY]
     + [(method, p) for method in ("auto", "ring") for p in (None, P(), P(None, "data"))],
 )
 def test_meshes_with_explicit_axes(method, placed):
@@ -89,7 +91,7 @@ def test_meshes_with_axes_of_both_types(axis_name):
         contrastive_loss(*args, mesh=mesh, method="auto")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_all_weights_zero_is_a_loss_of_zero(method):
     got = sharded(arguments("softmax"), mesh_of(4), method=method, weights=np.zeros(48, np.float32))
     assert all(np.all(x == 0) for x in got)
@@ -104,15 +106,15 @@ def test_tiles_need_divide_nothing(kind, method, tile):
     assert max(relative_errors(got, dense(kind, args, **extra))) < 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("case", ["softmax", "softmax_hot", "sigmoid"])
-def test_equals_openclip(case, method, golden):
+def test_equals_openclip(case, path, golden):
     """ClipLoss and SigLipLoss of OpenCLIP 3.3.0, with all their gradients."""
     data = load_file(golden / "losses.safetensors")
     kind = case.removesuffix("_hot")
     names = ["scale", "bias"] if kind == "sigmoid" else ["scale"]
     args = (data["image"], data["text"], *(data[f"{case}.{name}"].reshape(()) for name in names))
-    got = sharded(args, mesh_of(8), kind=kind, method=method)
+    got = sharded(args, mesh_of(8), kind=kind, **PATHS[path])
     expected = [data[f"{case}.{name}"] for name in ["loss", "d_image", "d_text"]]
     expected += [data[f"{case}.d_{name}"] for name in names]
     expected = [x.reshape(y.shape) for x, y in zip(expected, got, strict=True)]
@@ -129,9 +131,9 @@ def float64_loss(kind: str, image, text, scale, bias=0.0) -> float:
     return float(np.mean(rows + columns - 2 * np.diagonal(logits))) / 2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_equal_finite_differences_in_float64(kind, method):
+def test_gradients_equal_finite_differences_in_float64(kind, path):
     """Every entry of every gradient, by central differences of the definition."""
     args = arguments(kind, batch=8, dim=6, scale=3.0)
     exact = [np.asarray(x, np.float64) for x in args]
@@ -146,18 +148,18 @@ def test_gradients_equal_finite_differences_in_float64(kind, method):
                 ends.append(float64_loss(kind, *moved))
             gradient[index] = (ends[0] - ends[1]) / 2e-5
         expected.append(gradient)
-    got = sharded(args, mesh_of(2), kind=kind, method=method)
+    got = sharded(args, mesh_of(2), kind=kind, **PATHS[path])
     assert max(relative_errors(got, expected)) < 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_extreme_logits(kind, method):
+def test_extreme_logits(kind, path):
     """Scales of thousands, identical rows and opposite pairs: no overflow, no NaN."""
     image, text = features(16, 8)
     for image_, text_ in ((image, text), (image, -image), (np.repeat(image[:1], 16, 0),) * 2):
         args = (image_, text_, jnp.float32(1e4), *arguments(kind)[3:])
-        got = sharded(args, mesh_of(4), kind=kind, method=method)
+        got = sharded(args, mesh_of(4), kind=kind, **PATHS[path])
         assert all(np.isfinite(x).all() for x in got)
         expected = dense(kind, args)
         # Logits of 1e4 are rounded to 1e-3 before anything is done with them.
@@ -166,7 +168,7 @@ def test_extreme_logits(kind, method):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("method", "tile"), [(method, None) for method in METHODS] + [("stream", 5), ("ring", 5)]
+    ("method", "tile"), [(method, None) for method in EVERY] + [("stream", 5), ("ring", 5)]
 )
 def test_a_confident_pair_costs_nothing(method, tile, dtype):
     """Its logit is the very number that the log-sum-exp is of, however it was rounded.
@@ -185,12 +187,12 @@ def test_a_confident_pair_costs_nothing(method, tile, dtype):
     assert abs(float(loss)) < 1e-6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_features_accumulate_in_float32(kind, method):
+def test_bfloat16_features_accumulate_in_float32(kind, path):
     args = arguments(kind, batch=64, dim=64)
     rounded = tuple(jnp.asarray(x, jnp.bfloat16) for x in args[:2])
-    got = sharded((*rounded, *args[2:]), mesh_of(4), kind=kind, method=method)
+    got = sharded((*rounded, *args[2:]), mesh_of(4), kind=kind, **PATHS[path])
     exact = tuple(np.asarray(x, np.float32) for x in rounded)
     errors = relative_errors([x.astype(np.float32) for x in got], dense(kind, (*exact, *args[2:])))
     assert got[0].dtype == np.float32
@@ -216,7 +218,7 @@ def test_batch_split_over_one_of_two_mesh_axes(method):
 
 
 @pytest.mark.parametrize("spec", [P(), P(None, "data")])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_inputs_may_lie_anywhere_on_the_mesh(method, spec):
     """Replicated, split along D, or already along the batch."""
     mesh = mesh_of(4)

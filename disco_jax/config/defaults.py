@@ -59,7 +59,13 @@ def default() -> ConfigDict:
     c.loss = ConfigDict()
     # softmax (CLIP), or sigmoid (SigLIP), which has a learnable bias that is initialized to -10.
     c.loss.kind = "softmax"
-    c.loss.method = "ring"  # auto, reference, disco, stream or ring (docs/losses.md)
+    c.loss.method = "default"  # default, auto, reference, disco, stream or ring (docs/losses.md)
+    # Bytes per device for logits that `default`, `stream` and `ring` keep for the backward pass; 0
+    # computes them twice, in memory linear in the batch size.
+    c.loss.keep_bytes = 512 * 2**20
+    # Precision of the loss's matmuls: default (fp32 features are multiplied in TF32 on NVIDIA GPUs
+    # and in bf16 on TPUs), high or highest.
+    c.loss.precision = "default"
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw, lion, adafactor or muon (disco_jax/step/optimizer.py)

@@ -12,12 +12,13 @@ from ml_collections import ConfigDict
 from disco_jax.config import default, flatten, zeroshot_set
 from disco_jax.errors import UserError
 
-METHODS = ("auto", "reference", "disco", "stream", "ring")
+METHODS = ("default", "auto", "reference", "disco", "stream", "ring")
 REMAT = ("none", "dots", "full", "offload")
 
 CHOICES: dict[str, Sequence[str]] = {
     "loss.kind": ("softmax", "sigmoid"),
     "loss.method": METHODS,
+    "loss.precision": ("default", "high", "highest"),
     "microbatch_mode": ("scan", "host"),
     "model.activation": ("", "gelu", "quick_gelu", "gelu_tanh"),
     "model.attention": ("auto", "xla", "cudnn"),
@@ -46,6 +47,7 @@ AT_LEAST_0 = (
     "data.num_workers",
     "eval.every",
     "fake_devices",
+    "loss.keep_bytes",
     "microbatch",
     "num_epochs",
     "optimizer.grad_clip_norm",
@@ -64,7 +66,12 @@ POSITIVE = (
 BELOW_1 = ("model.dropout", "model.patch_dropout", "optimizer.b1", "optimizer.b2")
 UP_TO_1 = ("data.crop_scale", "data.max_bad_fraction")
 # Upper bounds of integers that JAX or the system limits. All others are limited to COUNT.
-AT_MOST = {"data.num_workers": 1024, "fake_devices": 4096, "seed": 2**32 - 1}
+AT_MOST = {
+    "data.num_workers": 1024,
+    "fake_devices": 4096,
+    "loss.keep_bytes": 2**53,
+    "seed": 2**32 - 1,
+}
 COUNT = 2**31 - 1
 SECONDS = 10**8  # about three years: the upper bound of all timeouts
 NOT_EMPTY = ("data.name", "model.name", "data.image_key", "data.caption_key")

@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,16 +14,24 @@ from jax.sharding import PartitionSpec as P
 
 from disco_jax.losses import disco, reference, ring, stream
 from disco_jax.losses.collectives import AxisName, replicated_axes, to_varying
+from disco_jax.losses.reference import Precision
 from disco_jax.losses.sigmoid import tiled_sigmoid
 from disco_jax.losses.softmax import tiled_softmax
-from disco_jax.losses.tiles import Side, default_tile
+from disco_jax.losses.tiles import Side, plan_pass
 
 Array = jax.Array
 
 KINDS = ("softmax", "sigmoid")
 # How the loss is computed over devices. `auto` leaves the dense loss to XLA to partition;
-# `reference` first gathers all features on every device; the others never hold all logits.
-METHODS = ("auto", "reference", "disco", "stream", "ring")
+# `reference` first gathers all features on every device; `disco` is the paper's; `stream` and
+# `ring` hold only tiles of the logits, and `default` picks one of these two.
+METHODS = ("default", "auto", "reference", "disco", "stream", "ring")
+PRECISIONS = ("default", "high", "highest")
+# Bytes of logits per device that `stream` and `ring` keep for the backward pass by default: little
+# beside a training step's activations, and enough for all logits of 32,768 pairs on 8 devices.
+KEEP_BYTES = 2**29
+# `default` gathers the text features while they and their gradient take at most this many bytes.
+GATHERED_BYTES = 2**30
 
 
 def contrastive_loss(
@@ -34,8 +43,10 @@ def contrastive_loss(
     mesh: Mesh,
     axis_name: AxisName | None = None,
     kind: str = "softmax",
-    method: str = "ring",
+    method: str = "default",
     tile: int | None = None,
+    keep_bytes: int = KEEP_BYTES,
+    precision: Precision = None,
     weights: Array | None = None,
     group_ids: Array | None = None,
 ) -> Array:
@@ -56,9 +67,18 @@ def contrastive_loss(
         differentiate inside `jit` or under `jax.set_mesh(mesh)`.
       axis_name: Mesh axis or axes over which the batch is sharded; all axes by default.
       kind: `softmax` or `sigmoid`.
-      method: `auto`, `reference`, `disco`, `stream` or `ring`. All compute the same loss and
-        gradients, at different costs (docs/losses.md).
+      method: `default`, `auto`, `reference`, `disco`, `stream` or `ring`. All compute the same loss
+        and gradients, at different costs (docs/losses.md). `default` is `ring` on CPUs; elsewhere
+        it is `stream` while the gathered features and their gradient take at most 1 GiB, and
+        `ring` beyond.
       tile: Number of logit columns that `stream` and `ring` hold at a time; any positive integer.
+        By default it depends on the platform and on B/N.
+      keep_bytes: Bytes per device for logits that `stream` and `ring` hand from the forward to the
+        backward pass instead of computing them twice; 0 for memory linear in B. The sigmoid kind
+        needs none, and TPUs compute them faster than they read them.
+      precision: Of the matmuls: `default`, `high` or `highest`, as in `jax.lax.Precision`. With
+        None, `jax.config.jax_default_matmul_precision` decides. JAX multiplies fp32 features in
+        TF32 on NVIDIA GPUs and in bf16 on TPUs unless told otherwise.
       weights: `[B]` non-negative sample weights. 0 removes a sample from rows AND columns, as if it
         were not in the batch. Not differentiated.
       group_ids: Integers `[B]`. Samples with equal IDs are not each other's negatives.
@@ -88,6 +108,7 @@ def contrastive_loss(
             f"axis_name {unknown[0]!r} is not an axis of the mesh; its axes are {mesh.axis_names}"
         )
     _check(image, text, logit_scale, logit_bias, kind, method, tile, weights, group_ids)
+    _check_options(keep_bytes, precision)
     arguments: tuple[Any, ...] = (image, text, logit_scale, logit_bias, weights, group_ids)
     rows = P(names)
     specs = (rows, rows, P(), P(), rows, rows)
@@ -106,11 +127,12 @@ def contrastive_loss(
             for x, spec in zip(arguments, specs, strict=True)
         )
     if method == "auto":
+        dense = partial(_dense, precision)
         if not explicit:
-            return _dense(*arguments)
+            return dense(*arguments)
         if len(explicit) < len(types):
             raise ValueError("method 'auto' needs mesh axes of one type: all Auto or all Explicit")
-        return auto_axes(_dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))(*arguments)
+        return auto_axes(dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))(*arguments)
 
     def local(image, text, logit_scale, logit_bias, weights, group_ids):
         return local_contrastive_loss(
@@ -122,10 +144,14 @@ def contrastive_loss(
             kind=kind,
             method=method,
             tile=tile,
+            keep_bytes=keep_bytes,
+            precision=precision,
+            platform=platform,
             weights=weights,
             group_ids=group_ids,
         )
 
+    platform = mesh.devices.flat[0].platform
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(*arguments)
 
 
@@ -137,8 +163,11 @@ def local_contrastive_loss(
     *,
     axis_name: AxisName,
     kind: str = "softmax",
-    method: str = "ring",
+    method: str = "default",
     tile: int | None = None,
+    keep_bytes: int = KEEP_BYTES,
+    precision: Precision = None,
+    platform: str | None = None,
     weights: Array | None = None,
     group_ids: Array | None = None,
 ) -> Array:
@@ -146,6 +175,7 @@ def local_contrastive_loss(
 
     The arguments are this device's shards: image and text `[b, D]`, weights and group_ids `[b]`.
     logit_scale and logit_bias are replicated. `method` can't be `auto`, which has no local form.
+    `platform` is the devices' (`cpu`, `gpu`, `tpu`), if it is not JAX's default one.
 
     Returns:
       The loss of the whole batch, the same fp32 scalar on every device.
@@ -155,6 +185,7 @@ def local_contrastive_loss(
         every device would then contribute the same samples.
     """
     _check(image, text, logit_scale, logit_bias, kind, method, tile, weights, group_ids)
+    _check_options(keep_bytes, precision)
     if method == "auto":
         raise ValueError("method 'auto' needs global arrays; use contrastive_loss")
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
@@ -172,31 +203,48 @@ def local_contrastive_loss(
     bias = None
     if logit_bias is not None:
         bias = to_varying(jnp.asarray(logit_bias, jnp.float32), names)
-    part = _local_part(method, names, tile or default_tile(len(image)))
-    return lax.psum(part(rows, columns, scale, bias), names)
-
-
-def _local_part(
-    method: str, names: tuple[str, ...], tile: int
-) -> Callable[[Side, Side, Array, Array | None], Array]:
-    """Returns a function of a device's shards whose sum over devices is the loss."""
     if method == "reference":
-        return lambda rows, columns, scale, bias: disco.gathered(rows, columns, scale, bias, names)
-
-    def part(rows: Side, columns: Side, scale: Array, bias: Array | None) -> Array:
-        if method == "disco":
-            if bias is None:
-                return disco.softmax(rows, columns, scale, names)
-            return disco.sigmoid(rows, columns, scale, bias, names)
-        walk = stream.walk if method == "stream" else ring.walk
+        part = disco.gathered(rows, columns, scale, bias, names, precision)
+    elif method == "disco":
         if bias is None:
-            return tiled_softmax(walk, names, tile, rows, columns, scale)
-        return tiled_sigmoid(walk, names, tile, rows, columns, scale, bias)
+            part = disco.softmax(rows, columns, scale, names, precision)
+        else:
+            part = disco.sigmoid(rows, columns, scale, bias, names, precision)
+    else:
+        platform = platform or jax.default_backend()
+        module, blocks = _module(method, image.shape, lax.axis_size(names), platform)
+        plan = plan_pass(
+            module,
+            names,
+            len(image),
+            blocks,
+            platform=platform,
+            tile=tile,
+            keep_bytes=keep_bytes,
+            precision=precision,
+        )
+        if bias is None:
+            part = tiled_softmax(plan, rows, columns, scale)
+        else:
+            part = tiled_sigmoid(plan, rows, columns, scale, bias)
+    return lax.psum(part, names)
 
-    return part
+
+def _module(
+    method: str, shape: tuple[int, ...], devices: int, platform: str
+) -> tuple[ModuleType, list[int]]:
+    """Returns the module of `method`, and the widths of the blocks in which it sees the columns."""
+    b, dim = shape
+    if method == "default":
+        gathered = 2 * 4 * b * devices * dim
+        method = "stream" if platform != "cpu" and gathered <= GATHERED_BYTES else "ring"
+    if method == "stream":
+        return stream, [b * devices]
+    return ring, [b] * devices
 
 
 def _dense(
+    precision: Precision,
     image: Array,
     text: Array,
     logit_scale: Array,
@@ -204,11 +252,11 @@ def _dense(
     weights: Array | None,
     group_ids: Array | None,
 ) -> Array:
-    labels = {"weights": weights, "group_ids": group_ids}
+    options: dict[str, Any] = {"weights": weights, "group_ids": group_ids, "precision": precision}
     scale = jnp.asarray(logit_scale, jnp.float32)
     if logit_bias is None:
-        return reference.softmax(image, text, scale, **labels)
-    return reference.sigmoid(image, text, scale, jnp.asarray(logit_bias, jnp.float32), **labels)
+        return reference.softmax(image, text, scale, **options)
+    return reference.sigmoid(image, text, scale, jnp.asarray(logit_bias, jnp.float32), **options)
 
 
 def _check(
@@ -258,6 +306,13 @@ def _check(
         raise ValueError(f"weights must be real, not {weights.dtype}")
     if group_ids is not None and not jnp.issubdtype(group_ids.dtype, jnp.integer):
         raise ValueError(f"group_ids must be integers, not {group_ids.dtype}")
+
+
+def _check_options(keep_bytes: int, precision: Precision) -> None:
+    if isinstance(keep_bytes, bool) or not isinstance(keep_bytes, int) or keep_bytes < 0:
+        raise ValueError(f"keep_bytes must be a number of bytes, 0 or more, not {keep_bytes!r}")
+    if precision is not None:
+        _check_name("precision", precision, PRECISIONS)
 
 
 def _is_float_scalar(x: Array) -> bool:

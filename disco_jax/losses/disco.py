@@ -5,32 +5,38 @@ its own texts against all images, and differentiates only these. Its contributio
 of other devices' features reach them through the backward collective of `all_gather`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from disco_jax.losses import reference
 from disco_jax.losses.collectives import AxisName, all_gather
-from disco_jax.losses.reference import MASKED, scaled_cosines
+from disco_jax.losses.reference import MASKED, Precision, scaled_cosines
 from disco_jax.losses.tiles import Side, share_of, tile_masks
 
 Array = jax.Array
 
 
-def softmax(rows: Side, columns: Side, logit_scale: Array, axis_name: AxisName) -> Array:
+def softmax(
+    rows: Side, columns: Side, logit_scale: Array, axis_name: AxisName, precision: Precision
+) -> Array:
     """Returns this device's part of the softmax loss.
 
     `rows` are the images and `columns` the texts, `[b, D]` each.
     """
     return (
-        _cross_entropy(rows, columns, logit_scale, axis_name)
-        + _cross_entropy(columns, rows, logit_scale, axis_name)
+        _cross_entropy(rows, columns, logit_scale, axis_name, precision)
+        + _cross_entropy(columns, rows, logit_scale, axis_name, precision)
     ) / 2
 
 
-def _cross_entropy(own: Side, others: Side, logit_scale: Array, axis_name: AxisName) -> Array:
+def _cross_entropy(
+    own: Side, others: Side, logit_scale: Array, axis_name: AxisName, precision: Precision
+) -> Array:
     everyone = _gather(others, axis_name)
-    logits = scaled_cosines(own.features, everyone.features, logit_scale)
+    logits = scaled_cosines(own.features, everyone.features, logit_scale, precision)
     # Rank r's positives are in columns r b to (r + 1) b: the offset labels of Algorithm 1.
     b = len(own.features)
     target = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
@@ -43,14 +49,19 @@ def _cross_entropy(own: Side, others: Side, logit_scale: Array, axis_name: AxisN
 
 
 def sigmoid(
-    rows: Side, columns: Side, logit_scale: Array, logit_bias: Array, axis_name: AxisName
+    rows: Side,
+    columns: Side,
+    logit_scale: Array,
+    logit_bias: Array,
+    axis_name: AxisName,
+    precision: Precision,
 ) -> Array:
     """Returns this device's part of the sigmoid loss: its images against all texts.
 
     The loss is a single sum over pairs, so one block of logits per device covers it.
     """
     everyone = _gather(columns, axis_name)
-    logits = scaled_cosines(rows.features, everyone.features, logit_scale) + logit_bias
+    logits = scaled_cosines(rows.features, everyone.features, logit_scale, precision) + logit_bias
     positive, allowed = tile_masks(rows, everyone, jnp.int32(0), axis_name)
     losses = jax.nn.softplus(jnp.where(positive, -logits, logits))
     if allowed is not None:
@@ -61,7 +72,12 @@ def sigmoid(
 
 
 def gathered(
-    rows: Side, columns: Side, logit_scale: Array, logit_bias: Array | None, axis_name: AxisName
+    rows: Side,
+    columns: Side,
+    logit_scale: Array,
+    logit_bias: Array | None,
+    axis_name: AxisName,
+    precision: Precision,
 ) -> Array:
     """Returns this device's 1/N of the dense loss over all features, computed on every device.
 
@@ -69,10 +85,15 @@ def gathered(
     """
     n = lax.axis_size(axis_name)
     image, text = _gather(rows, axis_name), _gather(columns, axis_name)
-    labels = {"weights": image.share, "group_ids": image.group}
+    features = image.features, text.features
+    options: dict[str, Any] = {
+        "weights": image.share,
+        "group_ids": image.group,
+        "precision": precision,
+    }
     if logit_bias is None:
-        return reference.softmax(image.features, text.features, logit_scale, **labels) / n
-    return reference.sigmoid(image.features, text.features, logit_scale, logit_bias, **labels) / n
+        return reference.softmax(*features, logit_scale, **options) / n
+    return reference.sigmoid(*features, logit_scale, logit_bias, **options) / n
 
 
 def _gather(side: Side, axis_name: AxisName) -> Side:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+# `jax.lax.Precision` by name: "default", "high" or "highest"; None is JAX's own default.
+Precision = str | None
 
 # Replaces minus infinity in masked logits: its exp is 0, and differences of two are not NaN.
 MASKED = -1e30
@@ -20,12 +22,13 @@ def softmax(
     *,
     weights: Array | None = None,
     group_ids: Array | None = None,
+    precision: Precision = None,
 ) -> Array:
     """CLIP's loss: the mean of the image-to-text and text-to-image cross-entropies.
 
     `mean_i(lse_j L_ij + lse_j L_ji - 2 L_ii) / 2` with `L = logit_scale * image @ text.T`.
     """
-    logits = scaled_cosines(image, text, logit_scale)
+    logits = scaled_cosines(image, text, logit_scale, precision)
     positives = jnp.diagonal(logits)
     allowed = allowed_pairs(len(image), weights, group_ids)
     if allowed is not None:
@@ -43,6 +46,7 @@ def sigmoid(
     *,
     weights: Array | None = None,
     group_ids: Array | None = None,
+    precision: Precision = None,
 ) -> Array:
     """SigLIP's loss (Zhai et al., 2023): binary classification of every pair in the batch.
 
@@ -50,7 +54,7 @@ def sigmoid(
     diagonal and -1 elsewhere. With weights, pair ij counts `(w_i + w_j) / 2`.
     """
     n = len(image)
-    logits = scaled_cosines(image, text, logit_scale) + logit_bias
+    logits = scaled_cosines(image, text, logit_scale, precision) + logit_bias
     losses = jax.nn.softplus(jnp.where(jnp.eye(n, dtype=bool), -logits, logits))
     allowed = allowed_pairs(n, weights, group_ids)
     if allowed is not None:
@@ -59,12 +63,16 @@ def sigmoid(
     return jnp.sum((share[:, None] + share[None, :]) / 2 * losses)
 
 
-def cosines(image: Array, text: Array) -> Array:
+def cosines(image: Array, text: Array, precision: Precision = None) -> Array:
     """`image @ text.T`, multiplied in the features' dtype, accumulated and returned in fp32."""
-    return jnp.einsum("id,jd->ij", image, text, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "id,jd->ij", image, text, preferred_element_type=jnp.float32, precision=precision
+    )
 
 
-def scaled_cosines(image: Array, text: Array, logit_scale: Array) -> Array:
+def scaled_cosines(
+    image: Array, text: Array, logit_scale: Array, precision: Precision = None
+) -> Array:
     """`logit_scale * image @ text.T`, for a whole block of logits.
 
     fp32 features are scaled before the product, as in OpenCLIP. The gradient of the scale then does
@@ -72,8 +80,8 @@ def scaled_cosines(image: Array, text: Array, logit_scale: Array) -> Array:
     would round the scale, so their product is scaled instead.
     """
     if image.dtype == jnp.float32:
-        return cosines(logit_scale * image, text)
-    return logit_scale * cosines(image, text)
+        return cosines(logit_scale * image, text, precision)
+    return logit_scale * cosines(image, text, precision)
 
 
 def shares(n: int, weights: Array | None) -> Array:

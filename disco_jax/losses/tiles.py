@@ -1,10 +1,12 @@
 """What `stream` and `ring` share: labels of rows and columns, and the loop over column tiles.
 
 A pass runs a device's own `[b, D]` rows over all `[B, D]` columns, one tile of columns at a time:
-`[b, tile]` logits exist at once, but never `[b, B]`.
+`[b, tile]` logits exist at once. The forward pass hands the logits of as many tiles as a budget
+allows to the backward pass, which computes the others again.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +14,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from disco_jax.losses.collectives import AxisName, psum_scatter, to_varying
+from disco_jax.losses.reference import Precision, cosines, scaled_cosines
 
 Array = jax.Array
-# (carry, columns of one tile, global index of its first column) -> (carry, outputs per column)
-TileFn = Callable[[Any, Any, Array], tuple[Any, Any]]
-# (tile_fn, carry, own columns, combine, axis_name, tile) -> (carry, own columns' outputs)
-Walk = Callable[[TileFn, Any, Any, "Combine", AxisName, int], tuple[Any, Any]]
-TILE_ELEMENTS = 2**17  # logits in a default tile, if that gives 256 to 1,024 columns
+# (carry, (side, extra arrays) of one tile, global index of its first column, its logits if they
+# were kept) -> (carry, outputs per column, logits)
+TileFn = Callable[[Any, Any, Array, Array | None], tuple[Any, Any, Array]]
+LogitsFn = Callable[[Array], Array]  # features of a tile `[tile, D]` -> fp32 `[b, tile]`
+
+# Number of logits in a tile. On CPUs, a tile should stay in the caches: 256 columns, or up to 1,024
+# if there are few rows. On accelerators, few large tiles launch few kernels: a sixteenth of all
+# logits, but between 64 and 256 MiB (docs/losses.md).
+CPU_TILE = 2**17
+ACCELERATOR_TILES = 16
+ACCELERATOR_TILE = 2**24, 2**26
+# Loops of at most this many tiles are unrolled on GPUs, where a loop costs copies.
+UNROLLED = 32
+# Budgets for less than this fraction of the tiles are not used: they would save less than a
+# thirtieth of the matmuls.
+WORTH_KEEPING = 1 / 8
 
 
 class Side(NamedTuple):
@@ -39,37 +53,144 @@ class Combine(NamedTuple):
 SUM = Combine(jnp.add, psum_scatter)
 
 
-def default_tile(rows: int) -> int:
-    """Returns the default tile width: 256 columns, or up to 1,024 if there are few rows.
+class Pass(NamedTuple):
+    """How a pass over all columns is divided; a constant of the compiled program."""
 
-    Wider tiles keep matmuls with few rows large enough to be worth a call. `--tile` of
-    benchmarks/loss.py compares other widths.
+    prepare: Callable[..., Side]  # of stream.py or ring.py, like `walk`
+    walk: Callable[..., tuple[Any, Any, Any]]
+    axis_name: AxisName
+    tile: int  # columns in a tile
+    keep: int  # tiles whose logits the forward pass hands to the backward pass
+    unroll: bool
+    precision: Precision
+
+
+def plan_pass(
+    method: ModuleType,
+    axis_name: AxisName,
+    rows: int,
+    blocks: list[int],
+    *,
+    platform: str,
+    tile: int | None,
+    keep_bytes: int,
+    precision: Precision,
+) -> Pass:
+    """Divides the pass of `rows` rows over blocks of columns, given by their widths.
+
+    `method` is the module `stream` or `ring`.
     """
-    return min(max(TILE_ELEMENTS // rows // 256 * 256, 256), 1024)
+    tile = min(tile or default_tile(rows, sum(blocks), platform), blocks[0])
+    tiles = sum(columns // tile for columns in blocks)
+    keep = min(keep_bytes // (4 * rows * tile), tiles)
+    # On TPUs, whose matmuls are fast compared to their memory, logits are cheaper to compute again.
+    if platform == "tpu" or keep < WORTH_KEEPING * tiles:
+        keep = 0
+    unroll = platform not in ("cpu", "tpu") and tiles <= UNROLLED
+    return Pass(method.prepare, method.walk, axis_name, tile, keep, unroll, precision)
+
+
+def default_tile(rows: int, columns: int, platform: str) -> int:
+    """Returns the default width of a tile, for `rows` rows and all `columns` columns."""
+    if platform == "cpu":
+        return min(max(CPU_TILE // rows // 256 * 256, 256), 1024)
+    least, most = ACCELERATOR_TILE
+    logits = min(max(rows * columns // ACCELERATOR_TILES, least), most)
+    tiles = -(-rows * columns // logits)
+    return -(-columns // tiles)
 
 
 def scan_tiles(
-    tile_fn: TileFn, carry: Any, columns: Any, first: Array, tile: int
-) -> tuple[Any, Any]:
-    """Scans `tile_fn` over all columns; outputs are returned in the order of the columns.
+    tile_fn: TileFn,
+    carry: Any,
+    columns: Any,
+    first: Array,
+    plan: Pass,
+    keep: int,
+    kept: Any = None,
+) -> tuple[Any, Any, Any]:
+    """Runs `tile_fn` over all columns; outputs are returned in the order of the columns.
 
-    If `tile` does not divide the number of columns, the last tile is narrower.
+    If the tile width does not divide the number of columns, the last tile is narrower.
+
+    Args:
+      tile_fn: Processes one tile; its carry is the state of the rows.
+      carry: Initial state of the rows.
+      columns: Arrays `[columns, ...]`.
+      first: Global index of the first column.
+      plan: How to divide the columns.
+      keep: Number of tiles, the first ones, whose logits are kept.
+      kept: Those logits, as the forward pass returned them; None in the forward pass.
+
+    Returns:
+      The state of the rows after all columns, the outputs, and, in the forward pass, the logits of
+      the first `keep` tiles.
     """
     total = len(jax.tree.leaves(columns)[0])
-    tile = min(tile, total)
+    tile = min(plan.tile, total)
     whole = total // tile
 
-    def step(carry: Any, i: Array) -> tuple[Any, Any]:
+    def process(i: Any, carry: Any, logits: Array | None) -> tuple[Any, Any, Array]:
         part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * tile, tile), columns)
-        return tile_fn(carry, part, first + i * tile)
+        if plan.unroll:  # one tile after the other: together they would need memory together
+            carry, part, logits = lax.optimization_barrier((carry, part, logits))
+        return tile_fn(carry, part, first + i * tile, logits)
 
-    carry, outputs = lax.scan(step, carry, jnp.arange(whole, dtype=jnp.int32))
-    outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    def with_kept(carry: Any, i: Any, logits: Array | None) -> tuple[Any, Any]:
+        carry, outputs, made = process(i, carry, logits)
+        return carry, (outputs, made if kept is None else None)
+
+    def without(carry: Any, i: Any, _: Any) -> tuple[Any, Any]:
+        carry, outputs, _ = process(i, carry, None)
+        return carry, (outputs, None)
+
+    carry, front = loop(with_kept, carry, range(keep), kept, plan.unroll)
+    carry, back = loop(without, carry, range(keep, whole), None, plan.unroll)
+    chunks = [*front.chunks, *back.chunks]
     if whole * tile < total:
         rest = jax.tree.map(lambda x: x[whole * tile :], columns)
-        carry, last = tile_fn(carry, rest, first + whole * tile)
-        outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, last)
-    return carry, outputs
+        carry, last, _ = tile_fn(carry, rest, first + whole * tile, None)
+        chunks.append(last)
+    outputs = jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *chunks)
+    return carry, outputs, front.kept
+
+
+class Turns(NamedTuple):
+    """What the turns of a loop leave behind."""
+
+    chunks: list[Any]  # outputs, in arrays `[n, ...]` to be concatenated
+    kept: Any  # a list of each turn's if the loop is unrolled, else stacked
+
+
+def loop(
+    turn: Callable[[Any, Any, Any], tuple[Any, tuple[Any, Any]]],
+    carry: Any,
+    places: range,
+    given: Any,
+    unroll: bool,
+) -> tuple[Any, Turns]:
+    """Folds `turn(carry, i, given of this turn) -> (carry, (outputs, kept))` over `places`."""
+    if not places:
+        return carry, Turns([], [])
+    if unroll:
+        chunks, kept = [], []
+        for n, i in enumerate(places):
+            carry, (outputs, own) = turn(carry, i, None if given is None else given[n])
+            chunks.append(outputs)
+            kept.append(own)
+        return carry, Turns(chunks, kept)
+    indices = jnp.arange(places.start, places.stop, dtype=jnp.int32)
+    carry, (outputs, kept) = lax.scan(lambda c, x: turn(c, *x), carry, (indices, given))
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    return carry, Turns([flat], kept)
+
+
+def logits_of(rows: Side, logit_scale: Array, precision: Precision) -> LogitsFn:
+    """Returns the function that computes the scaled logits of these rows."""
+    if rows.features.dtype == jnp.float32:
+        scaled = logit_scale * rows.features  # once, instead of every tile
+        return lambda columns: cosines(scaled, columns, precision)
+    return lambda columns: scaled_cosines(rows.features, columns, logit_scale, precision)
 
 
 def tile_masks(

@@ -11,7 +11,7 @@ from disco_jax.config.validation import METHODS
 from disco_jax.display.terminal import PlainConsole
 from disco_jax.errors import UserError
 from disco_jax.plan.accelerators import ACCELERATORS, parse_topology
-from disco_jax.plan.plans import find_max_batch, plan_all
+from disco_jax.plan.plans import KEEPING, LINEAR, find_max_batch, plan_all
 from disco_jax.plan.show import draw, show_many, show_one
 from disco_jax.processes import cli
 
@@ -43,8 +43,9 @@ def main() -> None:
             f"--batch_size: {','.join(FLAGS.batch_size)} is not a list of positive integers"
         )
     for method in FLAGS.compare:
-        if method not in METHODS:
-            raise UserError(f"--compare: {method!r} is not one of {', '.join(METHODS)}")
+        known = [*METHODS, *(f"{name}{LINEAR}" for name in KEEPING)]
+        if method not in known:
+            raise UserError(f"--compare: {method!r} is not one of {', '.join(known)}")
     if FLAGS.find_max_batch and len(FLAGS.batch_size) > 1:
         raise UserError("--find_max_batch starts from one --batch_size, not several")
     batches = [int(text) for text in FLAGS.batch_size] or [config.batch_size]

@@ -37,6 +37,8 @@ class Accelerator:
     bf16_rate: float  # FLOP/s, dense, with fp32 accumulation
     fp32_rate: float  # FLOP/s of fp32 matmuls at JAX's default precision: TF32, or bf16 on TPUs
     bandwidth: float  # bytes/s
+    link: float  # bytes/s to the devices of its host or slice, per direction
+    network: float  # bytes/s to other hosts, this device's share, per direction
     source: str
     gpu: Gpu | None = None
     tpu: str | None = None  # libtpu's name for the generation
@@ -47,21 +49,30 @@ class Accelerator:
 _AMPERE = Gpu((8, 0), 108, 1.41, 40 * 2**20, 64, 167_936, 166_912)
 _HOPPER = Gpu((9, 0), 132, 1.98, 50 * 2**20, 128, 233_472, 232_448)
 _ADA = Gpu((8, 9), 58, 2.04, 48 * 2**20, 128, 102_400, 101_376, threads=1536)
-_A100 = "NVIDIA A100 datasheet (2021); memory as the driver reports it, from XLA's device specs"
-_H100 = (
-    "NVIDIA H100 datasheet (SXM, 2023); memory as the driver reports it, from XLA's device specs"
+# NVLink, and a network adapter for each GPU, as in DGX A100 (200 Gb/s) and DGX H100 (400 Gb/s).
+_DGX_A100 = (
+    300e9,
+    25e9,
+    "NVIDIA A100 datasheet (2021), DGX A100 user guide; memory as the driver reports it, from "
+    "XLA's device specs",
+)
+_HOPPER_LINKS = (450e9, 50e9)
+_DGX_H100 = (
+    *_HOPPER_LINKS,
+    "NVIDIA H100 datasheet (SXM, 2023), DGX H100 user guide; memory as the driver reports it, from "
+    "XLA's device specs",
 )
 _TPU = "cloud.google.com/tpu/docs/"
 
 ACCELERATORS = {
     "a100-40gb": Accelerator(
-        "NVIDIA A100 SXM 40 GB", 42_297_786_368, 312e12, 156e12, 1555e9, _A100, gpu=_AMPERE
+        "NVIDIA A100 SXM 40 GB", 42_297_786_368, 312e12, 156e12, 1555e9, *_DGX_A100, gpu=_AMPERE
     ),
     "a100-80gb": Accelerator(
-        "NVIDIA A100 SXM 80 GB", 85_100_068_864, 312e12, 156e12, 2039e9, _A100, gpu=_AMPERE
+        "NVIDIA A100 SXM 80 GB", 85_100_068_864, 312e12, 156e12, 2039e9, *_DGX_A100, gpu=_AMPERE
     ),
     "h100-80gb": Accelerator(
-        "NVIDIA H100 SXM 80 GB", 84_942_979_072, 989e12, 495e12, 3352e9, _H100, gpu=_HOPPER
+        "NVIDIA H100 SXM 80 GB", 84_942_979_072, 989e12, 495e12, 3352e9, *_DGX_H100, gpu=_HOPPER
     ),
     "h200": Accelerator(
         "NVIDIA H200 SXM 141 GB",
@@ -69,6 +80,7 @@ ACCELERATORS = {
         989e12,
         495e12,
         4800e9,
+        *_HOPPER_LINKS,
         "NVIDIA H200 datasheet (2024); memory as the driver reports it, from XLA's device specs",
         gpu=_HOPPER,
     ),
@@ -78,17 +90,37 @@ ACCELERATORS = {
         121e12,
         60e12,
         300e9,
+        32e9,  # PCIe 4.0 x16
+        1.6e9,  # 100 Gb/s for a host of eight
         "NVIDIA L4 datasheet (2023), dense rates; 24 GiB less ECC and the driver's share",
         gpu=_ADA,
     ),
     "v5e": Accelerator(
-        "TPU v5e", 16 * GIB, 197e12, 197e12, 819e9, _TPU + "v5e", tpu="v5e", hosts=(1, 4, 8)
+        "TPU v5e",
+        16 * GIB,
+        197e12,
+        197e12,
+        819e9,
+        200e9,
+        0,
+        _TPU + "v5e",
+        tpu="v5e",
+        hosts=(1, 4, 8),
     ),
     "v5p": Accelerator(
-        "TPU v5p", 95 * GIB, 459e12, 459e12, 2765e9, _TPU + "v5p", tpu="v5p", torus=3
+        "TPU v5p", 95 * GIB, 459e12, 459e12, 2765e9, 600e9, 0, _TPU + "v5p", tpu="v5p", torus=3
     ),
     "v6e": Accelerator(
-        "TPU v6e", 32 * GIB, 918e12, 918e12, 1640e9, _TPU + "v6e", tpu="v6e", hosts=(1, 4, 8)
+        "TPU v6e",
+        32 * GIB,
+        918e12,
+        918e12,
+        1640e9,
+        448e9,
+        0,
+        _TPU + "v6e",
+        tpu="v6e",
+        hosts=(1, 4, 8),
     ),
 }
 
@@ -106,7 +138,7 @@ class Topology:
         """The type of device. For `cpu`, this machine's memory is split among fake devices."""
         if self.name == "cpu":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.devices
-            return Accelerator("CPU, fake devices", memory, math.inf, math.inf, math.inf, "os")
+            return Accelerator("CPU, fake devices", memory, *(math.inf,) * 5, "os")
         return ACCELERATORS[self.name]
 
     @property

@@ -11,6 +11,9 @@ from disco_jax.plan.compiler import Compiler, Row
 from disco_jax.plan.search import largest_batch
 from disco_jax.plan.show import size, verdict
 
+LINEAR = "_linear"  # suffix of a method: without kept logits, in memory linear in the batch
+KEEPING = ("default", "stream", "ring")
+
 
 def plan_all(
     config: ConfigDict, topology: Topology, batches: list[int], methods: list[str], **scope: Any
@@ -22,7 +25,8 @@ def plan_all(
         for method in methods:
             for batch in batches:
                 progress.update(task, description=f"compiling {method}, batch {batch:,}")
-                rows.append(compiler.compile(_with(config, batch, method), **scope))
+                row = compiler.compile(with_loss(config, batch, method), **scope)
+                rows.append(row | {"method": method})
                 progress.advance(task)
     return rows
 
@@ -55,7 +59,7 @@ def find_max_batch(
                     microbatch: int = microbatch,
                     task: Any = task,
                 ) -> Row:
-                    trial = _with(config, batch, method)
+                    trial = with_loss(config, batch, method)
                     trial.microbatch = microbatch
                     trial.model.image_remat = trial.model.text_remat = remat
                     row = compiler.compile(trial, **scope)
@@ -78,9 +82,12 @@ def find_max_batch(
     return found
 
 
-def _with(config: ConfigDict, batch: int, method: str) -> ConfigDict:
+def with_loss(config: ConfigDict, batch: int, method: str) -> ConfigDict:
+    """Returns a copy of the config with this batch size and loss method, which may be `_linear`."""
     changed = config.copy_and_resolve_references()
-    changed.batch_size, changed.loss.method = batch, method
+    changed.batch_size, changed.loss.method = batch, method.removesuffix(LINEAR)
+    if method.endswith(LINEAR):
+        changed.loss.keep_bytes = 0
     return changed
 
 

@@ -1,5 +1,6 @@
 """Compiles the training step, or only the loss, for a mesh, and reports its cost."""
 
+import math
 import re
 import time
 from collections import Counter
@@ -14,7 +15,9 @@ from disco_jax.losses import contrastive_loss
 from disco_jax.mesh import batch_sharding, replicated
 from disco_jax.models.build import model_config
 from disco_jax.plan.flops import matmul_flops
-from disco_jax.plan.hlo import Collective, collectives
+from disco_jax.plan.hlo import Collective, Program, collectives
+from disco_jax.plan.rates import Rates
+from disco_jax.plan.roofline import estimate
 from disco_jax.step.host_step import HostStep
 from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import abstract_batch, abstract_state
@@ -29,6 +32,10 @@ class Job(NamedTuple):
     parts: dict[str, Any]  # subtrees of the arguments, by name: param, optimizer, batch
 
 
+# What adds up over the programs of a step.
+ESTIMATES = ("estimated_seconds", "collective_seconds", "kernels", "bytes_accessed")
+
+
 def step_job(config: ConfigDict, mesh: Mesh) -> Job:
     """Returns the training step that `train.py` runs, on shapes instead of arrays."""
     model = model_config(config)
@@ -38,20 +45,23 @@ def step_job(config: ConfigDict, mesh: Mesh) -> Job:
     return Job(make_train_step(config, model, mesh), (state, batch), parts)
 
 
-def measure_step(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+def measure_step(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]:
     """Returns the cost of a step: of its one program, or of all programs of the host loop."""
     if not (config.microbatch and config.microbatch_mode == "host"):
-        return _with_waiting_batch(config, measure(step_job(config, mesh)))
+        return _with_waiting_batch(config, measure(step_job(config, mesh), rates))
     model = model_config(config)
     phases = HostStep(config, model, mesh).phases()
     total: dict[str, Any] = {"peak_bytes": 0, "step_flops": 0, "compile_seconds": 0.0}
     flops: Counter[str] = Counter()
     moved: dict[str, Collective] = {}
     for name, phase in phases.items():
-        row = measure(Job(phase.function, phase.arguments, {}))
+        row = measure(Job(phase.function, phase.arguments, {}), rates)
         beside = shard_bytes(phase.beside)
         if row["peak_bytes"] is None:
             return row | {"phase": name}
+        for key in ESTIMATES:
+            if row[key] is not None:
+                total[key] = total.get(key, 0) + phase.turns * row[key]
         if row["peak_bytes"] + beside > total["peak_bytes"]:
             total |= {key: row[key] for key in ("temp_bytes", "output_bytes")}
             total["argument_bytes"] = row["argument_bytes"] + beside
@@ -91,11 +101,18 @@ def loss_job(config: ConfigDict, mesh: Mesh, dim: int) -> Job:
     rows, one = batch_sharding(mesh), replicated(mesh)
     features = jax.ShapeDtypeStruct((config.batch_size, dim), jnp.float32, sharding=rows)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
-    kind, method = config.loss.kind, config.loss.method
+    kind = config.loss.kind
     scalars = (scalar,) * (2 if kind == "sigmoid" else 1)
 
     def loss(*args: jax.Array) -> jax.Array:
-        return contrastive_loss(*args, mesh=mesh, kind=kind, method=method)
+        return contrastive_loss(
+            *args,
+            mesh=mesh,
+            kind=kind,
+            method=config.loss.method,
+            keep_bytes=config.loss.keep_bytes,
+            precision=config.loss.precision,
+        )
 
     arguments = (features, features, *scalars)
     gradient = jax.value_and_grad(loss, tuple(range(len(arguments))))
@@ -103,8 +120,8 @@ def loss_job(config: ConfigDict, mesh: Mesh, dim: int) -> Job:
     return Job(jax.jit(gradient, out_shardings=shardings), arguments, {"batch": (features,) * 2})
 
 
-def measure(job: Job) -> dict[str, Any]:
-    """Compiles a job; returns bytes per device, total FLOPs, and collectives per device."""
+def measure(job: Job, rates: Rates) -> dict[str, Any]:
+    """Compiles a job; returns bytes per device, total FLOPs, collectives and estimated seconds."""
     start = time.perf_counter()
     traced = job.function.trace(*job.arguments)
     flops = matmul_flops(traced.jaxpr)
@@ -118,6 +135,8 @@ def measure(job: Job) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         arguments = shard_bytes(job.arguments)
         return known | out_of_memory(error, arguments) | {"argument_bytes": arguments}
+    parsed = Program(program.as_text())
+    cost = estimate(parsed, rates)
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     held += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -127,7 +146,12 @@ def measure(job: Job) -> dict[str, Any]:
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "collectives": collectives(program.as_text()),
+        "collectives": collectives(parsed),
+        # Nothing is known of the rates of the CPU here.
+        "estimated_seconds": cost.seconds if math.isfinite(rates.bandwidth) else None,
+        "collective_seconds": cost.collective_seconds,
+        "kernels": cost.kernels,
+        "bytes_accessed": cost.bytes,
         "compile_seconds": time.perf_counter() - start,
     }
 

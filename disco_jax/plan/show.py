@@ -16,7 +16,7 @@ def show_one(row: Row, console: Console) -> None:
     table.add_column(justify="right")
     for label, key in (
         ("parameters", "param_bytes"),
-        ("optimiser", "optimizer_bytes"),
+        ("optimizer", "optimizer_bytes"),
         ("batch", "batch_bytes"),
         ("temporaries", "temp_bytes"),
         ("peak", "peak_bytes"),
@@ -32,6 +32,11 @@ def show_one(row: Row, console: Console) -> None:
     table.add_row("matmul FLOPs of a step, all devices", f"{row['step_flops']:.4g}")
     bound = f"{row['bound_seconds']:.4g} s, by {row['bound_by']}" if row["bound_seconds"] else "-"
     table.add_row("lower bound on a step's time, not an estimate", bound)
+    if estimated := row.get("estimated_seconds"):
+        table.add_row("estimated seconds (docs/speed.md), not measured", f"{estimated:.4g}")
+        table.add_row(
+            "kernels, and bytes they move", f"{row['kernels']:,}, {size(row['bytes_accessed'])}"
+        )
     for kind, use in row.get("collectives", {}).items():
         table.add_row(f"{kind} per device and step", f"{use['count']} x, {size(use['bytes'])}")
     if not row["loss_only"]:
@@ -51,7 +56,7 @@ def show_many(rows: list[Row], console: Console) -> None:
     whole_step = not rows[0]["loss_only"]
     for name in ("batch", "method", *(("remat", "microbatch") if whole_step else ())):
         table.add_column(name, justify="left" if name in ("method", "remat") else "right")
-    for name in ("peak", "temporaries", "loss alone", "headroom", "verdict"):
+    for name in ("peak", "temporaries", "loss alone", "estimated", "headroom", "verdict"):
         table.add_column(name, justify="right")
     for row in rows:
         remat = " / ".join(dict.fromkeys((row["image_remat"], row["text_remat"])))
@@ -62,6 +67,7 @@ def show_many(rows: list[Row], console: Console) -> None:
             size(row["peak_bytes"]),
             size(row["temp_bytes"]),
             size(row["loss_temp_bytes"]),
+            seconds(row.get("estimated_seconds")),
             headroom(row),
             verdict(row),
         )
@@ -106,6 +112,13 @@ def size(count: int | None) -> str:
     if count is None:
         return "unknown"
     return f"{count / 2**30:,.2f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def seconds(count: float | None) -> str:
+    """Formats an estimated time; it is not a measurement."""
+    if not count:
+        return "-"
+    return f"{count:.3g} s" if count >= 1 else f"{1e3 * count:.3g} ms"
 
 
 def headroom(row: Row) -> str:

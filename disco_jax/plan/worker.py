@@ -17,6 +17,7 @@ from disco_jax.mesh import make_mesh
 from disco_jax.models.build import model_config
 from disco_jax.plan.accelerators import Topology, gpu_target_config, tpu_grid
 from disco_jax.plan.program import loss_job, measure, measure_step
+from disco_jax.plan.rates import Rates, rates_of
 from disco_jax.processes.backend import use_fake_devices
 
 
@@ -46,12 +47,12 @@ def devices_of(topology: Topology) -> list[Any]:
     return list(description.devices)
 
 
-def answer(request: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+def answer(request: dict[str, Any], mesh: Mesh, rates: Rates) -> dict[str, Any]:
     """Measures the job that a request describes, and its loss on its own."""
     config = ConfigDict(request["config"])
     dim = request["dim"] or model_config(config).embed_dim
-    loss = measure(loss_job(config, mesh, dim))
-    whole = loss if request["loss_only"] else measure_step(config, mesh)
+    loss = measure(loss_job(config, mesh, dim), rates)
+    whole = loss if request["loss_only"] else measure_step(config, mesh, rates)
     return whole | {"loss_temp_bytes": loss["temp_bytes"]}
 
 
@@ -61,10 +62,11 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
+            topology = Topology(*request["topology"])
             if devices is None:
-                devices = devices_of(Topology(*request["topology"]))
+                devices = devices_of(topology)
             mesh = make_mesh(devices, request["config"]["fsdp"])
-            result = answer(request, mesh)
+            result = answer(request, mesh, rates_of(topology))
         except Exception as error:  # the parent reports it to the user
             result = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(result), flush=True)

@@ -34,6 +34,8 @@ FREE_FIELDS = (
     "fake_devices",
     "fsdp",
     "log_every",
+    "loss.keep_bytes",
+    "loss.method",
     "max_bad_steps",
     "microbatch",
     "microbatch_mode",

@@ -87,6 +87,8 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
             mesh=mesh,
             kind=config.loss.kind,
             method=config.loss.method,
+            keep_bytes=config.loss.keep_bytes,
+            precision=config.loss.precision,
         )
 
     return ModelFns(cast_params, encode, loss)

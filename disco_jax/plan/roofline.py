@@ -1,0 +1,225 @@
+"""Estimates the time of a compiled program from its kernels: a roofline, not a measurement.
+
+A kernel takes its launch plus the larger of two times: its bytes at the memory's bandwidth, and its
+FLOPs at the rate that matmuls achieve. Kernels follow each other; an asynchronous collective runs
+beside the kernels that the compiler scheduled between its start and its end. A loop counts as often
+as it turns. A conditional counts as its branch for `true`: the predicates in this package ask
+whether the usual case holds.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from disco_jax.plan.hlo import Instruction, Program
+from disco_jax.plan.rates import Rates
+
+# Neither a kernel nor a copy.
+FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "get-tuple-element",
+        "tuple",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "add-dependency",
+        "copy-done",
+        "async-done",
+        "async-update",
+        "domain",
+    ]
+)
+SLICES = ("dynamic-slice", "slice", "gather")
+MATMULS = re.compile(r"__cublas|__onednn|\$matmul|\$gemm|__cudnn\$fmha")
+
+
+@dataclass
+class Cost:
+    """What a program, or a part of it, costs one device."""
+
+    seconds: float = 0.0
+    kernels: int = 0
+    bytes: int = 0  # read and written in device memory
+    collective_seconds: float = 0.0  # whether hidden behind kernels or not
+    flops: Counter[str] = field(default_factory=Counter)  # of matmuls, by the operands' dtype
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        """Adds `times` runs of another part."""
+        self.seconds += times * other.seconds
+        self.kernels += times * other.kernels
+        self.bytes += times * other.bytes
+        self.collective_seconds += times * other.collective_seconds
+        for dtype, flops in other.flops.items():
+            self.flops[dtype] += times * flops
+
+
+def estimate(program: Program, rates: Rates) -> Cost:
+    """Returns the cost of one run of a compiled program, per device."""
+    return _Walk(program, rates).computation(program.entry)
+
+
+class _Walk:
+    def __init__(self, program: Program, rates: Rates):
+        self.program, self.rates = program, rates
+        self.known: dict[str, Cost] = {}
+
+    def computation(self, name: str) -> Cost:
+        """Returns the cost of a computation's schedule."""
+        if name in self.known:
+            return self.known[name]
+        total = Cost()
+        wire_free = 0.0  # when the links have finished what was started
+        ends: dict[str, float] = {}
+        for instruction in self.program.computations[name].values():
+            opcode = instruction.opcode
+            collective = self.program.collective(instruction)
+            if collective is not None:
+                seconds = self.rates.collective(*collective)
+                total.collective_seconds += seconds
+                total.kernels += 1
+                wire_free = max(wire_free, total.seconds) + seconds
+                ends[instruction.name] = wire_free
+                if not opcode.endswith("-start") or '"is_sync":true' in instruction.text:
+                    total.seconds = wire_free
+            elif opcode.endswith("-done") and instruction.operands:
+                total.seconds = max(total.seconds, ends.get(instruction.operands[0], 0.0))
+            elif opcode not in FREE:
+                total.add(self.instruction(instruction, name))
+        self.known[name] = total
+        return total
+
+    def instruction(self, instruction: Instruction, scope: str) -> Cost:
+        """Returns the cost of an instruction that is not a collective."""
+        called = self.program.called(instruction)
+        total = Cost()
+        if instruction.opcode == "while":
+            for name in called:
+                total.add(self.computation(name), self.program.trips(instruction))
+        elif instruction.opcode == "conditional":
+            total.add(self.computation(self.program.usual_branch(instruction)))
+        elif instruction.opcode in ("call", "async-start"):
+            for name in called:
+                total.add(self.computation(name))
+        else:
+            total.add(self.kernel(instruction, scope))
+        return total
+
+    def kernel(self, instruction: Instruction, scope: str) -> Cost:
+        """Returns the roofline of one kernel."""
+        if instruction.opcode == "copy-start":  # between a TPU's memories, or to the host
+            return Cost(instruction.bytes / self.rates.bandwidth, bytes=instruction.bytes)
+        body = None
+        if instruction.opcode == "fusion":
+            body = self.program.computations[self.program.called(instruction)[0]]
+        cost = Cost(kernels=1)
+        cost.bytes = self._written(instruction, body) + self._read(instruction, scope, body)
+        for dtype, flops in self._flops(instruction, scope).items():
+            cost.flops[dtype] += flops
+        compute = sum(n / self.rates.matmul(dtype) for dtype, n in cost.flops.items())
+        cost.seconds = self.rates.launch + max(cost.bytes / self.rates.bandwidth, compute)
+        return cost
+
+    def _written(self, instruction: Instruction, body: dict[str, Instruction] | None) -> int:
+        """Returns the bytes of the results; of an update in place, those of the update."""
+        if instruction.opcode == "dynamic-update-slice":
+            return instruction.bytes  # corrected by the operand: see `_read`
+        if body is None:  # a library's workspace is not written for others to read
+            return instruction.arrays[0].bytes if _is_matmul(instruction) else instruction.bytes
+        root = _past_bitcasts(body, next(i for i in body.values() if i.root))
+        parts = [root]
+        if root.opcode == "tuple":
+            parts = [_past_bitcasts(body, body[name]) for name in root.operands]
+        total = 0
+        for part in parts:
+            if part.opcode == "dynamic-update-slice":
+                total += body[part.operands[1]].bytes
+            else:
+                total += part.bytes
+        return total
+
+    def _read(
+        self, instruction: Instruction, scope: str, body: dict[str, Instruction] | None
+    ) -> int:
+        """Returns the bytes read; of an operand that is only sliced, those of the slices."""
+        operands = [self.program.computations[scope][name] for name in instruction.operands]
+        if instruction.opcode in SLICES:
+            return instruction.bytes
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * operands[1].bytes - operands[0].bytes
+        if body is None:
+            return sum(operand.bytes for operand in operands)
+        total = 0
+        parameters = sorted(
+            (i for i in body.values() if i.opcode == "parameter"), key=lambda i: i.number
+        )
+        for parameter, operand in zip(parameters, operands, strict=True):
+            uses = list(_uses(body, parameter.name))
+            if uses and all(
+                use.opcode in SLICES and use.operands[0] in names for names, use in uses
+            ):
+                total += min(sum(use.bytes for _, use in uses), operand.bytes)
+            elif uses and all(
+                use.opcode == "dynamic-update-slice" and use.operands[0] in names
+                for names, use in uses
+            ):
+                continue
+            else:
+                total += operand.bytes
+        return total
+
+    def _flops(self, instruction: Instruction, scope: str) -> Counter[str]:
+        """Returns the FLOPs of the matmuls in a kernel, by the dtype of their operands."""
+        total: Counter[str] = Counter()
+        if instruction.opcode == "fusion":
+            for name in self.program.called(instruction):
+                for inner in self.program.computations[name].values():
+                    total += self._flops(inner, name)
+        elif instruction.opcode in ("dot", "convolution") or _is_matmul(instruction):
+            first, second = (
+                self.program.computations[scope][name] for name in instruction.operands[:2]
+            )
+            result = math.prod(instruction.arrays[0].dims)
+            total[first.arrays[0].dtype] += 2 * result * _contracted(instruction, first, second)
+        return total
+
+
+def _is_matmul(instruction: Instruction) -> bool:
+    """Whether an instruction calls a library's matmul."""
+    return instruction.opcode == "custom-call" and bool(MATMULS.search(instruction.text))
+
+
+def _contracted(instruction: Instruction, first: Instruction, second: Instruction) -> int:
+    """Returns the number of products that are summed into one element of the result."""
+    dims = first.arrays[0].dims
+    if listed := re.search(
+        r'lhs_contracting_dim(?:ension)?s"?[=:][\[{]([^\]}]*)', instruction.text
+    ):
+        return math.prod(dims[int(axis)] for axis in re.findall(r"\d+", listed[1]))
+    if labels := re.search(r"dim_labels=\w+_(\w+)->", instruction.text):
+        kernel = second.arrays[0].dims
+        return math.prod(kernel) // kernel[labels[1].index("o")]
+    return dims[-1]
+
+
+def _past_bitcasts(body: dict[str, Instruction], instruction: Instruction) -> Instruction:
+    while instruction.opcode in ("bitcast", "copy") and instruction.operands:
+        instruction = body[instruction.operands[0]]
+    return instruction
+
+
+def _uses(body: dict[str, Instruction], name: str) -> list[tuple[set[str], Instruction]]:
+    """Returns the instructions that use a value, seen through bitcasts, with its names there."""
+    names, found = {name}, []
+    for instruction in body.values():
+        if names.isdisjoint(instruction.operands):
+            continue
+        if instruction.opcode == "bitcast":
+            names.add(instruction.name)
+        else:
+            found.append(instruction)
+    return [(names, instruction) for instruction in found]

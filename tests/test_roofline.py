@@ -1,0 +1,145 @@
+"""The estimate of a program's time, against sums by hand over a small program's text."""
+
+import pytest
+
+from disco_jax.plan.accelerators import ACCELERATORS, parse_topology
+from disco_jax.plan.hlo import Program
+from disco_jax.plan.rates import LAUNCH, Rates, rates_of
+from disco_jax.plan.roofline import estimate
+
+# Launches of 1 s, 1 byte/s of memory, 10 FLOP/s in bf16 and 5 in fp32, 2 bytes/s between devices of
+# a host and 1 between hosts of 4.
+RATES = Rates(launch=1.0, bandwidth=1.0, bf16=10.0, fp32=5.0, link=2.0, network=1.0, host=4)
+
+PROGRAM = """HloModule jit_f, is_scheduled=true, num_partitions=4
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%read_slice (p0: f32[10,4], p1: s32[]) -> f32[4] {
+  %p0 = f32[10,4]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,4]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,4}
+  %flat = f32[4]{0} bitcast(%slice)
+  ROOT %twice = f32[4]{0} add(%flat, %flat)
+}
+
+%write_slice (p0.1: f32[10,4], p1.1: f32[4], p2.1: s32[]) -> f32[10,4] {
+  %p0.1 = f32[10,4]{1,0} parameter(0)
+  %p1.1 = f32[4]{0} parameter(1)
+  %row = f32[1,4]{1,0} bitcast(%p1.1)
+  %p2.1 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  ROOT %update = f32[10,4]{1,0} dynamic-update-slice(%p0.1, %row, %p2.1, %zero.1)
+}
+
+%body (state: (s32[], f32[10,4])) -> (s32[], f32[10,4]) {
+  %state = (s32[], f32[10,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %rows = f32[10,4]{1,0} get-tuple-element(%state), index=1
+  %read = f32[4]{0} fusion(%rows, %i), kind=kLoop, calls=%read_slice
+  %write = f32[10,4]{1,0} fusion(%rows, %read, %i), kind=kLoop, calls=%write_slice
+  ROOT %next = (s32[], f32[10,4]{1,0}) tuple(%i, %write)
+}
+
+%condition (state.1: (s32[], f32[10,4])) -> pred[] {
+  %state.1 = (s32[], f32[10,4]{1,0}) parameter(0)
+  ROOT %more = pred[] constant(true)
+}
+
+%usual (x.1: f32[2,3]) -> f32[2,3] {
+  %x.1 = f32[2,3]{1,0} parameter(0)
+  ROOT %negated = f32[2,3]{1,0} negate(%x.1)
+}
+
+%rare (x.2: f32[2,3]) -> f32[2,3] {
+  %x.2 = f32[2,3]{1,0} parameter(0)
+  %once = f32[2,3]{1,0} negate(%x.2)
+  ROOT %again = f32[2,3]{1,0} negate(%once)
+}
+
+ENTRY %main (x: f32[2,3], y: bf16[3,8], rows: f32[10,4], ok: pred[]) -> f32[2,8] {
+"""
+
+
+def seconds(*lines):
+    return estimate(
+        Program(PROGRAM + "\n".join(f"  {line}" for line in HEAD + lines) + "\n}\n"), RATES
+    )
+
+
+HEAD = (
+    "%x = f32[2,3]{1,0} parameter(0)",
+    "%y = bf16[3,8]{1,0} parameter(1)",
+    "%rows.9 = f32[10,4]{1,0} parameter(2)",
+    "%ok = pred[] parameter(3)",
+    "%zero.9 = s32[] constant(0)",
+)
+
+
+def test_a_kernel_takes_its_launch_and_its_bytes():
+    cost = seconds("ROOT %n = f32[2,3]{1,0} negate(%x)")
+    assert (cost.seconds, cost.kernels, cost.bytes) == (1 + 48, 1, 48)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '%g = (f32[8,8]{1,0}, s8[999]{0}) custom-call(%y, %y), custom_call_target="__cublas$gemm", '
+        'backend_config={"lhs_contracting_dimensions":["0"],"rhs_contracting_dimensions":["0"]}',
+        "%g = f32[8,8]{1,0} dot(%y, %y), lhs_contracting_dims={0}, rhs_contracting_dims={0}",
+    ],
+)
+def test_a_matmul_takes_its_flops_if_these_take_longer(line):
+    cost = seconds(line)
+    assert cost.flops == {"bf16": 2 * 8 * 8 * 3}
+    assert cost.bytes == 2 * 48 + 256  # without the workspace
+    assert cost.seconds == 1 + max(cost.bytes, 2 * 8 * 8 * 3 / 10)
+
+
+def test_a_loop_counts_its_turns_and_a_slice_what_it_reads():
+    """10 turns: 16 bytes and the index read, 16 written; 16 and the index read, 16 updated."""
+    cost = seconds(
+        "%state.9 = (s32[], f32[10,4]{1,0}) tuple(%zero.9, %rows.9)",
+        "%loop = (s32[], f32[10,4]{1,0}) while(%state.9), condition=%condition, body=%body, "
+        'backend_config={"known_trip_count":{"n":"10"}}',
+    )
+    assert cost.kernels == 20
+    assert cost.bytes == 10 * ((16 + 4 + 16) + (16 + 4 + 16))
+    assert cost.seconds == cost.kernels + cost.bytes
+
+
+@pytest.mark.parametrize(
+    "branches",
+    ["true_computation=%usual, false_computation=%rare", "branch_computations={%rare, %usual}"],
+)
+def test_a_conditional_counts_as_its_usual_branch(branches):
+    assert seconds(f"%c = f32[2,3] conditional(%ok, %x, %x), {branches}").kernels == 1
+
+
+def test_collectives_run_beside_what_the_compiler_put_between():
+    start = (
+        "%s = (f32[10,4]{1,0}, f32[40,4]{1,0}) all-gather-start(%rows.9), dimensions={0}, "
+        "replica_groups={{0,1,2,3}}"
+    )
+    done = "%d = f32[40,4]{1,0} all-gather-done(%s)"
+    other = "%n = f32[10,4]{1,0} negate(%rows.9)"
+    wire, kernel = 1 + 640 * 3 / 4 / 2, 1 + 320
+    hidden, bare = seconds(start, other, done), seconds(start, done, other)
+    assert hidden.seconds == max(wire, kernel)
+    assert bare.seconds == wire + kernel
+    assert hidden.collective_seconds == bare.collective_seconds == wire
+
+
+def test_rates_of_links():
+    assert RATES.collective("all-reduce", 80, 4) == 1 + 2 * 80 * 3 / 4 / 2
+    assert RATES.collective("all-gather", 80, 8) == 1 + 80 * 7 / 8 / 2  # 4 adapters beat a link
+    assert RATES.collective("collective-permute", 80, 4) == 1 + 80 / 2
+    assert RATES.collective("collective-permute", 80, 8) == 1 + 80 / 1  # one of a host crosses
+    rates = rates_of(parse_topology("a100-40gb:16"))
+    assert (rates.launch, rates.host) == (LAUNCH, 8)
+    assert rates.matmul("bf16") == 0.8 * ACCELERATORS["a100-40gb"].bf16_rate
