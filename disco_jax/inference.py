@@ -1,6 +1,7 @@
 """Inference with a trained model: image and text features, and zero-shot classification."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from disco_jax.data.source import BadSample
-from disco_jax.data.tokenizer import make_tokenizer
-from disco_jax.data.transforms import ImageLimits, open_image, to_pixels
+from disco_jax.data.tokenizer import TextTokenizer, make_tokenizer
+from disco_jax.data.transforms import ImageLimits, Resize, open_image, to_pixels
 from disco_jax.errors import UserError
 from disco_jax.evaluation.encoder import Encoder
 from disco_jax.evaluation.zeroshot import class_embeddings
@@ -37,7 +38,10 @@ class Model:
         self.config = config
         self._params = jax.device_put(params, replicated(mesh))
         self._encoder = Encoder(config, mesh, batch_size)
-        self._tokenizer = make_tokenizer(config.text)
+
+    @cached_property
+    def _tokenizer(self) -> TextTokenizer:  # a model whose tokenizer is missing still has images
+        return make_tokenizer(self.config.text)
 
     @property
     def batch_size(self) -> int:
@@ -73,7 +77,7 @@ class Model:
         """Encodes texts, or only one, to fp32 `[n, embed_dim]`; n is 0 for an empty list.
 
         Raises:
-          UserError: if one is not a string.
+          UserError: if one is not a string, or the model's tokenizer is missing or does not fit.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         for i, text in enumerate(texts):
@@ -117,19 +121,20 @@ class Model:
         Raises:
           UserError: if it can't be read.
         """
-        size, squash = self.config.vision.image_size, self.config.vision.squash
+        vision = self.config.vision
+        size, resize = vision.image_size, Resize(vision.squash, vision.resample)
         try:
             if isinstance(image, np.ndarray):
                 image = _from_array(image)
             if isinstance(image, Image.Image):
-                return to_pixels(image, size, "", squash)
+                return to_pixels(image, size, "", resize)
             if not isinstance(image, str | Path):
                 raise UserError(
                     f"an image is a {type(image).__name__}; it must be a path, a Pillow image or "
                     "a uint8 array [h, w, 3]"
                 )
             opened = open_image(Path(image).read_bytes(), LIMITS, str(image))
-            return to_pixels(opened, size, "", squash)
+            return to_pixels(opened, size, "", resize)
         except BadSample as bad:
             raise UserError(f"{image}: {bad.kind} {bad.detail}".rstrip()) from bad
         except OSError as error:
