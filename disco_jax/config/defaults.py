@@ -60,6 +60,8 @@ def default() -> ConfigDict:
     # softmax (CLIP), or sigmoid (SigLIP), which has a learnable bias that is initialized to -10.
     c.loss.kind = "softmax"
     c.loss.method = "ring"  # auto, reference, disco, stream or ring (docs/losses.md)
+    # Samples of a batch whose captions have equal tokens are not each other's negatives.
+    c.loss.group_equal_captions = False
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw, lion, adafactor or muon (disco_jax/step/optimizer.py)
