@@ -41,8 +41,8 @@ def make(folder: Path, samples: int = 48) -> Path:
     pieces.save(str(folder / "tokenizer.json"))
     text = dataclasses.replace(SIZES.text, tokenizer=str(folder / "tokenizer.json"))
     config = dataclasses.replace(SIZES, text=text)
-    params = nnx.to_pure_dict(nnx.state(CLIP(config, rngs=nnx.Rngs(0)), nnx.Param))
-    save_model(folder / "model", config, jax.tree.map(np.asarray, flatten(params)))
+    init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(CLIP(config, rngs=nnx.Rngs(0)), nnx.Param)))
+    save_model(folder / "model", config, jax.tree.map(np.asarray, flatten(init())))
     return folder
 
 

@@ -38,10 +38,14 @@ def test_nearest_classes_by_hand():
     np.testing.assert_array_equal(nearest(scores[:, :2], everything[:2]), [[1, 0], [0, 1]])
 
 
-def test_a_class_outside_the_subset_is_never_among_the_five():
-    scores = jnp.array([[0.9, 0.1, 0.2]])
-    near = np.asarray(nearest(scores, jnp.array([False, True, True])))
-    assert Results(np.arange(1), np.array([0]), near).metrics()["top5"] == 0
+@pytest.mark.parametrize(("classes", "subset"), [(3, 3), (4, 4), (6, 4), (5, 5), (7, 5), (7, 7)])
+def test_top5_needs_five_classes(classes, subset):
+    """A class outside of the subset is never among the five; among four, all would be."""
+    scores = jnp.arange(classes, 0, -1, dtype=jnp.float32)[None]
+    near = np.asarray(nearest(scores, jnp.arange(classes) >= classes - subset))
+    metrics = Results(np.arange(1), np.array([0]), near).metrics()
+    assert metrics.keys() == {"top1", "mean_per_class"} | ({"top5"} if subset >= 5 else set())
+    assert metrics.get("top5", 1) == (classes == subset or subset < 5)
 
 
 def test_class_scores_take_full_precision():
@@ -67,8 +71,9 @@ def test_class_scores_take_full_precision():
 
 def test_accuracies_by_hand():
     near = np.array([[0, 1, 2], [1, 0, 2], [2, 1, 0], [2, 1, 0], [1, 2, 0]])
+    near = np.concatenate([near[:, :2], [[3, 4, 5]] * 5], axis=1)
     labels = np.array([0, 0, 0, 2, 2])
-    results = Results(np.arange(5), labels, near[:, :2])
+    results = Results(np.arange(5), labels, near)
     assert results.metrics() == {
         "top1": pytest.approx(2 / 5),
         "top5": pytest.approx(4 / 5),
@@ -189,7 +194,7 @@ def test_fake_devices_are_there():
 
 @pytest.mark.parametrize("field", ["eval.retrieval_name", "eval.sets.mine.source"])
 def test_a_source_that_is_missing_is_reported_with_its_own_field(field):
-    config, model = small()
+    config, model = small()[0], PRESETS["tiny"]
     config.eval.sets.mine = zeroshot_set("shapes", classes="shapes", templates="shapes")
     if field == "eval.retrieval_name":
         config.eval.sets = ConfigDict()

@@ -79,6 +79,20 @@ def test_meshes_with_explicit_axes(method, placed):
     assert max(relative_errors(got, expected)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("method", "kind"), [*((method, "softmax") for method in METHODS), ("auto", "sigmoid")]
+)
+def test_explicit_axes_in_a_jit_of_inputs_on_one_device(method, kind):
+    """Without `jax.set_mesh`, only the mesh that the loss is given names the devices."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    args, extra = arguments(kind), labels(48)
+
+    def loss(*args):
+        return contrastive_loss(*args, mesh=mesh, kind=kind, method=method, **extra)
+
+    assert max(relative_errors(value_and_grads(loss, args), dense(kind, args, **extra))) < 1e-5
+
+
 @pytest.mark.parametrize("axis_name", [None, "data", "fsdp"])
 def test_meshes_with_axes_of_both_types(axis_name):
     types = (AxisType.Auto, AxisType.Explicit)

@@ -22,7 +22,7 @@ from disco_jax.plan.program import measure, shard_bytes, step_job
 from disco_jax.plan.rates import rates_of
 from disco_jax.plan.search import largest_batch
 from disco_jax.processes import cli
-from tests.conftest import mesh_of
+from tests.conftest import ENV, mesh_of
 
 MIB, GIB = 2**20, 2**30
 # The compilers for absent GPUs and TPUs are Linux wheels (requirements-plan.txt).
@@ -210,15 +210,18 @@ def test_mistakes_end_in_one_line(flags, says):
 
 
 @needs_linux
-def test_the_wheels_change_no_ordinary_start():
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from disco_jax.processes import cli; cli.guard(lambda: print(mesh.make_mesh()))",
+        "import disco_jax\n"
+        "try: disco_jax.load('nothing')\n"
+        "except Exception: print(mesh.make_mesh())",
+    ],
+)
+def test_the_wheels_change_no_ordinary_start(start):
     """JAX says nothing, and takes the CPU, though plug-ins for absent devices are installed."""
-    code = (
-        "from disco_jax import mesh\n"
-        "from disco_jax.processes import backend\n"
-        "backend.ignore_absent_accelerators()\n"
-        "print(mesh.make_mesh())"
-    )
-    done = run("-c", code)
+    done = run("-c", f"from disco_jax import mesh\n{start}", env=ENV)
     assert "'data': " in done.stdout
     assert done.stderr == ""
 

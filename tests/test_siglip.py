@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import disco_jax
 from disco_jax.config import default
 from disco_jax.data.tokenizer import FileTokenizer, make_tokenizer
-from disco_jax.data.transforms import to_pixels
+from disco_jax.data.transforms import Resize, to_pixels
 from disco_jax.errors import UserError
 from disco_jax.interop import export_model, import_model, load_model, siglip_config
 from disco_jax.interop.names import openclip_siglip
@@ -169,7 +169,7 @@ def test_a_siglip_is_used_and_trained_on(theirs, tmp_path):
     picture = Image.fromarray(np.arange(40 * 20 * 3, dtype=np.uint8).reshape(20, 40, 3))
     squashed = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(model.read(picture), squashed)
-    np.testing.assert_array_equal(to_pixels(picture, 32, "", squash=True), squashed)
+    np.testing.assert_array_equal(to_pixels(picture, 32, "", Resize(squash=True)), squashed)
     assert model.classify([picture], ["dog", "cat"]).sum() == pytest.approx(1, abs=1e-5)
     config = default()
     config.model.name, config.loss.kind = str(tmp_path / "ours"), "sigmoid"

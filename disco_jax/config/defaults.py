@@ -27,9 +27,10 @@ def default() -> ConfigDict:
     # Initial parameters: a model folder (see `python -m disco_jax.interop`) or the workdir of
     # another run; "" for random initialization.
     c.init_from = ""
-    c.num_steps = 10_000  # total number of optimizer updates
-    # Passes over data.num_samples. Only checked for agreement with num_steps and batch_size; 0
-    # skips the check.
+    # Total number of optimizer updates; 0 computes it from num_epochs, batch_size and the number of
+    # samples in the data.
+    c.num_steps = 10_000
+    # Passes over the data. If num_steps is given too, the two must agree within 5 %. 0: unknown.
     c.num_epochs = 0.0
     c.fsdp = 1  # devices over which each copy of parameters and optimizer state is sharded
     c.fake_devices = 0  # number of simulated CPU devices; 0 uses the machine's own devices
@@ -66,6 +67,8 @@ def default() -> ConfigDict:
     # Precision of the loss's matmuls: default (fp32 features are multiplied in TF32 on NVIDIA GPUs
     # and in bf16 on TPUs), high or highest.
     c.loss.precision = "default"
+    # Samples of a batch whose captions have equal tokens are not each other's negatives.
+    c.loss.group_equal_captions = False
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw, lion, adafactor or muon (disco_jax/step/optimizer.py)
@@ -88,7 +91,8 @@ def default() -> ConfigDict:
     # "/data/{00000..41407}.tar" or "/data/*.tar"; or a table of paths and captions (.csv, .tsv or
     # .parquet). Join several sources with "::".
     c.data.name = "shapes"
-    c.data.num_samples = 0  # expected dataset size, for the num_epochs check; 0: unknown
+    # Expected dataset size, for checking num_epochs before the data are opened; 0: unknown.
+    c.data.num_samples = 0
     c.data.weights = ()  # mixing proportions of joined sources, e.g. (2.0, 1.0); (): concatenate
     c.data.split = "train"  # TFDS split
     c.data.dir = "data"  # folder of the TFDS datasets

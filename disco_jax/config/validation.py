@@ -40,7 +40,6 @@ AT_LEAST_1 = (
     "fsdp",
     "log_every",
     "max_bad_steps",
-    "num_steps",
 )
 AT_LEAST_0 = (
     "data.num_samples",
@@ -50,6 +49,7 @@ AT_LEAST_0 = (
     "loss.keep_bytes",
     "microbatch",
     "num_epochs",
+    "num_steps",
     "optimizer.grad_clip_norm",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
@@ -149,6 +149,8 @@ def _of_several(c: dict[str, Any]) -> list[str]:
         problems.append(
             f"data.weights must be at least {LEAST:g} and differ by at most a factor of a million"
         )
+    if c["num_steps"] == c["num_epochs"] == 0:
+        problems.append("num_steps is 0; it must be at least 1, unless num_epochs is set")
     if c["microbatch_mode"] == "host" and not c["microbatch"]:
         problems.append(
             "microbatch_mode 'host' requires microbatch, the samples per device in a microbatch"
@@ -158,11 +160,11 @@ def _of_several(c: dict[str, Any]) -> list[str]:
     if traced and (not steps or not 1 <= int(steps[1]) <= int(steps[2])):
         problems.append(f"profile_steps is {traced!r}; it must be FIRST:LAST, e.g. 10:15")
     samples, wanted = c["num_steps"] * c["batch_size"], c["num_epochs"] * c["data.num_samples"]
-    if wanted and c["batch_size"] >= 1 and abs(samples / wanted - 1) > ROUNDING:
+    if samples > 0 and wanted and abs(samples / wanted - 1) > ROUNDING:
         problems.append(
             f"num_steps {c['num_steps']:,} at batch_size {c['batch_size']:,} does not match "
             f"num_epochs {c['num_epochs']:g} of data.num_samples {c['data.num_samples']:,}; "
-            f"{round(wanted / c['batch_size']):,} steps would"
+            f"{round(wanted / c['batch_size']):,} steps would, and num_steps = 0 computes them"
         )
     return problems
 

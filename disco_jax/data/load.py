@@ -9,7 +9,14 @@ from ml_collections import ConfigDict
 from numpy.random import Generator
 
 from disco_jax.data.source import MAX_TEXT_BYTES, BadSample, Joined, Sample
-from disco_jax.data.transforms import ImageLimits, open_image, to_pixels, to_random_pixels
+from disco_jax.data.transforms import (
+    CLIP_RESIZE,
+    ImageLimits,
+    Resize,
+    open_image,
+    to_pixels,
+    to_random_pixels,
+)
 from disco_jax.errors import UserError
 
 TRIES = 100  # samples tried for one position before the run stops
@@ -37,9 +44,14 @@ class Load:
     """
 
     def __init__(
-        self, source: Joined, data: ConfigDict, size: int, seed: int = 0, squash: bool = False
+        self,
+        source: Joined,
+        data: ConfigDict,
+        size: int,
+        seed: int = 0,
+        resize: Resize = CLIP_RESIZE,
     ):
-        self._source, self._size, self._seed, self._squash = source, size, seed, squash
+        self._source, self._size, self._seed, self._resize = source, size, seed, resize
         self._least_area = data.crop_scale
         self._limits = ImageLimits(*(data[name] for name in ImageLimits._fields))
 
@@ -79,15 +91,17 @@ class Load:
         """
         sample = self._source[index]
         image = open_image(sample.image, self._limits, sample.key)
-        pixels = to_pixels(image, self._size, sample.key, self._squash)
+        pixels = to_pixels(image, self._size, sample.key, self._resize)
         captions = usable_captions(sample)
         return Loaded(sample.key, pixels, captions, sample.label, sample.image_name, ())
 
     def _pixels(self, sample: Sample, rng: Generator) -> np.ndarray:
         image = open_image(sample.image, self._limits, sample.key)
         if self._least_area < 1:
-            return to_random_pixels(image, self._size, self._least_area, rng, sample.key)
-        return to_pixels(image, self._size, sample.key, self._squash)
+            return to_random_pixels(
+                image, self._size, self._least_area, rng, sample.key, self._resize.resample
+            )
+        return to_pixels(image, self._size, sample.key, self._resize)
 
     def _another(self, index: int, position: int, attempt: int) -> int:
         """Draws a sample from the same joined source, which preserves the mixing weights."""

@@ -90,8 +90,8 @@ class FileTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self._pieces.get_vocab_size()
+        """One more than the largest token id: files may leave ids out."""
+        return max(self._pieces.get_vocab().values()) + 1
 
     def ids(self, texts: Sequence[str], enough: int = sys.maxsize) -> list[list[int]]:
         """Returns each text's ids with the end token, unpadded; cut past `enough` characters."""
@@ -124,7 +124,8 @@ def make_tokenizer(text: "TextConfig") -> TextTokenizer:
         tokenizer: TextTokenizer = FileTokenizer(text.tokenizer, text.context_length)
     else:
         tokenizer = CLIPTokenizer(text.context_length)
-    if text.pool == "last" and tokenizer.vocab_size > text.vocab_size:
+    # Token ids past the model's vocabulary would give features of NaN.
+    if tokenizer.vocab_size > text.vocab_size:
         raise UserError(
             f"the tokenizer {text.tokenizer or 'of CLIP'} has {tokenizer.vocab_size:,} tokens, but "
             f"the model has {text.vocab_size:,}; set model.tokenizer to the model's tokenizer.json"

@@ -22,6 +22,7 @@ from disco_jax.data.load import Load
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import Joined
 from disco_jax.data.tokenizer import make_tokenizer
+from disco_jax.data.transforms import Resize
 from disco_jax.errors import UserError
 from disco_jax.models import CLIPConfig
 from disco_jax.runs.jsonl import JsonLines, process_file
@@ -70,10 +71,12 @@ class TrainData:
         )
         self._total: Counter[str] = Counter()
         keys = config.data.record_keys
+        vision = model.vision
+        resize = Resize(vision.squash, vision.resample)
         self._keys = JsonLines(process_file(workdir, "keys"), step) if keys else None
         self._batches = train_batches(
             source,
-            Load(source, config.data, model.vision.image_size, config.seed, model.vision.squash),
+            Load(source, config.data, vision.image_size, config.seed, resize),
             Collate(make_tokenizer(model.text)),
             batch_size=config.batch_size,
             seed=config.seed,

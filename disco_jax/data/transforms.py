@@ -16,7 +16,7 @@ from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample
 # Decoders by an image's first bytes. `Image.open` would apply Pillow's process-wide pixel limit;
 # ours, `data.max_image_pixels`, is checked before any pixel is decoded.
 FORMATS = ((b"\xff\xd8\xff", JpegImageFile), (b"\x89PNG", PngImageFile), (b"RIFF", WebPImageFile))
-BICUBIC = Image.Resampling.BICUBIC
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random crops, as in torchvision and OpenCLIP
 
 
@@ -26,6 +26,16 @@ class ImageLimits(NamedTuple):
     max_image_pixels: int
     min_image_side: int
     max_aspect_ratio: float
+
+
+class Resize(NamedTuple):
+    """How a model wants its images resized: the fields of its `VisionConfig` of the same names."""
+
+    squash: bool = False
+    resample: str = "bicubic"  # a key of FILTERS
+
+
+CLIP_RESIZE = Resize()
 
 
 def open_image(encoded: bytes, limits: ImageLimits, key: str) -> Image.Image:
@@ -65,7 +75,7 @@ def read_header(encoded: bytes, key: str) -> Image.Image:
         raise BadSample("not_an_image", key, _first_line(error)) from error
 
 
-def to_pixels(image: Image.Image, size: int, key: str, squash: bool = False) -> np.ndarray:
+def to_pixels(image: Image.Image, size: int, key: str, resize: Resize = CLIP_RESIZE) -> np.ndarray:
     """Applies the evaluation transform: CLIP's resize and crop, or a squash of the whole image.
 
     Returns:
@@ -75,16 +85,21 @@ def to_pixels(image: Image.Image, size: int, key: str, squash: bool = False) -> 
       BadSample: if the image data are damaged.
     """
     try:
-        rgb = _rgb(image)
-        return np.asarray(
-            rgb.resize((size, size), BICUBIC) if squash else resize_and_crop(rgb, size)
-        )
+        rgb, kernel = _rgb(image), FILTERS[resize.resample]
+        if resize.squash:
+            return np.asarray(rgb.resize((size, size), kernel))
+        return np.asarray(resize_and_crop(rgb, size, kernel))
     except Exception as error:  # as above, for broken image data
         raise BadSample("broken_image", key, _first_line(error)) from error
 
 
 def to_random_pixels(
-    image: Image.Image, size: int, least_area: float, rng: Generator, key: str
+    image: Image.Image,
+    size: int,
+    least_area: float,
+    rng: Generator,
+    key: str,
+    resample: str = "bicubic",
 ) -> np.ndarray:
     """Applies the training transform, a random resized crop.
 
@@ -104,7 +119,7 @@ def to_random_pixels(
         image.draft(None, wanted)  # has an effect on JPEGs only
         x, y = image.width / width, image.height / height
         box = (left * x, top * y, (left + crop_width) * x, (top + crop_height) * y)
-        return np.asarray(_rgb(image).resize((size, size), BICUBIC, box=box))
+        return np.asarray(_rgb(image).resize((size, size), FILTERS[resample], box=box))
     except Exception as error:  # as above
         raise BadSample("broken_image", key, _first_line(error)) from error
 
@@ -134,8 +149,10 @@ def random_crop(
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the short side to `size` (bicubic) and takes the center crop, as CLIP does."""
+def resize_and_crop(
+    image: Image.Image, size: int, kernel: Image.Resampling = FILTERS["bicubic"]
+) -> Image.Image:
+    """Resizes the short side to `size` and takes the center crop, as CLIP does."""
     width, height = image.size
     if (width, height) == (size, size):
         return image
@@ -143,7 +160,7 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
         resized = (size, int(size * height / width))
     else:
         resized = (int(size * width / height), size)
-    image = image.resize(resized, BICUBIC)
+    image = image.resize(resized, kernel)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 

@@ -18,6 +18,7 @@ from disco_jax.data.pipeline import EvalBatch, eval_batches
 from disco_jax.data.source import Joined
 from disco_jax.data.sources import open_source
 from disco_jax.data.tokenizer import make_tokenizer
+from disco_jax.data.transforms import Resize
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.evaluation import zeroshot
@@ -49,7 +50,8 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, model: CLIPConfig, mesh: Mesh):
         self._data, self._eval = config.data, config.eval
-        self._size, self._squash = model.vision.image_size, model.vision.squash
+        self._size = model.vision.image_size
+        self._resize = Resize(model.vision.squash, model.vision.resample)
         self._encoder = Encoder(model, mesh, config.eval.batch_size)
         self._classify = zeroshot.make_classify(self._encoder)
         self._tokenizer = make_tokenizer(model.text)
@@ -206,7 +208,7 @@ class Evaluator:
 
     def _batches(self, source: Joined, name: str) -> Iterator[EvalBatch]:
         bad: Counter[str] = Counter()
-        load = Load(source, self._data, self._size, squash=self._squash)
+        load = Load(source, self._data, self._size, resize=self._resize)
         for batch in eval_batches(
             len(source),
             load,
@@ -220,7 +222,7 @@ class Evaluator:
 
     def pictures(self, name: str, chosen: np.ndarray) -> list[np.ndarray]:
         """Returns the set's images at the given indices, each uint8 `[size, size, 3]`."""
-        load = Load(self.sets[name].source, self._data, self._size, squash=self._squash)
+        load = Load(self.sets[name].source, self._data, self._size, resize=self._resize)
         return [load.evaluate(int(index)).pixels for index in chosen]
 
 

@@ -47,7 +47,11 @@ def evaluate(
     """
     if not (workdir / "config.json").exists():
         raise UserError(f"workdir {workdir} holds no run; train one there first")
-    check_same(read_json(workdir / "config.json"), config, workdir)
+    stored = read_json(workdir / "config.json")
+    if not config.num_steps:  # the run has what followed from num_epochs and its data
+        config = config.copy_and_resolve_references()
+        config.num_steps = stored.get("num_steps", 0)
+    check_same(stored, config, workdir)
     # A run trained on many devices may be evaluated on a few.
     fsdp = math.gcd(config.fsdp, jax.device_count())
     mesh, model = make_mesh(fsdp=fsdp), model_config(config)

@@ -86,6 +86,8 @@ class Results(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """Returns `top1`, `top5`, and `mean_per_class`, the mean over classes of their top-1.
 
+        There is no `top5` among fewer than five classes.
+
         Raises:
           ValueError: if there are no images.
         """
@@ -94,11 +96,13 @@ class Results(NamedTuple):
         right = self.nearest == self.labels[:, None]
         _, members = np.unique(self.labels, return_inverse=True)
         per_class = np.bincount(members, right[:, 0]) / np.bincount(members)
-        return {
+        metrics = {
             "top1": float(right[:, 0].mean()),
-            "top5": float(right.any(axis=1).mean()),
             "mean_per_class": float(per_class.mean()),
         }
+        if right.shape[1] == TOP and (self.nearest >= 0).all():
+            metrics["top5"] = float(right.any(axis=1).mean())
+        return metrics
 
     def worst(self, names: Sequence[str], count: int) -> list[Confusion]:
         """Returns the `count` least accurate classes, each with its most common mistake."""

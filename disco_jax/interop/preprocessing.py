@@ -10,7 +10,8 @@ from disco_jax.models import CLIPConfig, TextConfig
 from disco_jax.models.files import copy_tokenizer, read_object
 
 Spec = dict[str, Any]
-BICUBIC = 3  # Pillow's constant, which transformers uses too
+# Pillow's constants, which transformers uses too.
+RESAMPLE = {"bicubic": 3, "bilinear": 2}
 
 
 def read_preprocessing(folder: Path, library: str, config: CLIPConfig) -> CLIPConfig:
@@ -24,22 +25,26 @@ def read_preprocessing(folder: Path, library: str, config: CLIPConfig) -> CLIPCo
         return config
     spec = read_object(path)
     if library == "hf":
-        mean, std, resample = (spec.get(k) for k in ("image_mean", "image_std", "resample"))
+        mean, std, number = (spec.get(k) for k in ("image_mean", "image_std", "resample"))
         size = spec.get("size")  # in older files, a number: the short side
         squash = isinstance(size, dict) and "height" in size and not spec.get("do_center_crop")
-        known = resample in (None, BICUBIC)
+        names = {code: name for name, code in RESAMPLE.items()}
+        resample = "bicubic" if number is None else names.get(number)
     else:
         spec = spec.get("preprocess_cfg", {})
         mean, std, mode = (spec.get(k) for k in ("mean", "std", "resize_mode"))
         squash = mode == "squash" if mode else config.vision.squash
-        known = spec.get("interpolation", "bicubic") == "bicubic" and mode != "longest"
-    if not known:
-        raise UserError(f"{path}: only bicubic resizing is supported, by short side or squashed")
+        resample = spec.get("interpolation", "bicubic")
+        if mode == "longest":
+            raise UserError(f"{path}: resize_mode is longest; it must be shortest or squash")
+    if resample not in RESAMPLE:
+        raise UserError(f"{path}: images must be resized by a bicubic or a bilinear filter")
     vision = dataclasses.replace(
         config.vision,
         mean=tuple(mean or config.vision.mean),
         std=tuple(std or config.vision.std),
         squash=squash,
+        resample=resample,
     )
     return dataclasses.replace(config, vision=vision)
 
@@ -50,7 +55,7 @@ def write_openclip_preprocessing(config: CLIPConfig) -> Spec:
     return {
         "mean": list(vision.mean),
         "std": list(vision.std),
-        "interpolation": "bicubic",
+        "interpolation": vision.resample,
         "resize_mode": "squash" if vision.squash else "shortest",
     }
 
@@ -64,7 +69,7 @@ def write_huggingface_preprocessing(out: Path, config: CLIPConfig) -> None:
         "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
         "do_resize": True,
         "size": size if vision.squash else {"shortest_edge": vision.image_size},
-        "resample": BICUBIC,
+        "resample": RESAMPLE[vision.resample],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -3,11 +3,13 @@
 OpenCLIP takes the image tower from timm, where the model's name determines all of its sizes.
 """
 
+import dataclasses
 import re
 from typing import Any
 
 from disco_jax.errors import UserError
 from disco_jax.interop.transformers_sizes import text_from, text_to, vision_from, vision_to
+from disco_jax.interop.values import epsilon, square
 from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
 from disco_jax.models.presets import PRESETS, siglip
 
@@ -20,6 +22,7 @@ TIMM: dict[str, tuple[int, int, int, float, str]] = {
     "so400m": (1152, 27, 16, 3.7362, "gelu"),
     "giantopt": (1536, 40, 16, 4.0, "gelu_tanh"),
 }
+TIMM_EPS = 1e-6  # of timm's LayerNorms
 _NAME = re.compile(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)")
 _TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
 
@@ -36,10 +39,12 @@ def from_openclip(spec: Spec) -> CLIPConfig:
         raise UserError(f"vision_cfg.timm_model_name: {name!r} is no SigLIP ViT with map pooling")
     width, layers, heads, ratio, activation = TIMM[matched[1]]
     given = spec["text_cfg"]
-    tanh = given.get("act_kwargs", {}).get("approximate") == "tanh"
-    return siglip(
+    tanh = (given.get("act_kwargs") or {}).get("approximate") == "tanh"
+    config = siglip(
         VisionConfig(
-            image_size=spec["vision_cfg"].get("image_size", int(matched[3])),
+            image_size=square(
+                spec["vision_cfg"].get("image_size", int(matched[3])), "vision_cfg.image_size"
+            ),
             patch_size=int(matched[2]),
             width=width,
             layers=layers,
@@ -49,6 +54,11 @@ def from_openclip(spec: Spec) -> CLIPConfig:
         TextConfig(**{field: given[field] for field in _TEXT if field in given}),
         (activation, "gelu_tanh" if tanh else "gelu"),
     )
+    eps = epsilon(
+        (given.get("norm_kwargs") or {}).get("eps", config.text.norm_eps),
+        "text_cfg.norm_kwargs.eps",
+    )
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, norm_eps=eps))
 
 
 def to_openclip(config: CLIPConfig) -> Spec:
@@ -64,6 +74,11 @@ def to_openclip(config: CLIPConfig) -> Spec:
         raise UserError(
             "OpenCLIP's SigLIP models use image towers from timm, which has none of width "
             f"{vision.width}, {vision.layers} layers and {vision.heads} heads"
+        )
+    if vision.norm_eps != TIMM_EPS:
+        raise UserError(
+            f"vision.norm_eps is {vision.norm_eps:g}; OpenCLIP's SigLIP models use image towers "
+            f"from timm, in which it is {TIMM_EPS:g}"
         )
     if vision.activation != TIMM[names[0]][4]:
         print(
@@ -103,15 +118,19 @@ def from_huggingface(spec: Spec) -> CLIPConfig:
     Raises:
       UserError: if an activation is unknown.
     """
-    vision, text = spec.get("vision_config", {}), spec.get("text_config", {})
+    vision, text = spec.get("vision_config") or {}, spec.get("text_config") or {}
     ours = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
     acts = [tower.get("hidden_act", "gelu_pytorch_tanh") for tower in (vision, text)]
     for act in acts:
         if act not in ours:
             raise UserError(f"hidden_act is {act}; it must be one of {', '.join(ours)}")
     base = PRESETS["ViT-B-16-SigLIP"]
-    return siglip(
-        vision_from(vision, base.vision), text_from(text, base.text), (ours[acts[0]], ours[acts[1]])
+    read = vision_from(vision, base.vision), text_from(text, base.text)
+    config = siglip(*read, (ours[acts[0]], ours[acts[1]]))
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, norm_eps=read[0].norm_eps),
+        text=dataclasses.replace(config.text, norm_eps=read[1].norm_eps),
     )
 
 

@@ -22,8 +22,9 @@ from disco_jax.interop.preprocessing import (
     write_json,
     write_openclip_preprocessing,
 )
+from disco_jax.interop.weights import find_weights, read_weights
 from disco_jax.models import CLIPConfig, Params, preset
-from disco_jax.models.files import copy_tokenizer, find_weights, read_object, read_tensors
+from disco_jax.models.files import copy_tokenizer, read_object
 from disco_jax.models.folder import (
     MODEL_JSON,
     TOKENIZER,
@@ -75,12 +76,16 @@ def import_model(
         vision = dataclasses.replace(config.vision, image_size=image_size)
         config = dataclasses.replace(config, vision=vision)
     config = _with_tokenizer(config, place, tokenizer)
-    path = find_weights(place)
-    tensors = read_tensors(path)
+    path = find_weights(place, library)
+    tensors = read_weights(path)
     if "logit_bias" in tensors and config.logit_bias is None:
         config = dataclasses.replace(config, logit_bias=float(tensors["logit_bias"].reshape(())))
     try:
-        params = to_ours(tensors, table(library, config), shapes_of(config))
+        shapes = shapes_of(config)
+    except (TypeError, ValueError) as error:  # e.g. a width that is not a multiple of the heads
+        raise UserError(f"the model's configuration is not possible: {error}") from error
+    try:
+        params = to_ours(tensors, table(library, config), shapes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     save_model(out, config, params)

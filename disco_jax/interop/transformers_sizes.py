@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from disco_jax.interop.values import epsilon, square
 from disco_jax.models import TextConfig, VisionConfig
 from disco_jax.models.config import TowerConfig
 
@@ -9,8 +10,8 @@ from disco_jax.models.config import TowerConfig
 def vision_from(spec: dict[str, Any], base: VisionConfig) -> VisionConfig:
     """Reads an image tower; missing fields are taken from `base`."""
     return VisionConfig(
-        image_size=spec.get("image_size", base.image_size),
-        patch_size=spec.get("patch_size", base.patch_size),
+        image_size=square(spec.get("image_size", base.image_size), "vision_config.image_size"),
+        patch_size=square(spec.get("patch_size", base.patch_size), "vision_config.patch_size"),
         **_tower_from(spec, base),
     )
 
@@ -31,6 +32,7 @@ def _tower_from(spec: dict[str, Any], base: TowerConfig) -> dict[str, Any]:
         "layers": spec.get("num_hidden_layers", base.layers),
         "heads": spec.get("num_attention_heads", base.heads),
         "mlp_ratio": spec.get("intermediate_size", base.mlp_width) / width,
+        "norm_eps": epsilon(spec.get("layer_norm_eps", base.norm_eps), "layer_norm_eps"),
     }
 
 

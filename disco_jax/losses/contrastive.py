@@ -132,7 +132,10 @@ def contrastive_loss(
             return dense(*arguments)
         if len(explicit) < len(types):
             raise ValueError("method 'auto' needs mesh axes of one type: all Auto or all Explicit")
-        return auto_axes(dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))(*arguments)
+        # Without a shard_map, a `jit` of arguments on one device would compile for that device.
+        scale = jax.shard_map(lambda x: x, mesh=mesh, in_specs=P(), out_specs=P())(arguments[2])
+        dense = auto_axes(dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))
+        return dense(*arguments[:2], scale, *arguments[3:])
 
     def local(image, text, logit_scale, logit_bias, weights, group_ids):
         return local_contrastive_loss(

@@ -51,6 +51,7 @@ class VisionConfig(TowerConfig):
     mean: tuple[float, ...] = CLIP_MEAN  # subtracted from RGB in [0, 1]
     std: tuple[float, ...] = CLIP_STD
     squash: bool = False  # evaluation squashes images to a square instead of cropping
+    resample: str = "bicubic"  # how images are resized; or bilinear
     patch_dropout: float = 0.0  # fraction of an image's patches dropped in training
 
 

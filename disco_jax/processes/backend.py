@@ -1,10 +1,7 @@
-"""JAX on this machine: platform selection, fake devices, and the processes of a run."""
+"""JAX on this machine: TPUs, fake devices, and the processes of a run."""
 
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from itertools import count
-from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -15,23 +12,6 @@ T = TypeVar("T")
 
 DAY = 24 * 60 * 60  # seconds
 _BARRIERS = count()  # a barrier's name can be used only once
-
-
-def ignore_absent_accelerators() -> None:
-    """Keeps JAX from initializing a compiler plugin whose device is missing.
-
-    With the planner's wheels installed (requirements-plan.txt) and no GPU or TPU, JAX would print
-    stack traces and wait before falling back to the CPU. Must be called before JAX is first used.
-    """
-    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
-    if platforms or sys.platform != "linux":
-        return
-    cuda = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-    tpu = find_spec("libtpu") is not None
-    # Device files of the driver, also visible in containers; /dev/dxg is from WSL.
-    has_gpu = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu"))
-    if (cuda or tpu) and not (has_gpu or has_tpu()):
-        jax.config.update("jax_platforms", "cpu")
 
 
 def has_tpu() -> bool:

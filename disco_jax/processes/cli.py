@@ -35,6 +35,7 @@ from disco_jax.errors import (
 )
 from disco_jax.processes import cluster
 from disco_jax.processes.peers import Watch, watched
+from disco_jax.processes.plugins import ignore_absent_accelerators
 from disco_jax.runs.workdir import locked
 
 # Fraction of a GPU's memory for JAX's pool; JAX's default is 0.75. The planner's limit is 0.03
@@ -129,7 +130,6 @@ def _set_up_jax(config: ConfigDict, launch: cluster.Launch | None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     from disco_jax.processes import backend
 
-    backend.ignore_absent_accelerators()
     if config.fake_devices:
         backend.use_fake_devices(config.fake_devices)
     if launch:
@@ -190,6 +190,7 @@ def guard(function: Callable[[], None]) -> None:
     """Calls `function` and exits with the codes of errors.py; user errors print one line."""
     logging.set_verbosity(logging.FATAL)  # relevant errors of libraries are reported here
     try:
+        ignore_absent_accelerators()
         function()
     except UserError as error:
         _exit(f"error: {printable(error)}", EXIT_USER)

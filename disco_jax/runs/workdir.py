@@ -186,9 +186,11 @@ def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Path) -> Non
         and not field.startswith("eval.")
     ]
     if differing:
+        longer = any(new.get(field, 0) > old.get(field, 0) for field in ("num_steps", "num_epochs"))
+        how = f"; to train on, begin a run in another workdir with init_from={workdir}"
         raise UserError(
             f"workdir {workdir} holds a run with a different config: {', '.join(differing)}; "
-            "choose another workdir, or use that run's config"
+            f"choose another workdir, or use that run's config{how if longer else ''}"
         )
 
 

@@ -1,6 +1,6 @@
 """The microbatch step with images in host memory, which then limits the batch.
 
-A Python loop over the five jitted functions of `HostStep.phases`. Samples are sent to the devices
+A Python loop over the jitted functions of `HostStep.phases`. Samples are sent to the devices
 one microbatch ahead of the computation, once for the features and again for the gradients.
 """
 
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from disco_jax.mesh import batch_sharding, place_batch, replicated
 from disco_jax.models import CLIPConfig, Params
+from disco_jax.step.equal_captions import group_ids, with_groups
 from disco_jax.step.gradients import (
     ROWS,
     Features,
@@ -79,9 +80,13 @@ class HostStep:
             )
             return (image, text), new[0][0, :1]
 
-        def loss(scalars: Params, folded: Features) -> tuple[Array, Params, Features]:
+        def loss(
+            scalars: Params, folded: Features, ids: Array | None
+        ) -> tuple[Array, Params, Features]:
+            of_batch = fns if ids is None else with_groups(fns, ids, config, mesh)
             features = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), folded)
-            value, (d_scalars, d_features) = jax.value_and_grad(fns.loss, (0, 1))(scalars, features)
+            gradient = jax.value_and_grad(of_batch.loss, (0, 1))
+            value, (d_scalars, d_features) = gradient(scalars, features)
             return (
                 value,
                 d_scalars,
@@ -116,6 +121,7 @@ class HostStep:
         self._empty = jax.jit(empty, out_shardings=(rows, rows))
         self._encode = jax.jit(on_devices(encode, P(), ROWS, ROWS, P(), P()), donate_argnums=1)
         self._loss = jax.jit(loss, donate_argnums=1, out_shardings=(whole, whole, (rows, rows)))
+        self._group_ids = jax.jit(lambda tokens: group_ids(tokens, mesh), out_shardings=whole)
         self._begin = jax.jit(on_devices(lambda towers: zeros(trained(model, towers)), P()))
         self._pull = jax.jit(on_devices(pull, P(), ROWS, ROWS, ROWS, P(), P()), donate_argnums=1)
         self._update = jax.jit(finish, donate_argnums=0, out_shardings=(shardings, whole))
@@ -141,7 +147,11 @@ class HostStep:
             self._empty(),
             lambda x, samples, i: self._encode(towers, x, samples, i, state.step),
         )
-        value, d_scalars, d_features = self._loss(split(state.params)[1], features)
+        ids = None
+        if self._config.loss.group_equal_captions:
+            tokens = place_batch({"tokens": batch["tokens"]}, self._mesh)["tokens"]
+            ids = self._group_ids(tokens)
+        value, d_scalars, d_features = self._loss(split(state.params)[1], features, ids)
         total = self._each(
             batch,
             self._begin(towers),
@@ -182,6 +192,10 @@ class HostStep:
         samples = abstract_batch(model, config.microbatch * mesh.devices.size, mesh)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
         value = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+        ids = None  # their own program is too small to count
+        if config.loss.group_equal_captions:
+            shape = (config.batch_size,)
+            ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
         return {
             "prepare": Phase(self._cast_params, (state.params,), 1, (state.opt_state,)),
             "encode": Phase(
@@ -190,7 +204,7 @@ class HostStep:
                 self._count,
                 (state, samples),
             ),
-            "loss": Phase(self._loss, (scalars, features), 1, (state, towers)),
+            "loss": Phase(self._loss, (scalars, features, ids), 1, (state, towers)),
             "pull": Phase(
                 self._pull,
                 (towers, total, samples, features, number, number),

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from disco_jax.mesh import batch_sharding, replicated
 from disco_jax.models import CLIPConfig, Params
 from disco_jax.models.clip import MAX_LOGIT_SCALE
+from disco_jax.step.equal_captions import group_ids, with_groups
 from disco_jax.step.gradients import by_microbatches, make_model_fns, whole_batch
 from disco_jax.step.optimizer import make_optimizer, make_schedule
 from disco_jax.step.state import TrainState, abstract_state, trained, with_trained
@@ -34,10 +35,14 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
       ValueError: if the config contains an unknown name, or sizes do not fit the mesh.
     """
     fns = make_model_fns(config, model, mesh)
-    gradient = (by_microbatches if config.microbatch else whole_batch)(config, fns, model, mesh)
+    make_gradient = by_microbatches if config.microbatch else whole_batch
     update = make_update(config, model)
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        of_batch = fns
+        if config.loss.group_equal_captions:
+            of_batch = with_groups(fns, group_ids(batch["tokens"], mesh), config, mesh)
+        gradient = make_gradient(config, of_batch, model, mesh)
         loss, grads = gradient(state.params, batch, state.step)
         return update(state, loss, grads)
 

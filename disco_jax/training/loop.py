@@ -21,9 +21,12 @@ from disco_jax.runs.metrics import MetricWriter, read_metrics
 from disco_jax.step.host_step import HostStep
 from disco_jax.step.train_step import Metrics, batches_on_devices, make_train_step
 from disco_jax.training.health import Health
+from disco_jax.training.length import warm_up_note
 from disco_jax.training.profile import Profiler
 from disco_jax.training.progress import Stopwatch, TrainProgress
 from disco_jax.training.setup import Setup, set_up
+
+SHOWN = ("/top1", "recall@1")  # ends of the names of the metrics that are printed
 
 
 class Resources(NamedTuple):
@@ -46,6 +49,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
       DataLost: if a data worker died or no data arrived.
     """
     setup = set_up(config, workdir)
+    config = setup.config
     _announce(config, setup)
     with _opened(config, setup, workdir) as resources:
         evaluator = first_then_all(lambda: Evaluator(config, setup.model, setup.mesh))
@@ -89,7 +93,7 @@ def _run_steps(
     steps = InFlight(health)
 
     def save(step: int) -> None:
-        with watch.timed("checkpoint"):
+        with watch.timed("checkpoint"), progress.paused():
             checkpoints.save(step, state, data.position() | {"health": health.saved()})
 
     for step in range(start + 1, config.num_steps + 1):
@@ -113,22 +117,22 @@ def _run_steps(
         logs = last or step % config.log_every == 0 or step == start + 1
         stops = preemption.stops()
         saves = last or stops or step % config.checkpoint_every == 0
-        if logs or saves:
+        evaluates = last or (config.eval.every and step % config.eval.every == 0)
+        if logs or saves or evaluates:
             steps.wait()
         if logs:
             row = {k: float(v) for k, v in values.items() if k != "train/skipped"}
             row |= progress.update(step, row["train/loss"], row["train/logit_scale"])
             row |= data.metrics() | health.metrics()
-        evaluates = last or (config.eval.every and step % config.eval.every == 0)
         if stops and not last:  # whoever asked may not wait for an evaluation
             save(step)
             checkpoints.wait()
         if evaluates:
-            with watch.timed("eval"):
-                row |= evaluator.run(state.params)
-            told = [f"{k} {v:.1%}" for k, v in row.items() if k.endswith("top1")]
-            console.print(f"step {step}  " + "  ".join(told), soft_wrap=True)
-            progress.pause(step)
+            with watch.timed("eval"), progress.paused():
+                found = evaluator.run(state.params)
+            if told := [f"{k} {v:.1%}" for k, v in found.items() if k.endswith(SHOWN)]:
+                console.print(f"step {step}  " + "  ".join(told), soft_wrap=True)
+            row |= found
         if saves and (last or not stops):
             save(step)
         if row:
@@ -177,3 +181,5 @@ def _announce(config: ConfigDict, setup: Setup) -> None:
         f"{config.num_steps:,} steps, loss method {config.loss.method}; {origin}",
         soft_wrap=True,
     )
+    if note := warm_up_note(config):
+        console.print(note, soft_wrap=True)

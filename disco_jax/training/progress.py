@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from disco_jax.display.terminal import console
 
+SMOOTHING = 0.8  # weight of earlier steps in the average that the remaining time is computed from
+
 
 class Stopwatch:
     """Measures where the time of steps goes, in seconds per step since the last `read`."""
@@ -46,7 +48,8 @@ class TrainProgress:
     def __init__(self, start: int, total: int, batch_size: int):
         self._total, self._batch_size = total, batch_size
         self._last = (start, time.monotonic())
-        self._rate = 0.0
+        self._paused = 0.0  # seconds since the last update
+        self._updates, self._step_time = 0, 0.0  # a moving average, in seconds
         self._bar = Progress(
             BarColumn(),
             TextColumn("{task.description}", markup=False),
@@ -58,24 +61,36 @@ class TrainProgress:
             self._bar.start()
 
     def update(self, step: int, loss: float, logit_scale: float) -> dict[str, float]:
-        """Shows this step and returns the speed since the last call, as metrics."""
+        """Shows this step and returns the speed since the last call, as metrics.
+
+        The remaining time is that of the remaining steps, without evaluations and checkpoints.
+        """
         now = time.monotonic()
-        steps, seconds = step - self._last[0], now - self._last[1]
-        self._last = (step, now)
-        self._rate = steps * self._batch_size / max(seconds, 1e-9)
-        left = (self._total - step) * self._batch_size / max(self._rate, 1e-9)
+        steps, seconds = step - self._last[0], now - self._last[1] - self._paused
+        self._last, self._paused = (step, now), 0.0
+        each = max(seconds, 1e-9) / max(steps, 1)
+        self._updates += 1
+        # The first update includes compilation, and says nothing about the remaining steps.
+        kept = SMOOTHING if self._updates > 2 else 0.0
+        self._step_time = kept * self._step_time + (1 - kept) * each
+        rate = self._batch_size / each
         text = (
             f"step {step}/{self._total}  loss {loss:.4f}  logit_scale {logit_scale:.2f}  "
-            f"{self._rate:,.0f} images/s  {_clock(left)} left"
+            f"{rate:,.0f} images/s"
         )
+        if self._updates > 1:
+            text += f"  {_clock((self._total - step) * self._step_time)} left"
         self._bar.update(self._task, completed=step, description=text)
         if not console.is_terminal:
             print(text, flush=True)
-        return {"train/images_per_second": self._rate}
+        return {"train/images_per_second": rate}
 
-    def pause(self, step: int) -> None:
-        """Excludes the time since the last update, spent on something else, from the speed."""
-        self._last = (step, time.monotonic())
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the time in this context, spent on something else, from the speed."""
+        begun = time.monotonic()
+        yield
+        self._paused += time.monotonic() - begun
 
     def close(self) -> None:
         """Removes the bar."""

@@ -23,11 +23,13 @@ from disco_jax.runs import workdir as workdir_lib
 from disco_jax.runs.checkpoint import Checkpoints
 from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import TrainState, abstract_state, init_state
+from disco_jax.training.length import check_length, with_steps
 
 
 class Setup(NamedTuple):
     """A run that is ready to train."""
 
+    config: ConfigDict  # the run's, with the number of steps if it followed from num_epochs
     model: CLIPConfig
     mesh: Mesh
     source: Joined
@@ -45,6 +47,9 @@ def set_up(config: ConfigDict, workdir: Path) -> Setup:
     check_division(config, jax.device_count())
     mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
     source = first_then_all(lambda: open_source(config.data, config.data.name, config.data.split))
+    config = with_steps(config, len(source))
+    if not (workdir / "config.json").exists():  # runs that have started go on as they are
+        check_length(config, source)
     if jax.process_index() == 0:
         workdir_lib.claim(config, workdir)
         devices = [device.device_kind for device in jax.devices()]
@@ -57,7 +62,7 @@ def set_up(config: ConfigDict, workdir: Path) -> Setup:
         )
     checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
     state, position = _restore_or_init(config, model, mesh, checkpoints)
-    return Setup(model, mesh, source, checkpoints, state, position)
+    return Setup(config, model, mesh, source, checkpoints, state, position)
 
 
 def _restore_or_init(

@@ -1,0 +1,223 @@
+"""How long a run is, and what it says about itself on the way."""
+
+import json
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from disco_jax.config import default
+from disco_jax.config.validation import problems_of
+from disco_jax.data.source import Joined
+from disco_jax.errors import UserError
+from disco_jax.evaluation import main as evaluation
+from disco_jax.runs.workdir import check_same
+from disco_jax.training import loop, progress
+from disco_jax.training.length import check_length, warm_up_note, with_steps
+from disco_jax.training.progress import TrainProgress
+from disco_jax.training.setup import set_up
+from tests import small_run
+from tests.small_run import config_of, rows
+
+
+def of(*sizes: int) -> Joined:
+    class Sized(SimpleNamespace):
+        def __len__(self):
+            return self.size
+
+    return Joined([Sized(size=n, fingerprint="", problems=Counter()) for n in sizes])
+
+
+def config(**fields):
+    c = default()
+    c.batch_size, c.num_steps, c.data.name = 16, 100, "a"
+    for name, value in fields.items():
+        c[name] = value
+    return c
+
+
+@pytest.mark.parametrize("size", [1, 5, 15])
+def test_data_smaller_than_a_batch_are_refused(size):
+    told = rf"data\.name: the data have {size} samples, fewer than a batch, 16, which would hold"
+    with pytest.raises(UserError, match=told):
+        check_length(config(), of(size))
+    with pytest.raises(UserError, match=told):
+        check_length(config(), of(size - 1, 1))
+    check_length(config(), of(16))
+    check_length(config(), of(9, 7))
+
+
+def test_a_mixtures_sources_fill_their_shares():
+    """3 : 1 is 12 and 4 of 16 samples; each source has epochs of its own."""
+    c = config()
+    c.data.name, c.data.weights = "a.csv::b.csv", (3.0, 1.0)
+    check_length(c, of(12, 4))
+    told = r"data\.name: b\.csv has 3 samples, fewer than its share of a batch, 4, which"
+    with pytest.raises(UserError, match=told):
+        check_length(c, of(1000, 3))
+    with pytest.raises(UserError, match=r"a\.csv has 11 samples, fewer than its share of a batch"):
+        check_length(c, of(11, 1000))
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs", "steps", "right"),
+    [
+        (1600, 1.0, 100, True),
+        (1600, 1.0, 104, True),
+        (1600, 1.0, 106, False),
+        (1600, 2.0, 100, False),
+        (160, 10.0, 100, True),
+        (16, 0.25, 1, True),
+        (16, 0.25, 2, False),
+    ],
+)
+def test_epochs_are_of_the_data_that_are_there(samples, epochs, steps, right):
+    c = config(num_steps=steps, num_epochs=epochs)
+    if right:
+        check_length(c, of(samples))
+        return
+    wanted = max(round(epochs * samples / 16), 1)
+    told = rf"of the {samples:,} samples in data\.name, not num_epochs {epochs:g}; {wanted} steps"
+    with pytest.raises(UserError, match=told):
+        check_length(c, of(samples))
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs", "steps"), [(1600, 1.0, 100), (1610, 2.0, 201), (48, 0.1, 1), (17, 3.0, 3)]
+)
+def test_steps_follow_from_epochs(samples, epochs, steps):
+    c = config(num_steps=0, num_epochs=epochs)
+    assert problems_of(c) == []
+    found = with_steps(c, samples)
+    assert (found.num_steps, c.num_steps) == (steps, 0)
+    check_length(found, of(samples))
+    given = config(num_epochs=epochs)
+    assert with_steps(given, samples).num_steps == 100
+    assert problems_of(config(num_steps=0)) == [
+        "num_steps is 0; it must be at least 1, unless num_epochs is set"
+    ]
+
+
+def test_a_warm_up_longer_than_the_run_is_told():
+    c = config()
+    c.optimizer.warmup_steps = 2_000
+    assert warm_up_note(c) == (
+        "note: optimizer.warmup_steps 2,000 is longer than the run, 100 steps: the learning rate "
+        "reaches 5.0% of its peak"
+    )
+    for warm_up in (0, 99, 100):
+        c.optimizer.warmup_steps = warm_up
+        assert warm_up_note(c) == ""
+
+
+@pytest.mark.parametrize("field", ["num_steps", "num_epochs"])
+def test_a_longer_run_is_told_how_to_go_on(field, tmp_path):
+    stored = json.loads(config().to_json())
+    longer = config(**{field: 200})
+    told = (
+        rf"{field} \(.*\).*; to train on, begin a run in another workdir with init_from={tmp_path}$"
+    )
+    with pytest.raises(UserError, match=told):
+        check_same(stored, longer, tmp_path)
+    for other in (config(num_steps=50), config(seed=3)):
+        with pytest.raises(UserError, match=r"or use that run's config$"):
+            check_same(stored, other, tmp_path)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the test moves."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now.seconds)
+    return now
+
+
+def lefts(text: str) -> list[int]:
+    return [60 * int(m) + int(s) for m, s in re.findall(r"(\d+):(\d\d) left", text)]
+
+
+@pytest.mark.parametrize("every", [1, 5, 10])
+def test_the_time_left_does_not_jump(every, clock, capsys):
+    """A step takes 2 s, an evaluation 60 s, a save 20 s, and compilation, at first, 100 s."""
+    bar = TrainProgress(0, 100, 16)
+    clock.seconds += 100
+    speeds = []
+    for step in range(1, 101):
+        clock.seconds += 2
+        if step == 1 or step % every == 0:
+            speeds.append(bar.update(step, 1.0, 1.0)["train/images_per_second"])
+        for each, seconds in ((7, 60), (10, 20)):
+            if step % each == 0:
+                with bar.paused():
+                    clock.seconds += seconds
+    assert speeds[1:] == [pytest.approx(8)] * (len(speeds) - 1)
+    shown = lefts(capsys.readouterr().out)
+    logged = [step for step in range(2, 101) if step % every == 0]
+    assert shown == [2 * (100 - step) for step in logged]
+
+
+def test_the_time_left_is_of_several_updates(clock, capsys):
+    """A single slow update, of ten times the usual, changes it by less than three times."""
+    bar = TrainProgress(0, 1000, 16)
+    for step in range(1, 30):
+        clock.seconds += 2 if step == 20 else 0.2
+        bar.update(step, 1.0, 1.0)
+    shown = np.array(lefts(capsys.readouterr().out))
+    assert shown.max() < 3 * shown.min()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return small_run.make(tmp_path_factory.mktemp("made"))
+
+
+class Evaluations:
+    """In the place of an Evaluator: what a run without labelled sets finds, at first nothing."""
+
+    def __init__(self, *_):
+        self.sets = {}
+        found = {"retrieval/image_to_text_recall@1": 0.25, "retrieval/image_to_text_recall@5": 0.5}
+        self.found = iter([{}, found, found | {"mine/top1": 0.125, "mine/top5": 0.75}])
+
+    def run(self, params):
+        return next(self.found)
+
+
+def test_a_run_of_epochs(made, tmp_path, monkeypatch, capsys):
+    """Steps from epochs, what is printed on the way, and what resuming and evaluating find."""
+    monkeypatch.setattr(loop, "Evaluator", Evaluations)
+    fields = {"num_steps": 0, "num_epochs": 2.0, "log_every": 4, "checkpoint_every": 100}
+    config = config_of(made, **fields, eval__every=2, optimizer__warmup_steps=50)
+    with jax.numpy_dtype_promotion("standard"):  # see test_step.py
+        loop.train(config, tmp_path)
+    told = capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 6
+    assert [row["step"] for row in rows(tmp_path)] == [1, 4, 6]
+    assert "50 is longer than the run, 6 steps: the learning rate reaches 12.0%" in told
+    evaluated = [line for line in told.splitlines() if re.match(r"step \d+ ", line)]
+    recall = "retrieval/image_to_text_recall@1 25.0%"
+    assert evaluated == [f"step 4  {recall}", f"step 6  {recall}  mine/top1 12.5%"]
+    setup = set_up(config, tmp_path)
+    setup.checkpoints.close()
+    assert (setup.config.num_steps, int(setup.state.step)) == (6, 6)
+    with pytest.raises(UserError, match=rf"num_steps \(6 there, 12 here\).* init_from={tmp_path}$"):
+        set_up(
+            config_of(made, **fields | {"num_epochs": 4.0}, optimizer__warmup_steps=50), tmp_path
+        )
+    steps = []
+    monkeypatch.setattr(evaluation, "Evaluator", Evaluations)
+    monkeypatch.setattr(evaluation, "_restore", lambda *_: {})
+    monkeypatch.setattr(evaluation, "_evaluate", lambda *given: steps.append(given[3]))
+    evaluation.evaluate(config, tmp_path, watch=True)  # until the last step
+    assert steps == [6]
+
+
+def test_a_run_of_too_few_samples_does_not_begin(made, tmp_path):
+    with pytest.raises(UserError, match=r"the data have 48 samples, fewer than a batch, 64"):
+        set_up(config_of(made, batch_size=64), tmp_path / "run")
+    with pytest.raises(UserError, match=r"is 2\.67 epochs of the 48 samples in data\.name"):
+        set_up(config_of(made, num_epochs=1.0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
