@@ -23,7 +23,9 @@ LIMITS = ImageLimits(max_image_pixels=100_000_000, min_image_side=1, max_aspect_
 
 
 class Model:
-    """Computes unit-length features on all devices of the machine. Each tower is compiled once.
+    """Computes unit-length features on all devices of the machine.
+
+    The image tower is compiled once, the text tower once for each of a few lengths of texts.
 
     Args:
       config: the towers.
@@ -66,7 +68,7 @@ class Model:
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Encodes texts to fp32 `[n, embed_dim]`."""
         tokens = self._tokenizer(texts)
-        return self._encoder.encode_all(self._encoder.text, self._params, tokens)
+        return self._encoder.encode_texts(self._params, tokens)
 
     def classify(
         self, images: Sequence[Picture], names: Sequence[str], templates: Sequence[str] = TEMPLATES
