@@ -46,6 +46,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
       DataLost: if a data worker died or no data arrived.
     """
     setup = set_up(config, workdir)
+    config = setup.config
     _announce(config, setup)
     with _opened(config, setup, workdir) as resources:
         evaluator = first_then_all(lambda: Evaluator(config, setup.model, setup.mesh))
@@ -170,10 +171,11 @@ def _announce(config: ConfigDict, setup: Setup) -> None:
     count = sum(x.size for x in jax.tree.leaves(setup.state.params))
     origin = f"resuming from step {start}" if start else "from scratch"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    groups = f", text groups {config.model.text_groups}" if config.model.text_groups else ""
     console.print(
         f"{config.model.name}, {count / 1e6:.1f} M parameters, on {setup.mesh.devices.size} "
         f"{jax.devices()[0].platform} devices{processes}; {len(setup.source):,} samples, batch "
         f"{config.batch_size:,}, "
-        f"{config.num_steps:,} steps, loss method {config.loss.method}; {origin}",
+        f"{config.num_steps:,} steps, loss method {config.loss.method}{groups}; {origin}",
         soft_wrap=True,
     )

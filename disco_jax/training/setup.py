@@ -23,11 +23,13 @@ from disco_jax.runs import workdir as workdir_lib
 from disco_jax.runs.checkpoint import Checkpoints
 from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import TrainState, abstract_state, init_state
+from disco_jax.training.text_groups import find_text_groups
 
 
 class Setup(NamedTuple):
     """A run that is ready to train."""
 
+    config: ConfigDict  # the run's, with the text groups that `auto` stands for
     model: CLIPConfig
     mesh: Mesh
     source: Joined
@@ -45,6 +47,7 @@ def set_up(config: ConfigDict, workdir: Path) -> Setup:
     check_division(config, jax.device_count())
     mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
     source = first_then_all(lambda: open_source(config.data, config.data.name, config.data.split))
+    text_groups = find_text_groups(config, model.text, source)
     if jax.process_index() == 0:
         workdir_lib.claim(config, workdir)
         devices = [device.device_kind for device in jax.devices()]
@@ -54,10 +57,13 @@ def set_up(config: ConfigDict, workdir: Path) -> Setup:
             devices=devices,
             processes=jax.process_count(),
             samples=len(source),
+            text_groups=text_groups,
         )
+    config = config.copy_and_resolve_references()
+    config.model.text_groups = text_groups
     checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
     state, position = _restore_or_init(config, model, mesh, checkpoints)
-    return Setup(model, mesh, source, checkpoints, state, position)
+    return Setup(config, model, mesh, source, checkpoints, state, position)
 
 
 def _restore_or_init(
