@@ -1,5 +1,6 @@
 """Texts in groups by length: features, loss and gradients are those at full length."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,8 +21,8 @@ from disco_jax.data.source import BadSample, Joined, Sample
 from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.errors import UserError
 from disco_jax.evaluation.encoder import Encoder
-from disco_jax.mesh import place_batch
-from disco_jax.models import CLIP, CLIPConfig, TextConfig, VisionConfig, preset
+from disco_jax.mesh import place_batch, state_sharding
+from disco_jax.models import CLIPConfig, TextConfig, VisionConfig, abstract_model, preset
 from disco_jax.models.build import model_config
 from disco_jax.models.group_choice import choose_text_groups, groups_of, typical_lengths
 from disco_jax.plan.flops import matmul_flops
@@ -29,20 +30,26 @@ from disco_jax.runs.workdir import check_same
 from disco_jax.step.gradients import (
     by_microbatches,
     make_model_fns,
+    share_too_long,
     sum_over_devices,
     whole_batch,
 )
 from disco_jax.step.host_step import HostStep
 from disco_jax.step.optimizer import make_optimizer
-from disco_jax.step.state import init_state
-from disco_jax.step.train_step import make_train_step, state_shardings
+from disco_jax.step.state import TrainState, abstract_state
+from disco_jax.step.train_step import make_train_step
 from disco_jax.training.text_groups import find_text_groups
 from tests.conftest import mesh_of
 from tests.test_microbatch import difference
 
 BATCH, CONTEXT, END = 16, 8, 63
-GROUPS = "3:0.5,5:0.75"  # the rest has 8 tokens
+GROUPS = "4:0.75"  # the rest has 8 tokens
 SHORT = [2, 3, 4, 8]  # fit four, and any multiple
+TOO_LONG = [
+    (SHORT * 4, 0),
+    ([2] * 4 + [8] * 4 + [2] * 8, 1 / 4),
+    ([2, 2, 2, 8] * 2 + [8] * 8, 2 / 4),
+]
 # devices, devices of one copy of the state, samples a device in a microbatch, mode
 DIVISIONS = [(4, 2, 0, "scan"), (2, 1, 4, "scan"), (1, 1, 8, "host")]
 MODEL = CLIPConfig(
@@ -81,23 +88,53 @@ def config_of(microbatch=0, groups=GROUPS):
     return config
 
 
+def random_params(model):
+    """Of sizes like those of a model in training; initializing one takes longer to compile."""
+    rng = np.random.default_rng(2)
+    _, shapes = abstract_model(model)
+
+    def draw(path, x):
+        mean = 1 if path[-1].key in ("scale", "logit_scale") else 0
+        return (mean + rng.normal(0, 0.2, x.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def state_on(mesh):
+    params = jax.tree.map(
+        lambda x: jax.device_put(x, state_sharding(mesh, x.shape)), random_params(MODEL)
+    )
+    return TrainState(jnp.int32(3), params, ())
+
+
 @functools.cache
-def initial_state():
-    return init_state(MODEL, make_optimizer(config_of()), mesh_of(1), seed=0)
+def host_step():
+    return HostStep(config_of(microbatch=8), MODEL, mesh_of(1))
 
 
-def state_on(mesh, config):
-    state = jax.tree.map(np.asarray, initial_state())
-    return jax.device_put(state, state_shardings(config, MODEL, mesh))
+@contextlib.contextmanager
+def compilations():
+    """A list of the programs compiled meanwhile."""
+    compiled = []
+
+    def listener(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @functools.cache
 def gradient_fn(devices, fsdp, microbatch, mode, groups=GROUPS):
     """Compiled once for all batches: (batch) -> loss and gradients."""
     config, mesh = config_of(microbatch, groups), mesh_of(devices, fsdp)
-    state = state_on(mesh, config)
+    state = state_on(mesh)
     if mode == "host":
-        step = HostStep(config, MODEL, mesh)
+        step = host_step()
         total = jax.jit(lambda own: sum_over_devices(mesh, own, config.reduce_dtype))
 
         def by_host(batch):
@@ -126,86 +163,61 @@ def test_gradients_are_those_at_full_length(division, lengths):
     assert difference(got, full) < 1e-5
 
 
-@pytest.mark.parametrize("mode", ["scan", "host"])
-def test_texts_that_do_not_fit_are_counted_by_the_same_program(mode):
-    """Two devices, with two microbatches each: none are too long, those of one, those of two."""
-    config, mesh = config_of(microbatch=4), mesh_of(2)
-    step = (HostStep if mode == "host" else make_train_step)(config, MODEL, mesh)
-    state = state_on(mesh, config)
-    compiled = []
-
-    def listener(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
-
-    def share(lengths):
-        nonlocal state
-        batch = batch_of(lengths)
-        state, metrics = step(state, batch if mode == "host" else place_batch(batch, mesh))
-        return float(metrics["train/long_texts"])
-
-    assert share([2] * BATCH) == 0
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        assert share([2] * 4 + [CONTEXT] * 4 + [2] * 8) == 1 / 4
-        assert share([2, 2, 2, CONTEXT] * 2 + [CONTEXT] * 8) == 2 / 4
-        assert compiled == []
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
+def test_texts_that_do_not_fit_are_counted():
+    """Two devices with two microbatches each: none are too long, those of one, those of two."""
+    groups, mesh = groups_of(GROUPS, 4, MODEL.text), mesh_of(2)
+    share = jax.jit(lambda batch: share_too_long(groups, batch, mesh))
+    for lengths, expected in TOO_LONG:
+        assert float(share(place_batch(batch_of(lengths), mesh))) == expected
 
 
-def test_metrics_without_groups_are_as_before():
-    config, mesh = config_of(groups=""), mesh_of(1)
+def test_the_hosts_loop_counts_and_compiles_once():
+    """The same number, from one device with two microbatches of eight."""
+    step, state = host_step(), state_on(mesh_of(1))
+    step.gradients(state, batch_of(SHORT * 4))
+    with compilations() as compiled:
+        for lengths, expected in TOO_LONG[:1] + TOO_LONG[2:]:
+            assert np.asarray(step._gradients(state, batch_of(lengths))[3]).tolist() == [expected]
+    assert compiled == []
+
+
+@pytest.mark.parametrize(("groups", "counted"), [(GROUPS, True), ("", False)])
+def test_the_share_is_among_the_metrics_where_there_are_groups(groups, counted):
+    config, mesh = config_of(groups=groups), mesh_of(1)
     step = make_train_step(config, MODEL, mesh)
-    _, metrics = jax.eval_shape(step, state_on(mesh, config), batch_of(SHORT * 4))
-    assert "train/long_texts" not in metrics
-
-
-def text_gradient(trained, groups):
-    """Of a text tower of which the last blocks are trained; compiled for memory."""
-    sizes = {"context_length": 64, "vocab_size": 64, "width": 64, "layers": 3, "heads": 1}
-    config = CLIPConfig(
-        embed_dim=16,
-        vision=VisionConfig(image_size=8, patch_size=8, width=16, layers=1, heads=2),
-        text=TextConfig(**sizes, trained_blocks=trained),
-    )
-    config_of_run = default()
-    config_of_run.batch_size = 32
-    config_of_run.model.dtype, config_of_run.model.text_groups = "float32", groups
-    mesh = mesh_of(2)
-    fns = make_model_fns(config_of_run, config, mesh)
-    params = nnx.to_pure_dict(
-        nnx.state(nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0))), nnx.Param)
-    )
-    batch = {
-        "images": jax.ShapeDtypeStruct((32, 8, 8, 3), jnp.uint8),
-        "tokens": jax.ShapeDtypeStruct((32, 64), jnp.int32),
-    }
-    gradient = whole_batch(config_of_run, fns, config, mesh)
-    return jax.jit(gradient), (params, batch, jax.ShapeDtypeStruct((), jnp.int32))
+    state = abstract_state(MODEL, make_optimizer(config), mesh)
+    _, metrics = jax.eval_shape(step, state, batch_of(SHORT * 4))
+    assert ("train/long_texts" in metrics) == counted
 
 
 @pytest.mark.parametrize("trained", [-1, 0, 1])
 def test_frozen_blocks_cost_no_gradients(trained):
-    """Two groups of full length take the work of none, whatever is trained."""
-    one, two = (
-        matmul_flops(function.trace(*arguments).jaxpr)
-        for function, arguments in (
-            text_gradient(trained, ""),
-            text_gradient(trained, "63:0.5"),
-        )
-    )
-    assert two["float32"] <= one["float32"]
-    assert two["float32"] > 0.98 * one["float32"]
+    """Groups of 7 and 8 tokens take nearly the work of 8, whatever is trained."""
+    model = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, trained_blocks=trained))
+    counts = []
+    for groups in ("", "7:0.5"):
+        config, mesh = config_of(groups=groups), mesh_of(2)
+        gradient = whole_batch(config, make_model_fns(config, model, mesh), model, mesh)
+        jaxpr = jax.make_jaxpr(gradient)(random_params(MODEL), batch_of(SHORT * 4), jnp.int32(0))
+        counts.append(matmul_flops(jaxpr)["float32"])
+    assert 0.9 * counts[0] < counts[1] < counts[0]
 
 
 def test_memory_falls_though_any_batch_may_be_long():
     """The program holds the rare path too: texts at full length, in pieces."""
-    full, short = (
-        function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-        for function, arguments in (text_gradient(-1, ""), text_gradient(-1, "16:0.5,32:0.9"))
-    )
-    assert short < 0.75 * full
+    sizes = TextConfig(context_length=64, vocab_size=64, width=64, layers=3, heads=1)
+    model = dataclasses.replace(MODEL, text=sizes)
+    graph, params = abstract_model(model)
+    used = []
+    for groups in ((), ((16, 8), (32, 6), (64, 2))):
+
+        def total(params, tokens, groups=groups):
+            return jnp.sum(nnx.merge(graph, params).encode_text(tokens, None, groups))
+
+        tokens = jax.ShapeDtypeStruct((16, 64), jnp.int32)
+        program = jax.jit(jax.grad(total)).lower(params, tokens).compile()
+        used.append(program.memory_analysis().temp_size_in_bytes)
+    assert used[1] < 0.75 * used[0]
 
 
 @hypothesis.settings(deadline=None, derandomize=True)
@@ -335,7 +347,7 @@ def test_short_texts_are_evaluated_short(monkeypatch):
     """Texts of any lengths, over several batches, have the features of full length, in order."""
     sizes = TextConfig(context_length=77, vocab_size=64, width=16, layers=1, heads=2)
     model = dataclasses.replace(MODEL, text=sizes)
-    params = nnx.to_pure_dict(nnx.state(CLIP(model, rngs=nnx.Rngs(0)), nnx.Param))
+    params = random_params(model)
     encoder = Encoder(model, mesh_of(2), 8)
     lengths = np.random.default_rng(0).permutation([*range(2, 78, 4), 77, *[5] * 12])
     tokens = texts(lengths, 77)
