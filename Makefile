@@ -30,7 +30,8 @@ $(VENV)/core.stamp: $(VENV)/run.stamp requirements-dev.txt
 
 # The paper's model on the paper's 8 GPUs, compiled without one: its largest batch and twice that,
 # then by microbatches up to a million. Some six minutes.
-PLAN := $(BIN)/python -m disco_jax.plan --config=configs/vit_b32_laion400m.py --topology=a100-40gb:8
+PLAN := $(BIN)/python -m disco_jax.plan --config=configs/vit_b32_laion400m.py --topology=a100-40gb:8 \
+	--config.model.text_groups=
 
 plan: $(VENV)/plan.stamp
 	$(PLAN) --batch_size=32768,65536 --compare=disco,ring

@@ -66,9 +66,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         templates = load_templates("openai_imagenet")
         tokenizer = make_tokenizer(model.text)
         tokens = tokenizer([t.format(name) for name in names for t in templates])
-        encoder.encode_all(encoder.text, params, tokens[: encoder.batch_size])  # compiles
+        encoder.encode_texts(params, tokens)  # compiles
         start = time.perf_counter()
-        encoder.encode_all(encoder.text, params, tokens)
+        encoder.encode_texts(params, tokens)
         one_pass = time.perf_counter() - start
         start = time.perf_counter()
         embeddings = class_embeddings(encoder, params, tokenizer, names, templates)

@@ -1,11 +1,14 @@
 """Times whole training steps, interleaved: ours, ours with microbatches, and OpenCLIP's.
 
-    python benchmarks/step.py --batch 64 [--peer openclip] [--json]
+    python benchmarks/step.py --batch 64 [--captions=web] [--peer openclip] [--json]
     python benchmarks/step.py --devices 2 --batch 64 --microbatch 8 [--model tiny]
 
-A step is forward, backward and optimizer, in fp32, on random images and texts. With `--microbatch`,
-both microbatch modes are compared with the plain step and with the forward pass, which they take
-once more than it does.
+A step is forward, backward and optimizer, in fp32, on random images and texts. The captions fill
+the context (`full`) or are as long as those of web images (`web`: `group_choice.typical_lengths`, a
+median of 13 tokens, 90 % below 30); all steps get the same ones. As in training, ours processes
+them in the groups that suit a sample of such captions, and for `web` it is also timed without. With
+`--microbatch`, both microbatch modes are compared with the plain step and with the forward pass,
+which they take once more than it does.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from rich.table import Table
 from disco_jax.config import default
 from disco_jax.mesh import make_mesh, place_batch
 from disco_jax.models.build import model_config
+from disco_jax.models.group_choice import choose_text_groups, typical_lengths
 from disco_jax.processes.backend import use_fake_devices
 from disco_jax.step.gradients import make_model_fns, split
 from disco_jax.step.host_step import HostStep
@@ -38,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="global batch size")
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--microbatch", type=int, default=0, help="samples per device")
+    parser.add_argument("--captions", choices=("full", "web"), default="full")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--peer", choices=("openclip",), help="also time OpenCLIP, which must be installed"
@@ -81,16 +86,33 @@ def forward(config: ConfigDict, batch: dict[str, np.ndarray]) -> Callable[[], No
     return lambda: jax.block_until_ready(encode(state.params, place_batch(batch, mesh)))
 
 
+def captions(lengths: np.ndarray, context: int, vocabulary: int) -> np.ndarray:
+    """Returns int32 `[b, context]`: texts of these lengths, random but for their start and end."""
+    rng = np.random.default_rng(1)
+    tokens = np.zeros((len(lengths), context), np.int32)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[: length - 1] = rng.integers(1, vocabulary - 2, length - 1)
+        row[0], row[length - 1] = vocabulary - 2, vocabulary - 1
+    return tokens
+
+
 def contenders(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
     config = make_config(arguments)
     model = model_config(config)
     rng = np.random.default_rng(0)
     size, length = model.vision.image_size, model.text.context_length
+    typical = typical_lengths(length) if arguments.captions == "web" else np.array([length])
     batch = {
         "images": rng.integers(0, 256, (arguments.batch, size, size, 3)).astype(np.uint8),
-        "tokens": rng.integers(1, 49407, (arguments.batch, length)).astype(np.int32),
+        "tokens": captions(rng.choice(typical, arguments.batch), length, model.text.vocab_size),
     }
+    at_once = arguments.microbatch or arguments.batch // arguments.devices
+    config.model.text_groups = choose_text_groups(typical, at_once, length)
     steps = {"plain": ours(config, batch, None)}
+    if config.model.text_groups:
+        changed = config.copy_and_resolve_references()
+        changed.model.text_groups = ""
+        steps["at full length"] = ours(changed, batch, None)
     if arguments.microbatch:
         steps["forward alone"] = forward(config, batch)
         for mode in ("scan", "host"):

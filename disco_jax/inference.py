@@ -25,7 +25,9 @@ LIMITS = ImageLimits(max_image_pixels=100_000_000, min_image_side=1, max_aspect_
 
 
 class Model:
-    """Computes unit-length features on all devices of the machine. Each tower is compiled once.
+    """Computes unit-length features on all devices of the machine.
+
+    The image tower is compiled once, the text tower once for each of a few lengths of texts.
 
     Args:
       config: the towers.
@@ -86,7 +88,7 @@ class Model:
         if not texts:
             return self._nothing()
         tokens = self._tokenizer(texts)
-        return self._encoder.encode_all(self._encoder.text, self._params, tokens)
+        return self._encoder.encode_texts(self._params, tokens)
 
     def _nothing(self) -> np.ndarray:
         return np.zeros((0, self.config.embed_dim), np.float32)

@@ -55,7 +55,7 @@ def test_flops_of_loops_and_branches():
 
     def program(x, flag):
         x, _ = lax.scan(lambda c, _: (c @ a, None), x, length=5)
-        x = lax.cond(flag, lambda y: y @ a @ a, lambda y: y, x)
+        x = lax.cond(flag, lambda y: y @ a @ a, lambda y: y @ a @ a @ a, x)
         return x.astype(jnp.bfloat16) @ a.astype(jnp.bfloat16)
 
     one = 2 * 4**3
@@ -64,18 +64,25 @@ def test_flops_of_loops_and_branches():
 
 
 @jax.numpy_dtype_promotion("standard")
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_flops_of_a_step(remat):
-    """Forward once, backward twice; rematerialised, blocks again but for their last matmul."""
+@pytest.mark.parametrize(("remat", "groups"), [("none", ""), ("full", ""), ("full", "8:0.5")])
+def test_flops_of_a_step(remat, groups):
+    """Forward once, backward twice; rematerialised, blocks again but for their last matmul.
+
+    Short texts count as short: with groups, half of them have 8 tokens instead of 32.
+    """
     config = tiny_config(remat)
+    config.model.text_groups = groups
     batch, model = config.batch_size, preset("tiny")
     blocks = last = patches = projections = 0
-    for tower, tokens in ((model.vision, 10), (model.text, model.text.context_length)):
-        width, rows = tower.width, batch * tokens
-        weights = 2 * rows * width**2 * (4 + 2 * tower.mlp_ratio)
-        attention = 2 * 2 * rows * tokens * width
-        blocks += tower.layers * (weights + attention)
-        last += tower.layers * 2 * rows * width**2 * tower.mlp_ratio
+    lengths = [8, 32] if groups else [32, 32]
+    for tower, halves in ((model.vision, [10, 10]), (model.text, lengths)):
+        width = tower.width
+        for tokens in halves:
+            rows = batch // 2 * tokens
+            weights = 2 * rows * width**2 * (4 + 2 * tower.mlp_ratio)
+            attention = 2 * 2 * rows * tokens * width
+            blocks += tower.layers * (weights + attention)
+            last += tower.layers * 2 * rows * width**2 * tower.mlp_ratio
         projections += 2 * batch * width * model.embed_dim
     patches = 2 * batch * 9 * (16 * 16 * 3) * model.vision.width  # no gradient of the images
     loss = 6 * batch**2 * model.embed_dim  # all logits are kept

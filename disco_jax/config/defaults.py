@@ -45,7 +45,11 @@ def default() -> ConfigDict:
     # `offload` (as `full`, with the inputs in host memory).
     c.model.image_remat = "none"
     c.model.text_remat = "none"
-
+    # Lengths at which shares of each device's (micro)batch of texts are processed, without changing
+    # the result: e.g. "16:0.5,32:0.9" is half of them at 16 tokens, up to 90 % at 32, the others at
+    # full length. `auto` finds them from a sample of the captions; "" turns this off. SigLIP's text
+    # tower attends to its padding and is always processed at full length.
+    c.model.text_groups = "auto"
     # Attention implementation: `xla`, `cudnn` (flash attention), or `auto`, which is cudnn in
     # bfloat16 on GPUs that support it and xla elsewhere. A tower with an odd number of tokens, such
     # as CLIP's text tower with 77, always uses xla.

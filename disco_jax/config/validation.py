@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from disco_jax.config import default, flatten, zeroshot_set
+from disco_jax.config.text_groups import AUTO, parse_text_groups
 from disco_jax.errors import UserError
 
 METHODS = ("default", "auto", "reference", "disco", "stream", "ring")
@@ -154,6 +155,14 @@ def _of_several(c: dict[str, Any]) -> list[str]:
     if c["microbatch_mode"] == "host" and not c["microbatch"]:
         problems.append(
             "microbatch_mode 'host' requires microbatch, the samples per device in a microbatch"
+        )
+    groups = c["model.text_groups"]
+    try:
+        parse_text_groups("" if groups == AUTO else groups)
+    except ValueError:
+        problems.append(
+            f"model.text_groups is {groups!r}; it must be auto, empty, or LENGTH:FRACTION,... with "
+            "rising lengths and rising fractions of at most 1, e.g. 16:0.5,32:0.9"
         )
     traced = c["profile_steps"]
     steps = re.fullmatch(r"(\d{1,9}):(\d{1,9})", traced)

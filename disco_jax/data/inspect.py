@@ -1,7 +1,7 @@
 """Summarizes a source: python -m disco_jax.data.inspect 'shards/*.tar' [--caption_key=txt].
 
-Prints sample counts, image sizes, caption lengths, bad samples by kind and the reading speed, and
-draws a contact sheet of samples.
+Prints sample counts, image sizes, caption lengths with the `model.text_groups` that suit them, bad
+samples by kind and the reading speed, and draws a contact sheet of samples.
 """
 
 import argparse
@@ -23,10 +23,12 @@ from disco_jax.data.sources import open_source
 from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.data.transforms import ImageLimits, open_image
 from disco_jax.display.terminal import PlainConsole, say
+from disco_jax.models.group_choice import choose_text_groups
 from disco_jax.processes.cli import guard
 
 SHOWN = 32  # samples on the contact sheet
 CONTEXT = 77
+TEXTS = 256  # on a device at once, for which groups are proposed
 
 
 class Seen(NamedTuple):
@@ -129,6 +131,9 @@ def _table(name: str, source: Joined, seen: Seen, opened: float) -> Table:
         table.add_row("caption characters", _spread([len(text) for text in seen.captions]))
         table.add_row("caption tokens", _spread(tokens))
         table.add_row(f"truncated at {CONTEXT} tokens", f"{np.mean(tokens > CONTEXT):.1%}")
+        table.add_row("caption tokens: 50, 90, 99 %", _percentiles(tokens))
+        groups = choose_text_groups(np.minimum(tokens, CONTEXT), TEXTS, CONTEXT)
+        table.add_row(f"model.text_groups for {TEXTS} texts a device", groups or '""')
         table.add_row("distinct captions", f"{len(set(seen.captions)) / good:.1%}")
         table.add_row("images/s, one process", f"{good / max(seen.seconds, 1e-9):,.0f}")
     return table
@@ -136,6 +141,10 @@ def _table(name: str, source: Joined, seen: Seen, opened: float) -> Table:
 
 def _spread(values: np.ndarray | list[int]) -> str:
     return f"{np.min(values):,}, {np.median(values):,.0f}, {np.max(values):,}"
+
+
+def _percentiles(values: np.ndarray) -> str:
+    return ", ".join(f"{x:,.0f}" for x in np.percentile(values, (50, 90, 99)))
 
 
 if __name__ == "__main__":

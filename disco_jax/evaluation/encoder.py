@@ -11,13 +11,15 @@ from disco_jax.mesh import batch_sharding, own_rows, place_batch, place_rows, re
 from disco_jax.models import CLIPConfig, Params, abstract_model
 
 EncodeFn = Callable[[Params, jax.Array], jax.Array]
+LENGTHS = (16, 32, 48)  # to which texts are cut
 
 
 class Encoder:
     """Encodes images and texts to fp32 features of unit length.
 
     Inputs are processed in batches of a fixed size, with the last one padded, so that each tower is
-    compiled once. Every process gets the features of all inputs.
+    compiled once, the text tower once for every length (`encode_texts`). Every process gets the
+    features of all inputs.
 
     Args:
       model: the towers.
@@ -45,6 +47,9 @@ class Encoder:
         self.image: EncodeFn = jax.jit(image, in_shardings=inputs, out_shardings=whole)
         self.text: EncodeFn = jax.jit(text, in_shardings=inputs, out_shardings=whole)
 
+        context = model.text.context_length
+        short = LENGTHS if model.text.pool == "argmax" else ()  # others attend to the padding
+        self._lengths = [*(n for n in short if n < context), context]
         self.rows = own_rows(mesh, self.batch_size)  # rows of a batch that this process feeds
 
     def place(self, rows: np.ndarray) -> jax.Array:
@@ -59,11 +64,28 @@ class Encoder:
           params: the parameters.
           inputs: `[n, ...]`, the same on every process.
         """
+        starts = range(0, len(inputs), self.batch_size)
+        parts = (inputs[start : start + self.batch_size] for start in starts)
+        return np.concatenate([self._encode(encode, params, part) for part in parts])
+
+    def encode_texts(self, params: Params, tokens: np.ndarray) -> np.ndarray:
+        """Returns fp32 `[n, embed_dim]`, the features of `tokens` `[n, context_length]`.
+
+        CLIP's text tower does not see what follows a text's end. Texts are therefore ordered by
+        length, and each batch is cut to the first of a few lengths that it fits; the text tower is
+        compiled once for each that occurs. `tokens` are the same on every process.
+        """
+        ends = tokens.argmax(axis=1) + 1
+        order = np.argsort(ends, kind="stable")
         features = []
-        for start in range(0, len(inputs), self.batch_size):
-            part = inputs[start : start + self.batch_size]
-            batch = np.zeros((self.batch_size, *inputs.shape[1:]), inputs.dtype)
-            batch[: len(part)] = part
-            encoded = encode(params, place_rows(batch, self.mesh))
-            features.append(np.asarray(encoded)[: len(part)])
-        return np.concatenate(features)
+        for start in range(0, len(tokens), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            length = next(n for n in self._lengths if n >= ends[rows[-1]])
+            features.append(self._encode(self.text, params, tokens[rows, :length]))
+        return np.concatenate(features)[np.argsort(order)]
+
+    def _encode(self, encode: EncodeFn, params: Params, part: np.ndarray) -> np.ndarray:
+        """Encodes at most a batch, padding it."""
+        batch = np.zeros((self.batch_size, *part.shape[1:]), part.dtype)
+        batch[: len(part)] = part
+        return np.asarray(encode(params, place_rows(batch, self.mesh)))[: len(part)]

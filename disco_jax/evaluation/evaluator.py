@@ -181,7 +181,7 @@ class Evaluator:
         image = np.where(shared, first[same.ravel()], np.arange(rows))
         owner = image[np.concatenate(owners)]
         own, owner = np.unique(owner, return_inverse=True)
-        texts = self._encoder.encode_all(self._encoder.text, params, np.concatenate(tokens))
+        texts = self._encoder.encode_texts(params, np.concatenate(tokens))
         recalls = recall_at(
             np.concatenate(features)[own], texts, owner, RECALL_AT, self._encoder.mesh
         )

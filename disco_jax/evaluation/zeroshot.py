@@ -27,7 +27,7 @@ def class_embeddings(
     The averages are normalized to unit length again.
     """
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    features = encoder.encode_all(encoder.text, params, tokenizer(prompts))
+    features = encoder.encode_texts(params, tokenizer(prompts))
     mean = features.reshape(len(names), len(templates), -1).mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 

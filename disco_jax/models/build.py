@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from disco_jax.config.text_groups import AUTO, parse_text_groups
 from disco_jax.errors import UserError
-from disco_jax.models import CLIPConfig, preset
+from disco_jax.models import CLIPConfig, TextConfig, preset
 from disco_jax.models.config import Attention
 from disco_jax.models.folder import MODEL_JSON, load_config
 
@@ -19,6 +20,7 @@ def model_config(config: ConfigDict) -> CLIPConfig:
     base, c = _base(config.model.name), config.model
     _check_blocks("image", c.image_trained_blocks, base.vision.layers)
     _check_blocks("text", c.text_trained_blocks, base.text.layers)
+    _check_groups(c.text_groups, base.text)
     return dataclasses.replace(
         base,
         dtype=c.dtype,
@@ -58,6 +60,22 @@ def _check_blocks(tower: str, wanted: int, layers: int) -> None:
         raise UserError(
             f"model.{tower}_trained_blocks is {wanted}; it must be at most {layers}, the "
             "tower's depth"
+        )
+
+
+def _check_groups(wanted: str, text: TextConfig) -> None:
+    if wanted in ("", AUTO):
+        return
+    if text.pool != "argmax":
+        raise UserError(
+            f"model.text_groups is {wanted!r}; this model's text tower attends to its padding, so "
+            "it must be auto or empty"
+        )
+    longest = parse_text_groups(wanted)[-1][0]
+    if longest >= text.context_length:
+        raise UserError(
+            f"model.text_groups is {wanted!r}; its lengths must be less than the model's "
+            f"{text.context_length} tokens"
         )
 
 

@@ -3,6 +3,7 @@
 Parameters are fp32; `dtype` is the compute dtype of both towers. Features are returned in fp32.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 
 from disco_jax.models.config import CLIP_LOGIT_SCALE, SIGLIP_LOGIT_SCALE, CLIPConfig
 from disco_jax.models.text import TextTransformer
+from disco_jax.models.text_groups import Groups, encode_in_groups
 from disco_jax.models.vision import VisionTransformer
 
 Array = jax.Array
@@ -49,9 +51,21 @@ class CLIP(nnx.Module):
         """
         return l2_normalize(self.visual(images, keys))
 
-    def encode_text(self, tokens: Array, keys: Array | None = None) -> Array:
-        """Returns L2-normalized fp32 features `[b, embed_dim]` of tokens `[b, context_length]`."""
-        return l2_normalize(self.text(tokens, keys))
+    def encode_text(self, tokens: Array, keys: Array | None = None, groups: Groups = ()) -> Array:
+        """Returns L2-normalized fp32 features `[b, embed_dim]` of tokens `[b, context_length]`.
+
+        CLIP's tower, but not SigLIP's, accepts `groups`: see `text_groups.encode_in_groups`.
+        """
+        if not groups:
+            return l2_normalize(self.text(tokens, keys))
+        if self.text.config.pool != "argmax":
+            raise ValueError("text groups need a tower that is pooled at the end of the text")
+        graph, params = nnx.split(self.text)
+
+        def encode(params: nnx.State, pieces: Sequence[Array], keys: Array | None) -> Array:
+            return nnx.merge(graph, params).of_pieces(pieces, keys)
+
+        return l2_normalize(encode_in_groups(encode, groups, params, tokens, keys))
 
 
 def abstract_model(config: CLIPConfig) -> tuple[nnx.GraphDef, Params]:

@@ -2,11 +2,12 @@
 
 Blocks operate on flattened tokens `[b*n, width]` and use the shape `[b, n, heads, head_dim]` only
 for attention. Weight gradients are then plain matrix products, which XLA's CPU backend runs twice
-as fast as contractions of two dimensions. On other backends this costs nothing.
+as fast as contractions of two dimensions. On other backends this costs nothing. It also lets one
+stack process samples of several lengths at once (`Shapes`), with the weights read only once.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +19,8 @@ from jax.nn.initializers import Initializer, normal, variance_scaling, xavier_un
 from disco_jax.models.config import CLIPConfig, TowerConfig
 
 Array = jax.Array
+# The samples and the tokens of each sample, `(b, n)`, in consecutive ranges of flattened rows.
+Shapes = Sequence[tuple[int, int]]
 
 BLOCK_INPUT = "block_input"
 # What the backward pass recomputes instead of saving, from least to most.
@@ -170,7 +173,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class Block(nnx.Module):
-    """`x + attention(ln_1(x))`, then `x + mlp(ln_2(x))`, on flattened tokens `[b*n, width]`."""
+    """`x + attention(ln_1(x))`, then `x + mlp(ln_2(x))`, on flattened tokens `[rows, width]`."""
 
     def __init__(
         self,
@@ -200,30 +203,46 @@ class Block(nnx.Module):
         self.mlp_in = linear(width, tower.mlp_width, init.mlp_in, init.mlp_in_bias)
         self.mlp_out = linear(tower.mlp_width, width, init.mlp_out, init.mlp_out_bias)
 
-    def __call__(self, x: Array, tokens: int, keys: Array | None) -> Array:
-        """Maps `[b*n, width]` to the same shape; `tokens` is n. `keys` `[b]` enable dropout."""
-        x = x + self._drop(self._attention(self.ln_1(x), tokens), keys, 1)
-        return x + self._drop(self.mlp_out(self.activation(self.mlp_in(self.ln_2(x)))), keys, 2)
+    def __call__(self, x: Array, shapes: Shapes, keys: Array | None) -> Array:
+        """Maps `[rows, width]` to the same shape. `keys`, one per sample, enable dropout."""
+        x = x + self._drop(self._attention(self.ln_1(x), shapes), shapes, keys, 1)
+        mixed = self.mlp_out(self.activation(self.mlp_in(self.ln_2(x))))
+        return x + self._drop(mixed, shapes, keys, 2)
 
-    def _drop(self, branch: Array, keys: Array | None, use: int) -> Array:
-        """Applies dropout to `[b*n, width]`, scaling what remains to preserve the mean."""
+    def _drop(self, branch: Array, shapes: Shapes, keys: Array | None, use: int) -> Array:
+        """Applies dropout to `[rows, width]`, scaling what remains to preserve the mean."""
         if keys is None or not self.dropout:
             return branch
-        shape = (len(branch) // len(keys), branch.shape[1])
-        keep = 1 - self.dropout
-        drawn = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, use), keep, shape))
-        return jnp.where(drawn(keys).reshape(branch.shape), branch / keep, 0).astype(branch.dtype)
+        keep, width = 1 - self.dropout, branch.shape[1]
 
-    def _attention(self, x: Array, tokens: int) -> Array:
-        width = x.shape[-1]
-        qkv = self.in_proj(x).reshape(-1, tokens, 3, self.heads, width // self.heads)
+        def drawn(keys: Array, tokens: int) -> Array:
+            # JAX's default generator numbers its draws by row, so a sample's first tokens draw the
+            # same, however many follow.
+            draw = jax.vmap(
+                lambda k: jax.random.bernoulli(jax.random.fold_in(k, use), keep, (tokens, width))
+            )
+            return draw(keys).reshape(-1, width)
+
+        parts = jax.lax.split(keys, [b for b, _ in shapes])
+        kept = jnp.concatenate([drawn(part, n) for part, (_, n) in zip(parts, shapes, strict=True)])
+        return jnp.where(kept, branch / keep, 0).astype(branch.dtype)
+
+    def _attention(self, x: Array, shapes: Shapes) -> Array:
+        parts = jax.lax.split(self.in_proj(x), [b * n for b, n in shapes])
+        mixed = [self._mix(part, n) for part, (_, n) in zip(parts, shapes, strict=True)]
+        return self.out_proj(jnp.concatenate(mixed))
+
+    def _mix(self, qkv: Array, tokens: int) -> Array:
+        """Maps queries, keys and values, `[b*n, 3*width]`, of n tokens to `[b*n, width]`."""
+        width = qkv.shape[-1] // 3
+        qkv = qkv.reshape(-1, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         # JAX can't differentiate cuDNN's attention for an odd number of tokens, e.g. CLIP's 77.
         implementation = self.attention if tokens % 2 == 0 else "xla"
         mixed = jax.nn.dot_product_attention(
             q, k, v, is_causal=self.causal, implementation=implementation
         )
-        return self.out_proj(mixed.reshape(-1, width))
+        return mixed.reshape(-1, width)
 
 
 class Transformer(nnx.Module):
@@ -257,21 +276,30 @@ class Transformer(nnx.Module):
     def __call__(self, x: Array, keys: Array | None = None) -> Array:
         """Maps `[b, n, width]` to the same shape; `keys` `[b]` enable dropout."""
         b, n, width = x.shape
+        return self.flat(x.reshape(b * n, width), ((b, n),), keys).reshape(b, n, width)
+
+    def flat(self, x: Array, shapes: Shapes, keys: Array | None = None) -> Array:
+        """Maps flattened tokens `[rows, width]` to the same shape.
+
+        Args:
+          x: the tokens of all samples, in order.
+          shapes: the numbers of samples and of tokens in consecutive ranges of rows.
+          keys: one per sample; they enable dropout.
+        """
         graph, stacked = nnx.split(self.blocks)
 
         def layer(x: Array, block: tuple[nnx.State, Array]) -> tuple[Array, None]:
             params, index = block
             own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-            return nnx.merge(graph, params)(checkpoint_name(x, BLOCK_INPUT), n, own), None
+            return nnx.merge(graph, params)(checkpoint_name(x, BLOCK_INPUT), shapes, own), None
 
         layer = rematerialize(layer, self.remat)
         blocks = (stacked, jnp.arange(1, self.layers + 1, dtype=jnp.int32))
-        x = x.reshape(b * n, width)
         if self.frozen:  # frozen blocks run in their own scan, which is not differentiated
             front, blocks = (jax.tree.map(cut, blocks) for cut in (self._front, self._end))
             x, _ = jax.lax.scan(layer, x, jax.lax.stop_gradient(front), unroll=self.unroll)
         x, _ = jax.lax.scan(layer, x, blocks, unroll=self.unroll)
-        return x.reshape(b, n, width)
+        return x
 
     def _front(self, stacked: Array) -> Array:
         return stacked[: self.frozen]

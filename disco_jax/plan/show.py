@@ -46,6 +46,9 @@ def show_one(row: Row, console: Console) -> None:
             settings += f", {row['microbatch_mode']}"
         if row["fsdp"] > 1:
             settings += f"; state sharded over {row['fsdp']} devices"
+        if row["text_groups"]:
+            groups = ", ".join(f"{count} of {n} tokens" for n, count in row["text_groups"])
+            settings += f"; texts of a device at once: {groups}"
         console.print(settings)
     console.print(table)
 

@@ -15,10 +15,12 @@ from ml_collections import ConfigDict
 
 from disco_jax.mesh import make_mesh
 from disco_jax.models.build import model_config
+from disco_jax.models.group_choice import groups_of
 from disco_jax.plan.accelerators import Topology, gpu_target_config, tpu_grid
 from disco_jax.plan.program import loss_job, measure, measure_step
 from disco_jax.plan.rates import Rates, rates_of
 from disco_jax.processes.backend import use_fake_devices
+from disco_jax.step.gradients import texts_at_once
 
 
 def devices_of(topology: Topology) -> list[Any]:
@@ -53,7 +55,14 @@ def answer(request: dict[str, Any], mesh: Mesh, rates: Rates) -> dict[str, Any]:
     dim = request["dim"] or model_config(config).embed_dim
     loss = measure(loss_job(config, mesh, dim), rates)
     whole = loss if request["loss_only"] else measure_step(config, mesh, rates)
-    return whole | {"loss_temp_bytes": loss["temp_bytes"]}
+    groups = [] if request["loss_only"] else _groups(config, mesh)
+    return whole | {"loss_temp_bytes": loss["temp_bytes"], "text_groups": groups}
+
+
+def _groups(config: ConfigDict, mesh: Mesh) -> list[tuple[int, int]]:
+    """Returns the lengths and numbers of the texts that a device encodes at once."""
+    at_once = texts_at_once(config, mesh.devices.size)
+    return list(groups_of(config.model.text_groups, at_once, model_config(config).text))
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ FREE_FIELDS = (
     "microbatch_mode",
     "model.attention",
     "model.image_remat",
+    "model.text_groups",
     "model.text_remat",
     "peer_timeout",
     "profile_steps",

@@ -25,6 +25,8 @@ from disco_jax.losses import contrastive_loss
 from disco_jax.losses.collectives import to_varying
 from disco_jax.mesh import BATCH_AXES, batch_sharding, state_sharding
 from disco_jax.models import CLIPConfig, Params, abstract_model
+from disco_jax.models.group_choice import groups_of
+from disco_jax.models.text_groups import Groups, too_long
 from disco_jax.step.state import trained, with_trained
 
 Array = jax.Array
@@ -45,6 +47,8 @@ class ModelFns(NamedTuple):
     encode: Callable[[Params, Batch, Array, Array], Features]
     # (scalar parameters, features of the whole batch) -> loss
     loss: Callable[[Params, Features], Array]
+    # of the texts that a device encodes at once; empty if they are encoded at full length
+    groups: Groups
 
 
 def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFns:
@@ -53,6 +57,9 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
     root = jax.random.key(config.seed)
     random = bool(config.model.dropout or config.model.patch_dropout)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
+
+    def groups(count: int) -> Groups:
+        return groups_of(config.model.text_groups, count, model.text)
 
     def cast_params(params: Params) -> Params:
         cast = jax.tree_util.tree_map_with_path(
@@ -74,9 +81,12 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
             samples["images"], keys(0, model.vision.trained_blocks, places, step)
         )
         if on_cpu:  # one tower at a time: in parallel they compete for cores and caches
-            image, params = lax.optimization_barrier((image, params))
+            # Not through frozen parameters: a barrier would differentiate with respect to them.
+            image, changing = lax.optimization_barrier((image, trained(model, params)))
+            params = with_trained(model, params, changing)
+        tokens = samples["tokens"]
         return image, nnx.merge(graph, params | scalars).encode_text(
-            samples["tokens"], keys(1, model.text.trained_blocks, places, step)
+            tokens, keys(1, model.text.trained_blocks, places, step), groups(len(tokens))
         )
 
     def loss(scalars: Params, features: Features) -> Array:
@@ -91,7 +101,7 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
             precision=config.loss.precision,
         )
 
-    return ModelFns(cast_params, encode, loss)
+    return ModelFns(cast_params, encode, loss, groups(texts_at_once(config, mesh.devices.size)))
 
 
 def _computes_in_dtype(path: tuple[Any, ...]) -> bool:
@@ -190,6 +200,22 @@ def by_microbatches(config: ConfigDict, fns: ModelFns, model: CLIPConfig, mesh: 
         return value, sum_over_devices(mesh, own, config.reduce_dtype) | d_scalars
 
     return gradient
+
+
+def texts_at_once(config: ConfigDict, devices: int) -> int:
+    """Returns how many texts a device encodes at once."""
+    return config.microbatch or config.batch_size // devices
+
+
+def share_too_long(groups: Groups, batch: Batch, mesh: Mesh) -> Array:
+    """Returns the share of a batch's texts that don't fit their groups, as an fp32 scalar."""
+    at_once = sum(count for _, count in groups)
+
+    def share(tokens: Array) -> Array:
+        pieces = tokens.reshape(-1, at_once, tokens.shape[-1])
+        return jnp.mean(lax.map(lambda piece: too_long(piece, groups), pieces), keepdims=True)
+
+    return jnp.mean(jax.shard_map(share, mesh=mesh, in_specs=ROWS, out_specs=ROWS)(batch["tokens"]))
 
 
 def own_places(count: int) -> Array:

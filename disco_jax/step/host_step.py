@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from disco_jax.mesh import batch_sharding, place_batch, replicated
 from disco_jax.models import CLIPConfig, Params
+from disco_jax.models.text_groups import too_long
 from disco_jax.step.equal_captions import group_ids, with_groups
 from disco_jax.step.gradients import (
     ROWS,
@@ -34,6 +35,8 @@ from disco_jax.step.train_step import Metrics, make_update, state_shardings
 
 Array = jax.Array
 Samples = dict[str, Array]
+# Features, and for each device the share of its texts that did not fit their groups, `[N]`.
+Encoded = tuple[Features, Array]
 
 
 class Phase(NamedTuple):
@@ -61,24 +64,28 @@ class HostStep:
         rows, whole = batch_sharding(mesh), replicated(mesh)
         shardings = state_shardings(config, model, mesh)
 
-        def empty() -> Features:
+        def empty() -> Encoded:
             shape = (mesh.devices.size, count, config.microbatch, model.embed_dim)
-            return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+            features = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+            return features, jnp.zeros(mesh.devices.size, jnp.float32)
 
         def places(i: Array) -> Array:
             """Returns the places in the batch of microbatch i's samples on a device."""
             return own_places(count * config.microbatch).reshape(count, -1)[i]
 
         def encode(
-            towers: Params, features: Features, samples: Samples, i: Array, step: Array
-        ) -> tuple[Features, Array]:
+            towers: Params, encoded: Encoded, samples: Samples, i: Array, step: Array
+        ) -> tuple[Encoded, Array]:
             """On a device: stores microbatch i's features; also returns a value to wait for."""
+            features, long_texts = encoded
+            if fns.groups:
+                long_texts += too_long(samples["tokens"], fns.groups) / count
             new = fns.encode(towers, samples, places(i), step)
             image, text = (
                 lax.dynamic_update_slice_in_dim(old, piece[None, None], i, axis=1)
                 for old, piece in zip(features, new, strict=True)
             )
-            return (image, text), new[0][0, :1]
+            return ((image, text), long_texts), new[0][0, :1]
 
         def loss(
             scalars: Params, folded: Features, ids: Array | None
@@ -110,15 +117,18 @@ class HostStep:
             return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=ROWS)
 
         def finish(
-            state: TrainState, value: Array, total: Params, d_scalars: Params
+            state: TrainState, value: Array, total: Params, d_scalars: Params, long_texts: Array
         ) -> tuple[TrainState, Metrics]:
             grads = sum_over_devices(mesh, total, config.reduce_dtype)
-            return update(state, value, grads | d_scalars)
+            state, metrics = update(state, value, grads | d_scalars)
+            if fns.groups:
+                metrics["train/long_texts"] = jnp.mean(long_texts)
+            return state, metrics
 
         self._cast_params = jax.jit(
             lambda params: fns.cast_params(split(params)[0]), out_shardings=whole
         )
-        self._empty = jax.jit(empty, out_shardings=(rows, rows))
+        self._empty = jax.jit(empty, out_shardings=rows)
         self._encode = jax.jit(on_devices(encode, P(), ROWS, ROWS, P(), P()), donate_argnums=1)
         self._loss = jax.jit(loss, donate_argnums=1, out_shardings=(whole, whole, (rows, rows)))
         self._group_ids = jax.jit(lambda tokens: group_ids(tokens, mesh), out_shardings=whole)
@@ -130,8 +140,7 @@ class HostStep:
         self, state: TrainState, batch: dict[str, np.ndarray]
     ) -> tuple[TrainState, Metrics]:
         """Takes one step. The state passed in is donated."""
-        value, total, d_scalars = self.gradients(state, batch)
-        return self._update(state, value, total, d_scalars)
+        return self._update(state, *self._gradients(state, batch))
 
     def gradients(
         self, state: TrainState, batch: dict[str, np.ndarray]
@@ -141,8 +150,14 @@ class HostStep:
         Gradients of the towers are each device's own, `[N, ...]`. Everything else is freed before
         the update.
         """
+        return self._gradients(state, batch)[:3]
+
+    def _gradients(
+        self, state: TrainState, batch: dict[str, np.ndarray]
+    ) -> tuple[Array, Params, Params, Array]:
+        """Also returns each device's share of texts too long for their groups, `[N]`."""
         towers = self._cast_params(state.params)
-        features = self._each(
+        features, long_texts = self._each(
             batch,
             self._empty(),
             lambda x, samples, i: self._encode(towers, x, samples, i, state.step),
@@ -157,7 +172,7 @@ class HostStep:
             self._begin(towers),
             lambda x, samples, i: self._pull(towers, x, samples, d_features, i, state.step),
         )
-        return value, total, d_scalars
+        return value, total, d_scalars, long_texts
 
     def _each(self, batch: dict[str, np.ndarray], carry: Any, call: Any) -> Any:
         """Folds `call(carry, microbatch i, i)` over all i, sending each while the last one runs.
@@ -187,7 +202,8 @@ class HostStep:
         state = abstract_state(model, make_optimizer(config), mesh)
         towers, scalars = split(state.params)
         towers = _like(jax.eval_shape(self._cast_params, state.params), lambda _: replicated(mesh))
-        features = _like(jax.eval_shape(self._empty), lambda _: batch_sharding(mesh))
+        encoded = _like(jax.eval_shape(self._empty), lambda _: batch_sharding(mesh))
+        features, long_texts = encoded
         total = _like(jax.eval_shape(self._begin, towers), lambda _: batch_sharding(mesh))
         samples = abstract_batch(model, config.microbatch * mesh.devices.size, mesh)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
@@ -200,7 +216,7 @@ class HostStep:
             "prepare": Phase(self._cast_params, (state.params,), 1, (state.opt_state,)),
             "encode": Phase(
                 self._encode,
-                (towers, features, samples, number, number),
+                (towers, encoded, samples, number, number),
                 self._count,
                 (state, samples),
             ),
@@ -211,7 +227,7 @@ class HostStep:
                 self._count,
                 (state, samples),
             ),
-            "update": Phase(self._update, (state, value, total, scalars), 1, ()),
+            "update": Phase(self._update, (state, value, total, scalars, long_texts), 1, ()),
         }
 
 

@@ -13,7 +13,12 @@ from disco_jax.mesh import batch_sharding, replicated
 from disco_jax.models import CLIPConfig, Params
 from disco_jax.models.clip import MAX_LOGIT_SCALE
 from disco_jax.step.equal_captions import group_ids, with_groups
-from disco_jax.step.gradients import by_microbatches, make_model_fns, whole_batch
+from disco_jax.step.gradients import (
+    by_microbatches,
+    make_model_fns,
+    share_too_long,
+    whole_batch,
+)
 from disco_jax.step.optimizer import make_optimizer, make_schedule
 from disco_jax.step.state import TrainState, abstract_state, trained, with_trained
 
@@ -29,7 +34,8 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
     sharded over the mesh. The state is donated: don't use the one passed in again. Metrics are fp32
     scalars: `train/loss`, `train/logit_scale` (the factor), `train/grad_norm`,
     `train/learning_rate`, and `train/skipped`, which is 1 if loss or gradients were not finite and
-    the update was skipped.
+    the update was skipped. With text groups, `train/long_texts` is the share of the texts that were
+    processed at full length because a device's (micro)batch did not fit its groups.
 
     Raises:
       ValueError: if the config contains an unknown name, or sizes do not fit the mesh.
@@ -44,7 +50,10 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
             of_batch = with_groups(fns, group_ids(batch["tokens"], mesh), config, mesh)
         gradient = make_gradient(config, of_batch, model, mesh)
         loss, grads = gradient(state.params, batch, state.step)
-        return update(state, loss, grads)
+        state, metrics = update(state, loss, grads)
+        if fns.groups:
+            metrics["train/long_texts"] = share_too_long(fns.groups, batch, mesh)
+        return state, metrics
 
     shardings = state_shardings(config, model, mesh)
     return jax.jit(

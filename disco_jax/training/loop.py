@@ -174,11 +174,12 @@ def _announce(config: ConfigDict, setup: Setup) -> None:
     count = sum(x.size for x in jax.tree.leaves(setup.state.params))
     origin = f"resuming from step {start}" if start else "from scratch"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    groups = f", text groups {config.model.text_groups}" if config.model.text_groups else ""
     console.print(
         f"{config.model.name}, {count / 1e6:.1f} M parameters, on {setup.mesh.devices.size} "
         f"{jax.devices()[0].platform} devices{processes}; {len(setup.source):,} samples, batch "
         f"{config.batch_size:,}, "
-        f"{config.num_steps:,} steps, loss method {config.loss.method}; {origin}",
+        f"{config.num_steps:,} steps, loss method {config.loss.method}{groups}; {origin}",
         soft_wrap=True,
     )
     if note := warm_up_note(config):

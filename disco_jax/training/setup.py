@@ -24,12 +24,13 @@ from disco_jax.runs.checkpoint import Checkpoints
 from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import TrainState, abstract_state, init_state
 from disco_jax.training.length import check_length, with_steps
+from disco_jax.training.text_groups import find_text_groups
 
 
 class Setup(NamedTuple):
     """A run that is ready to train."""
 
-    config: ConfigDict  # the run's, with the number of steps if it followed from num_epochs
+    config: ConfigDict  # the run's, with the steps of num_epochs and the groups of `auto`
     model: CLIPConfig
     mesh: Mesh
     source: Joined
@@ -50,6 +51,7 @@ def set_up(config: ConfigDict, workdir: Path) -> Setup:
     config = with_steps(config, len(source))
     if not (workdir / "config.json").exists():  # runs that have started go on as they are
         check_length(config, source)
+    text_groups = find_text_groups(config, model.text, source)
     if jax.process_index() == 0:
         workdir_lib.claim(config, workdir)
         devices = [device.device_kind for device in jax.devices()]
@@ -59,7 +61,10 @@ def set_up(config: ConfigDict, workdir: Path) -> Setup:
             devices=devices,
             processes=jax.process_count(),
             samples=len(source),
+            text_groups=text_groups,
         )
+    config = config.copy_and_resolve_references()
+    config.model.text_groups = text_groups
     checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
     state, position = _restore_or_init(config, model, mesh, checkpoints)
     return Setup(config, model, mesh, source, checkpoints, state, position)
