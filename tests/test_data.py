@@ -351,7 +351,7 @@ def test_tables_of_paths_and_captions(suffix, tmp_path):
         (tmp_path / f"images/{i}.jpg").write_bytes(picture(i))
     table = tmp_path / f"list.{suffix}"
     if suffix == "parquet":
-        columns = {"filepath": paths, "title": [[c, "other"] for c in captions]}
+        columns = {"filepath": paths, "title": [[c, c and "other"] for c in captions]}
         pyarrow.parquet.write_table(pyarrow.table(columns), table)
     else:
         with table.open("w", newline="") as file:
