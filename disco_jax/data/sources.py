@@ -1,6 +1,7 @@
 """Opens the source that a name refers to."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,7 +48,10 @@ def open_source(
         return Joined([_open(data, part, split, key, label_of) for part in name.split("::")])
     except UserError as error:
         if str(error).startswith("data."):  # the source names another field itself
-            raise
+            if field != "eval.retrieval_name":
+                raise
+            told = re.sub(r"^data\.(image|caption)_key", r"eval.retrieval_\1_key", str(error))
+            raise UserError(told) from error
         raise UserError(f"{field}: {error}") from error
 
 

@@ -61,15 +61,22 @@ def read_text_table(path: Path, keys: dict[str, str], dialect: Dialect) -> TextT
     with path.open("rb") as opened:
         data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)  # closed with its last user
     text = _as_utf8(path, data, dialect.encoding)
-    names, wanted, separator = _header(path, text, keys, dialect)
-    layout = _Layout(separator, dialect.quote, len(names), wanted["image_key"])
-    read = _read_fast(text, layout, list(wanted.values()))
-    return read or _read_records(text, layout, list(wanted.values()))
+    header = re.search(rb"[^\r\n]+", text)
+    if header is None:
+        raise UserError(f"{path} can't be read: it has no header")
+    layout, wanted = _header(path, _decode(header[0]), keys, dialect)
+    rows = memoryview(text)[header.end() :]
+    read = _read_fast(rows, layout, wanted)
+    if read is None:
+        first = len(text[: header.end()].splitlines())
+        read = _read_records(bytes(rows), first, layout, wanted)
+    return read
 
 
 class _Layout(NamedTuple):
     separator: str
     quote: str  # "": none
+    padded: bool  # whether a blank follows each separator
     width: int  # columns
     image: int  # the column of images
 
@@ -91,20 +98,19 @@ def _as_utf8(path: Path, data: mmap.mmap, encoding: str) -> bytes | mmap.mmap:
 
 
 def _header(
-    path: Path, text: bytes | mmap.mmap, keys: dict[str, str], dialect: Dialect
-) -> tuple[list[str], dict[str, int], str]:
-    """Returns the names of all columns, the positions of the wanted ones, and the separator."""
-    line = re.search(rb"[^\r\n]+", text)
-    if line is None:
-        raise UserError(f"{path} can't be read: it has no header")
+    path: Path, line: str, keys: dict[str, str], dialect: Dialect
+) -> tuple[_Layout, list[int]]:
+    """Returns the layout that the first line shows, and the positions of the wanted columns."""
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     given = dialect.separator.replace(r"\t", "\t")
     best: tuple[list[str], str] = ([], "")
     for separator in [given] if given else dict.fromkeys((usual, *SEPARATORS)):
-        names = _split(_decode(line[0]), separator, dialect.quote)
-        found = {field: columns.find(names, field, key) for field, key in keys.items()}
-        if None not in found.values():
-            return names, {field: i for field, i in found.items() if i is not None}, separator
+        names = _split(line, separator, dialect.quote, padded=True)
+        places = [columns.find(names, field, key) for field, key in keys.items()]
+        wanted = [place for place in places if place is not None]
+        if len(wanted) == len(keys):
+            padded = bool(names[1:]) and line.count(f"{separator} ") == line.count(separator)
+            return _Layout(separator, dialect.quote, padded, len(names), wanted[0]), wanted
         if len(names) > len(best[0]):
             best = names, separator
     names, separator = best
@@ -113,55 +119,52 @@ def _header(
     raise columns.missing(path, names, field, key, how)
 
 
-def _split(line: str, separator: str, quote: str) -> list[str]:
+def _split(line: str, separator: str, quote: str, padded: bool) -> list[str]:
     """Splits a line; a quote that is not closed in it is an ordinary character."""
     if quote and quote in line:
         # A second line is read only if a quote is open at the end of the first one.
-        reader = csv.reader(iter([line, ""]), delimiter=separator, quotechar=quote)
+        reader = csv.reader(
+            iter([line, ""]), delimiter=separator, quotechar=quote, skipinitialspace=padded
+        )
         try:
             fields = next(reader)
             if reader.line_num == 1:
                 return fields
         except csv.Error:  # a field that is too long
             pass
-    return line.split(separator)
+    fields = line.split(separator)
+    return [field.lstrip(" ") for field in fields] if padded else fields
 
 
-def _read_fast(text: bytes | mmap.mmap, layout: _Layout, wanted: Sequence[int]) -> TextTable | None:
-    """Reads the table, or returns None if its rows are not its lines."""
-    wrong = []
-
-    def skip(row: pa.csv.InvalidRow) -> str:
-        wrong.append(row)
-        return "skip"
-
+def _read_fast(text: memoryview, layout: _Layout, wanted: Sequence[int]) -> TextTable | None:
+    """Reads the rows, or returns None if they are not as many as the lines."""
+    if layout.padded:  # pyarrow does not know a quote after a blank
+        return None
     try:
         table = pa.csv.read_csv(
             pa.BufferReader(pa.py_buffer(text)),
             read_options=pa.csv.ReadOptions(
                 column_names=[str(i) for i in range(layout.width)],
-                skip_rows_after_names=1,
                 block_size=_BLOCK,
             ),
             parse_options=pa.csv.ParseOptions(
                 delimiter=layout.separator,
                 quote_char=layout.quote or False,
                 newlines_in_values=bool(layout.quote),
-                invalid_row_handler=skip,
             ),
             convert_options=pa.csv.ConvertOptions(
                 include_columns=[str(i) for i in wanted],
                 column_types={str(i): pa.large_binary() for i in wanted},
             ),
         )
-    except pa.ArrowException:  # e.g. a value that is larger than a block
+    except pa.ArrowException:  # e.g. a row with another number of columns
         return None
-    if wrong or table.num_rows + 1 != _count_lines(text):
+    if table.num_rows != _count_lines(text):
         return None
     return TextTable([table.column(str(i)).combine_chunks() for i in wanted], [])
 
 
-def _count_lines(text: bytes | mmap.mmap) -> int:
+def _count_lines(text: memoryview) -> int:
     """Counts the lines that are not empty."""
     count, after_end = 0, True
     for start in range(0, len(text), _BLOCK):
@@ -172,15 +175,14 @@ def _count_lines(text: bytes | mmap.mmap) -> int:
     return count
 
 
-def _read_records(text: bytes | mmap.mmap, layout: _Layout, wanted: Sequence[int]) -> TextTable:
+def _read_records(text: bytes, first: int, layout: _Layout, wanted: Sequence[int]) -> TextTable:
+    """Reads the rows record by record; `first` is the number of the first line."""
     chunks: list[list[pa.Array]] = [[] for _ in wanted]
     rows: list[list[bytes]] = [[] for _ in wanted]
     broken = []
-    records = _records(text[:].splitlines(keepends=True), layout)
-    next(records)  # the header
-    for number, fields in records:
+    for number, fields in _records(text.splitlines(keepends=True), layout):
         if len(fields) != layout.width:
-            broken.append((number, f"{len(fields)} columns instead of {layout.width}"))
+            broken.append((first + number, f"{len(fields)} columns instead of {layout.width}"))
             continue
         for column, i in zip(rows, wanted, strict=True):
             column.append(fields[i].encode(errors="surrogateescape"))
@@ -194,7 +196,7 @@ def _read_records(text: bytes | mmap.mmap, layout: _Layout, wanted: Sequence[int
 
 
 def _records(lines: list[bytes], layout: _Layout) -> Iterator[tuple[int, list[str]]]:
-    """Yields the fields of each record with the number of its first line."""
+    """Yields the fields of each record with the index of its first line."""
     at = 0
     while at < len(lines):
         line = _decode(lines[at]).rstrip("\r\n")
@@ -203,7 +205,7 @@ def _records(lines: list[bytes], layout: _Layout) -> Iterator[tuple[int, list[st
             fields = None
             if layout.quote and layout.quote in line:
                 fields, used = _over_lines(lines, at, layout)
-            yield at + 1, fields or _split(line, layout.separator, layout.quote)
+            yield at, fields or _split(line, layout.separator, layout.quote, layout.padded)
         at += used
 
 
@@ -229,7 +231,13 @@ def _over_lines(lines: list[bytes], at: int, layout: _Layout) -> tuple[list[str]
                 return
             yield line
 
-    reader = csv.reader(feed(), delimiter=layout.separator, quotechar=layout.quote, strict=True)
+    reader = csv.reader(
+        feed(),
+        delimiter=layout.separator,
+        quotechar=layout.quote,
+        skipinitialspace=layout.padded,
+        strict=True,
+    )
     try:
         fields = next(reader)
     except (csv.Error, StopIteration):
@@ -238,8 +246,9 @@ def _over_lines(lines: list[bytes], at: int, layout: _Layout) -> tuple[list[str]
     if used == 1 or len(fields) != layout.width:
         return None, 1
     # The last line may look like a row if the image comes after a caption of several lines.
-    last = _decode(lines[at + used - 1]).rstrip("\r\n").split(layout.separator)
-    own = rows == [at + used - 1] and fields[layout.image] == last[layout.image]
+    last = at + used - 1
+    named = _decode(lines[last]).rstrip("\r\n").split(layout.separator)
+    own = rows == [last] and fields[layout.image] == named[layout.image].strip(f" {layout.quote}")
     return (fields, used) if own or rows in ([], [at]) else (None, 1)
 
 
