@@ -149,7 +149,7 @@ def test_rows_that_do_not_fit_the_header_are_counted_by_line(tmp_path):
         ("broken_row", f"{tmp_path}/t.csv, line 4", "1 columns instead of 2"),
         ("broken_row", f"{tmp_path}/t.csv, line 6", "3 columns instead of 2"),
     ]
-    (tmp_path / "t.csv").write_text("image,caption\n1.jpg\n")
+    (tmp_path / "t.csv").write_bytes(b"image,caption\n1.jpg\xff\n")
     with pytest.raises(UserError, match="no rows that can be used: 1 broken_row"):
         open_table(tmp_path / "t.csv")
 
@@ -214,12 +214,12 @@ def test_mutated_tables_lose_no_row(tmp_path):
             continue
         found = [bad_key(source, i) for i in range(len(source))]
         broken = source.problems["broken_row"]
-        lines = [line for line in text.split("\n") if line][1:]
+        header, *lines = [line for line in text.split("\n") if line]
         values = [column.to_pylist() for column in source._columns]
         inside = sum(value.count(b"\n") for column in values for value in column)
         assert len(source) + broken <= len(lines)
         assert len(source) + broken + inside >= len(lines)
-        for line in whole.split("\n")[1:]:
+        for line in whole.split("\n")[1:] if whole.startswith(f"{header}\n") else []:
             image = re.search(r"img/\d+\.jpg", line)
             if image and line in lines and is_whole(line, separator):
                 assert str(tmp_path / image[0]) in found, (trial, line)
