@@ -38,7 +38,11 @@ def embed(arguments: argparse.Namespace) -> None:
       UserError: if there is no model or no image, or the output file already exists.
     """
     paths: set[str] = set()
-    for name in expand_braces(arguments.images):
+    try:
+        names = expand_braces(arguments.images)
+    except UserError as error:
+        raise UserError(f"--images: {error}") from error
+    for name in names:
         folder, rest = existing_part(name)
         found = glob.glob(rest, root_dir=folder, recursive=True) if rest else [""]  # noqa: PTH207
         paths.update(str(folder / match) for match in found)
