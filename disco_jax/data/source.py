@@ -53,7 +53,7 @@ KINDS = {
     "too_small": "an image with a side below data.min_image_side",
     "too_elongated": "an image above data.max_aspect_ratio",
     "missing_caption": "an image without a caption",
-    "empty_caption": "a caption that is only whitespace",
+    "empty_caption": "a caption that is only whitespace, and there is no other",
     "broken_caption": "a caption that is not UTF-8, not JSON or not text",
     "missing_label": "an image of a labeled set without a label",
     "broken_label": "a label that is neither a class index nor the name of a class",
