@@ -81,6 +81,16 @@ def test_exif_orientation_is_applied_if_asked(form, orientation, base):
         assert np.abs(crops[0].astype(int) - crops[1]).max() <= 12
 
 
+def test_a_turned_jpeg_is_decoded_at_a_reduced_size(base):
+    """The upright image has 200 x 800 pixels, of which 16 are needed over a width of 200."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = open_image(encoded(base.resize((800, 200)), "JPEG", exif=exif), LIMITS, "")
+    look = Look(exif_orientation=True)
+    to_random_pixels(image, 16, 0.9, np.random.default_rng(0), "", look)
+    assert image.size == (100, 25)
+
+
 def test_damaged_exif_is_no_obstacle(base):
     data = encoded(base, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
     with pytest.warns(UserWarning, match="Corrupt EXIF"):  # by Pillow, in this test alone
