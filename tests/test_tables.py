@@ -114,6 +114,7 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(header, message,
 QUOTES = {
     "open": (['0.jpg\t"zero', "1.jpg\tone", '2.jpg\t"two"'], ['"zero', "one", "two"]),
     "open, closed later": (['0.jpg\t"zero', "1.jpg\tone", '2.jpg\ttwo"'], ['"zero', "one", 'two"']),
+    "open, closed in the next": (['0.jpg\t"zero', '1.jpg\tone"'], ['"zero', 'one"']),
     "open in the last": (["0.jpg\tzero", '1.jpg\t"one\n'], None),
     "several": (['0.jpg\t"a', '1.jpg\t"b', '2.jpg\t"c'], ['"a', '"b', '"c']),
     "inside": (['0.jpg\t5" pipe', '1.jpg\tsay "x"'], ['5" pipe', 'say "x"']),

@@ -226,7 +226,7 @@ def _over_lines(lines: list[bytes], at: int, layout: _Layout) -> tuple[list[str]
             if _looks_like_row(line, layout):
                 rows.append(k)
                 if k > at and layout.quote not in line:
-                    return
+                    return  # refused in any case: saves looking for a quote far below
             if size > MAX_TEXT_BYTES:
                 return
             yield line
