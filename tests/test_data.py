@@ -337,6 +337,8 @@ def test_any_tfds_set_of_images_and_captions_is_read_by_name(tmp_path):
     np.testing.assert_array_equal(batch["tokens"], expected)
     with pytest.raises(UserError, match="has no split 'test'"):
         open_source(data, "toy_captions", "test")
+    with pytest.raises(UserError, match="toy_captions has no feature 'label' of class labels"):
+        open_source(data, "toy_captions", "train", label_of=lambda name: 0)
     data.caption_key = "caption"
     with pytest.raises(UserError, match="has no feature 'caption'"):
         open_source(data, "toy_captions", "train")

@@ -17,6 +17,7 @@ from disco_jax.data.sources import open_source
 from disco_jax.data.tar_index import split_name
 from disco_jax.data.tar_source import TarSource
 from disco_jax.errors import UserError
+from disco_jax.evaluation.baseline import baselines
 from disco_jax.evaluation.classes import Classes
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.models import PRESETS
@@ -210,6 +211,13 @@ def test_a_labeled_set_without_labels_is_told(tmp_path):
         config.eval.sets.x = zeroshot_set(str(name))
         with pytest.raises(UserError, match=f"^eval\\.sets\\.x\\.source: .*{told}.*\\.cls"):
             Evaluator(config, PRESETS["tiny"], mesh_of(1))
+
+
+def test_a_baseline_without_labels_is_told(tmp_path):
+    config = default()
+    config.eval.baseline_name = str(write(tmp_path / "0.tar", pairs(["0.jpg"])))
+    with pytest.raises(UserError, match=r"^eval\.baseline_name: its images must have labels"):
+        baselines(config, {}, 16)
 
 
 def test_hidden_folders_are_no_classes(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from disco_jax.config import default
 from disco_jax.data import parquet_images
-from disco_jax.data.load import Load
+from disco_jax.data.load import Load, usable_captions
 from disco_jax.data.source import BadSample
 from disco_jax.data.sources import open_source
 from disco_jax.data.table_source import TableSource
@@ -300,6 +300,38 @@ def test_bad_images_inside_parquet_are_told_by_row(tmp_path):
         UserError, match=r"data\.image_key: .* is a struct of x; it must have bytes"
     ):
         open_table(tmp_path / "t.parquet")
+
+
+def test_damaged_parquet_is_an_error_or_bad_samples(tmp_path):
+    """Cut short anywhere, or with bytes changed before the footer."""
+    rng = np.random.default_rng(0)
+    images = [{"bytes": picture(i), "path": f"{i}.jpg"} for i in range(6)]
+    captions = [["", f"número {i}"] for i in range(6)]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": images, "caption": captions}), path, row_group_size=2)
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    seen: Counter[str] = Counter()
+    for trial in range(150):
+        data = bytearray(whole)
+        for at in rng.integers(4, footer, 2):
+            data[at] ^= int(rng.integers(1, 256))
+        path.write_bytes(data[: rng.integers(len(data))] if trial % 3 == 0 else data)
+        try:
+            source = open_table(path)
+        except UserError as error:
+            seen["opening" if "can't be read" in str(error) else str(error)] += 1
+            continue
+        for i in range(len(source)):
+            try:
+                usable_captions(source[i])
+                seen["good"] += 1
+            except BadSample as bad:
+                seen[bad.kind] += 1
+    assert seen["opening"] >= 50
+    assert seen["unreadable"] > 5
+    assert seen["good"] > 100
+    assert seen.keys() <= {"opening", "good", "unreadable", "broken_caption", "missing_image"}
 
 
 def test_several_tables_are_one_source(tmp_path):

@@ -11,7 +11,7 @@ import pyarrow.parquet
 
 from disco_jax.errors import UserError
 
-MAX_GROUP_BYTES = 1 << 30  # of images in a row group, which is read as a whole
+MAX_GROUP_BYTES = 1 << 30  # of a row group, which is read as a whole
 _PATHS_AMONG = 100  # values that tell paths from images
 _LONGEST_PATH = 4096  # bytes
 
@@ -27,7 +27,7 @@ class ParquetImages:
       column: the name of the column.
 
     Raises:
-      UserError: if a row group holds more than `MAX_GROUP_BYTES` of images.
+      UserError: if a row group is larger than `MAX_GROUP_BYTES`.
     """
 
     def __init__(self, table: Path, column: str):
@@ -35,11 +35,12 @@ class ParquetImages:
         metadata = pa.parquet.read_metadata(table)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self._starts = [0, *accumulate(group.num_rows for group in groups)]
-        largest = max((_bytes_of(group, column) for group in groups), default=0)
+        # Of all its columns: pyarrow aborts the process if the metadata of a column are damaged.
+        largest = max((group.total_byte_size for group in groups), default=0)
         if largest > MAX_GROUP_BYTES:
             raise UserError(
-                f"{table} has a row group with {largest / 2**30:.1f} GiB of images, which would be "
-                "read as a whole for each of them; write the table with less than "
+                f"{table} has a row group of {largest / 2**30:.1f} GiB, which would be read as a "
+                "whole for each of its images; write the table with less than "
                 f"{MAX_GROUP_BYTES >> 30} GiB per row group, e.g. with row_group_size=100"
             )
         self._open()
@@ -65,7 +66,7 @@ class ParquetImages:
         """Returns the value of a row: bytes, a dict, or None.
 
         Raises:
-          OSError or pyarrow.ArrowException: if it can't be read.
+          OSError, ValueError, IndexError or pyarrow.ArrowException: if it can't be read.
         """
         group = bisect_right(self._starts, row) - 1
         with self._lock:
@@ -100,13 +101,3 @@ def holds_images(table: Path, column: pa.Field) -> bool:
     first = next(file.iter_batches(_PATHS_AMONG, columns=[column.name]), None)
     values = [] if first is None else [value for value in first.column(0).to_pylist() if value]
     return not values or any(len(value) > _LONGEST_PATH or b"\0" in value for value in values)
-
-
-def _bytes_of(group: pa.parquet.RowGroupMetaData, name: str) -> int:
-    """Returns the uncompressed size of a column, or of all parts of a struct."""
-    columns = [group.column(i) for i in range(group.num_columns)]
-    return sum(
-        column.total_uncompressed_size
-        for column in columns
-        if column.path_in_schema == name or column.path_in_schema.startswith(f"{name}.")
-    )

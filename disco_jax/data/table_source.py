@@ -62,8 +62,8 @@ class TableSource:
             text = read_text_table(self._table, self._keys, self._dialect)
             self._broken = text.broken
             return text.columns
-        except (OSError, pa.ArrowException) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except (OSError, ValueError, pa.ArrowException) as error:
+            reason = str(error).split("\n", 1)[0]
             raise UserError(f"{self._table} can't be read: {reason}") from error
 
     def _load_parquet(self) -> list[pa.Array]:
@@ -105,7 +105,10 @@ class TableSource:
         key, image, name = self._image(index)
         captions = None
         if "caption_key" in self._keys:
-            captions = self._columns[-1][index].as_py()
+            try:
+                captions = self._columns[-1][index].as_py()
+            except (ValueError, IndexError) as error:  # damaged: not UTF-8, or too few
+                raise BadSample("broken_caption", key, str(error)) from error
             if captions is None:
                 raise BadSample("missing_caption", key)
         return Sample(key, image, captions, image_name=name)
@@ -115,8 +118,8 @@ class TableSource:
         key = f"{self._table}, row {index + 1}"
         try:
             value = self._images[index] if self._images else self._columns[0][index].as_py()
-        except (OSError, pa.ArrowException) as error:
-            raise BadSample("unreadable", key, str(error).splitlines()[0]) from error
+        except (OSError, ValueError, IndexError, pa.ArrowException) as error:
+            raise BadSample("unreadable", key, str(error).split("\n", 1)[0]) from error
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes) and self._images:
