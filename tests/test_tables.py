@@ -302,6 +302,21 @@ def test_bad_images_inside_parquet_are_told_by_row(tmp_path):
         open_table(tmp_path / "t.parquet")
 
 
+@pytest.mark.parametrize("captions", [True, False])
+def test_tables_without_rows_are_errors(captions, tmp_path):
+    empty = {"image": pa.array([], pa.binary()), "caption": pa.array([], pa.string())}
+    pq.write_table(pa.table(empty), tmp_path / "t.parquet")
+    for name, content in (
+        ("a.csv", b"image,caption\n"),
+        ("b.csv", b"\n\n"),
+        ("c.csv", b"\xff\xfe"),
+    ):
+        (tmp_path / name).write_bytes(content)
+    for name in ("t.parquet", "a.csv", "b.csv", "c.csv"):
+        with pytest.raises(UserError, match=r"has no (rows|header)"):
+            open_source(default().data, f"{tmp_path}/{name}", "", captions=captions)
+
+
 def test_damaged_parquet_is_an_error_or_bad_samples(tmp_path):
     """Cut short anywhere, or with bytes changed before the footer."""
     rng = np.random.default_rng(0)

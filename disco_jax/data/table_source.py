@@ -42,9 +42,10 @@ class TableSource:
             self._keys["caption_key"] = caption_key
         self._images: ParquetImages | None = None
         self._broken: list[tuple[int, str]] = []
-        self._columns: list[pa.Array] = self._load()  # of paths, unless it holds images; captions
+        self._columns: list[pa.Array] | None = None  # of paths, unless it holds images; of captions
+        read = self._loaded()
         self.problems = Counter({"broken_row": len(self._broken)} if self._broken else {})
-        self._length = len(self._images or self._columns[0])
+        self._length = len(read[0] if self._images is None else self._images)
         if not self._length:
             told = f" that can be used: {describe(self.problems)}" if self._broken else ""
             raise UserError(f"{table} has no rows{told}")
@@ -52,10 +53,15 @@ class TableSource:
         self.fingerprint = f"{table.name}, {self._length} rows, {digest}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_columns": []}  # each process reads the table itself
+        return self.__dict__ | {"_columns": None}  # each process reads the table itself
+
+    def _loaded(self) -> list[pa.Array]:
+        if self._columns is None:
+            self._columns = self._load()
+        return self._columns
 
     def _load(self) -> list[pa.Array]:
-        """Reads the columns of captions and paths; images stay where they are."""
+        """Reads the columns of paths and captions; images stay where they are."""
         try:
             if self._is_parquet:
                 return self._load_parquet()
@@ -76,7 +82,8 @@ class TableSource:
             wanted.append(schema.field(found))
         if holds_images(self._table, wanted[0]):
             image = wanted.pop(0)
-            self._images = self._images or ParquetImages(self._table, image.name)
+            if self._images is None:
+                self._images = ParquetImages(self._table, image.name)
         names = [column.name for column in wanted]
         read = pa.parquet.read_table(self._table, columns=names, partitioning=None)
         return [_large(read.column(name)).combine_chunks() for name in names]
@@ -85,7 +92,7 @@ class TableSource:
         """Hashes the file or, where it holds images, its footer with the sizes of all parts."""
         digest = hashlib.sha256()
         with self._table.open("rb") as opened:
-            if self._images:
+            if self._images is not None:
                 opened.seek(-8, 2)
                 opened.seek(-8 - int.from_bytes(opened.read(4), "little"), 2)
             while part := opened.read(1 << 20):
@@ -100,29 +107,28 @@ class TableSource:
         return [("broken_row", f"{self._table}, line {n}", told) for n, told in self._broken]
 
     def __getitem__(self, index: int) -> Sample:
-        if not self._columns and not (self._images and "caption_key" not in self._keys):
-            self._columns = self._load()
-        key, image, name = self._image(index)
+        read = self._loaded()
+        key, image, name = self._image(index, read)
         captions = None
         if "caption_key" in self._keys:
             try:
-                captions = self._columns[-1][index].as_py()
+                captions = read[-1][index].as_py()
             except (ValueError, IndexError) as error:  # damaged: not UTF-8, or too few
                 raise BadSample("broken_caption", key, str(error)) from error
             if captions is None:
                 raise BadSample("missing_caption", key)
         return Sample(key, image, captions, image_name=name)
 
-    def _image(self, index: int) -> tuple[str, bytes, str | None]:
+    def _image(self, index: int, read: list[pa.Array]) -> tuple[str, bytes, str]:
         """Returns the key of a row, its encoded image, and a name that tells images apart."""
         key = f"{self._table}, row {index + 1}"
         try:
-            value = self._images[index] if self._images else self._columns[0][index].as_py()
+            value = read[0][index].as_py() if self._images is None else self._images[index]
         except (OSError, ValueError, IndexError, pa.ArrowException) as error:
             raise BadSample("unreadable", key, str(error).split("\n", 1)[0]) from error
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes) and self._images:
+        if isinstance(value, bytes) and self._images is not None:
             return key, value, hashlib.blake2b(value, digest_size=16).hexdigest()
         name = value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
         name = "" if name is None else str(name).strip()

@@ -198,12 +198,12 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 def _rgb(image: Image.Image, look: Look) -> Image.Image:
     orientation = _orientation(image, look)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        under = Image.new("RGBA", image.size, look.background)
-        image = Image.alpha_composite(under, image)
-    elif image.mode.startswith("I"):  # 16-bit grayscale; Pillow would keep the low 8 bits
+    if image.mode.startswith("I"):  # 16-bit grayscale, of which Pillow would keep the low 8 bits
         image = image.point(lambda value: value * (1 / 257)).convert("L")
+        image.info.pop("transparency", None)  # a single shade of 65,536
+    if image.has_transparency_data:
+        under = Image.new("RGBA", image.size, look.background)
+        image = Image.alpha_composite(under, image.convert("RGBA"))
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
