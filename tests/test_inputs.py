@@ -69,8 +69,8 @@ def test_members_that_are_not_read_are_counted_by_extension(tmp_path):
     assert len(source) == 2
     assert not source.problems
     assert source.ignored == {
-        "seg.jpg": 1,  # one of the extensions of images stands for all
-        "depth.jpg": 1,
+        "seg.png": 1,
+        "depth.png": 1,
         "boxes.json": 1,
         "npy": 2,
         "hidden or without extension": 3,

@@ -257,6 +257,7 @@ def scan(path: Path) -> Scan:
 
 def _rows_of(data: bytes | mmap.mmap) -> tuple[bytes, Counter[str], Counter[str]]:
     found: dict[str, list[int]] = {}
+    dotted: dict[str, list[str]] = {}  # the extensions of each key that contains a dot
     problems: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
     try:
@@ -272,6 +273,8 @@ def _rows_of(data: bytes | mmap.mmap) -> tuple[bytes, Counter[str], Counter[str]
             if member.size >= 1 << 32 or member.offset // BLOCK >= 1 << 32:
                 problems["too_large"] += 1
                 continue
+            if "." in key:
+                dotted.setdefault(key, []).append(extension)
             row = found.setdefault(key, [0] * 8)
             if row[2 * column]:
                 problems["duplicate_key"] += 1
@@ -279,8 +282,9 @@ def _rows_of(data: bytes | mmap.mmap) -> tuple[bytes, Counter[str], Counter[str]
                 row[2 * column : 2 * column + 2] = member.offset // BLOCK, member.size
     except DamagedTar as damage:
         problems[damage.kind] += 1
-    for key in [key for key in found if "." in key and _accompanies(key, found)]:
-        ignored.update(key.rpartition(".")[2] + f".{name}" for name in _extensions(found.pop(key)))
+    for key in [key for key in dotted if _accompanies(key, found)]:
+        del found[key]
+        ignored.update(f"{key.rpartition('.')[2]}.{extension}" for extension in dotted[key])
     whole = [row for row in found.values() if row[2 * IMAGE]]
     if len(whole) < len(found):
         problems["missing_image"] += len(found) - len(whole)
@@ -303,7 +307,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _accompanies(key: str, found: dict[str, list[int]]) -> bool:
-    """Whether `0.seg`, of which there is a `0.seg.png` alone, is an addition to the sample `0`."""
+    """Whether `key` is an addition to a sample, as `0.seg` with just an image is to `0`."""
     row = found[key]
     if row[2 * IMAGE] and any(row[2 * column] for column in (TEXT, JSON, CLASS)):
         return False
@@ -314,12 +318,6 @@ def _accompanies(key: str, found: dict[str, list[int]]) -> bool:
         if sample is not None and sample[2 * IMAGE]:
             return True
     return False
-
-
-def _extensions(row: list[int]) -> list[str]:
-    """Returns an extension for each member in a row."""
-    names = {column: name for name, column in reversed(_EXTENSIONS.items())}
-    return [names[column] for column in range(4) if row[2 * column]]
 
 
 def _shortened(ignored: Counter[str]) -> Counter[str]:
