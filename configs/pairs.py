@@ -1,6 +1,7 @@
 """A starting point for your own images and captions.
 
     python train.py --config=configs/pairs.py --workdir=runs/pairs --config.data.name='/data/*.tar'
+    python train.py --config=configs/pairs.py --workdir=runs/pairs --config.data.name=/data/list.csv
 
 Fits on one 24 GB GPU; for other sizes, run python -m disco_jax.plan --config=configs/pairs.py ...
 All other fields have the defaults of disco_jax/config/defaults.py, where each is explained.
@@ -22,7 +23,8 @@ def get_config() -> ConfigDict:
     config.model.text_remat = "full"  # a ninth of the memory
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 1_000
-    config.data.caption_key = "txt"  # for tar shards; for a table, the column of captions
+    # For tar shards "txt", for a table a column with a common name; else set them.
+    config.data.image_key = config.data.caption_key = "auto"
     config.data.num_workers = 6  # per GPU; enough if time/data in the metrics is near zero
     config.eval.every = 0  # only after the last step; for labeled sets, see docs/evaluation.md
     config.checkpoint_every = 1_000

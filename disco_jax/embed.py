@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from rich.progress import track
 
+from disco_jax.data.patterns import existing_part, expand_braces
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.processes.cli import guard
@@ -22,7 +23,9 @@ def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a model folder or a run's workdir")
-    parser.add_argument("--images", required=True, help="a glob; ** matches subfolders")
+    parser.add_argument(
+        "--images", required=True, help="a pattern of globs and braces; ** matches subfolders"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the .npz file to create")
     parser.add_argument("--batch_size", type=int, default=64)
     return parser.parse_args()
@@ -34,7 +37,15 @@ def embed(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: if there is no model or no image, or the output file already exists.
     """
-    paths = sorted(glob.glob(str(Path(arguments.images).expanduser()), recursive=True))  # noqa: PTH207
+    paths: set[str] = set()
+    try:
+        names = expand_braces(arguments.images)
+    except UserError as error:
+        raise UserError(f"--images: {error}") from error
+    for name in names:
+        folder, rest = existing_part(name)
+        found = glob.glob(rest, root_dir=folder, recursive=True) if rest else [""]  # noqa: PTH207
+        paths.update(str(folder / match) for match in found)
     if not paths:
         raise UserError(f"--images: no file matches {arguments.images}")
     if arguments.out.suffix != ".npz" or arguments.out.exists():
@@ -48,7 +59,7 @@ def embed(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out: {unfinished} can't be written: {error.strerror}") from error
     try:
         with file:
-            count = _embed_into(file, arguments, paths)
+            count = _embed_into(file, arguments, sorted(paths))
         unfinished.rename(arguments.out)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -80,7 +80,7 @@ def test_meshes_with_explicit_axes(method, placed):
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"), [*((method, "softmax") for method in METHODS), ("auto", "sigmoid")]
+    ("method", "kind"), [*((method, "softmax") for method in EVERY), ("auto", "sigmoid")]
 )
 def test_explicit_axes_in_a_jit_of_inputs_on_one_device(method, kind):
     """Without `jax.set_mesh`, only the mesh that the loss is given names the devices."""

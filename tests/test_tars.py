@@ -22,6 +22,7 @@ from disco_jax.data.sources import open_source
 from disco_jax.data.tar_source import TarSource
 from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.errors import UserError
+from disco_jax.evaluation.classes import Classes
 from tests.tars import picture, shard, write
 
 
@@ -39,7 +40,7 @@ def load_of(paths, **fields) -> Load:
 
 def test_captions_come_from_a_list_by_seed_and_labels_from_cls(tmp_path):
     told = json.dumps({"captions": ["one", "two", "three"]}).encode()
-    members = {"a.b.jpg": b"?", "k.PNG": picture(1, "PNG"), "k.json": told, "k.cls": b"7\n"}
+    members = {"k.seg.png": b"?", "k.PNG": picture(1, "PNG"), "k.json": told, "k.cls": b"7\n"}
     load = load_of([write(tmp_path / "t.tar", members)], caption_key="captions")
     drawn = [load.train(position, 0) for position in range(60)]
     counts = Counter(sample.captions[0] for sample in drawn)
@@ -75,7 +76,8 @@ def test_what_is_wrong_with_a_shard_is_counted_and_the_rest_is_used(tmp_path):
     empty.touch()
     source = TarSource([good, cut, broken, odd, empty], "txt")
     assert source.problems == {
-        "truncated_shard": 2,
+        "empty_shard": 1,
+        "truncated_shard": 1,
         "damaged_shard": 1,
         "missing_image": 2,
         "duplicate_key": 1,
@@ -162,10 +164,16 @@ def test_names_that_tar_cannot_hold_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"12345678901", b"9" * 5000, b"-1", b"cat"])
-def test_a_class_index_that_is_none_is_a_bad_sample(text, tmp_path):
+def test_a_label_that_is_no_class_matters_to_a_labeled_set_alone(text, tmp_path):
     members = {"x.jpg": picture(1), "x.txt": b"t", "x.cls": text}
-    with pytest.raises(BadSample, match="holds no class index"):
-        load_of([write(tmp_path / "0.tar", members)]).once(0, 0)
+    path = write(tmp_path / "0.tar", members)
+    assert load_of([path]).once(0, 0).label is None
+    assert TarSource([path], "txt")[0].label == text.decode()  # for make_tars to copy
+    classes = Classes(["dog"], [])
+    with pytest.raises(BadSample, match=r"in its \.cls: class .* is none of the 1 classes") as bad:
+        _ = TarSource([path], "", classes.label_of)[0]
+    assert bad.value.kind == "broken_label"
+    assert len(bad.value.detail) < 400
 
 
 def test_threads_may_share_what_is_open(tmp_path, monkeypatch):

@@ -100,10 +100,23 @@ def default() -> ConfigDict:
     c.data.weights = ()  # mixing proportions of joined sources, e.g. (2.0, 1.0); (): concatenate
     c.data.split = "train"  # TFDS split
     c.data.dir = "data"  # folder of the TFDS datasets
-    c.data.image_key = "image"  # TFDS feature or table column; not used for tar shards
+    # TFDS feature or table column, which holds paths or, in Parquet, also encoded images. "auto":
+    # "image" or, for tables, another common name (docs/data.md). Not used for tar shards.
+    c.data.image_key = "image"
     # TFDS feature or table column. For tar shards: "txt" for the .txt files, or a key of the .json
-    # files. If a sample has a list of captions, one is drawn at random each time.
+    # files, such as "title" or the nested "meta.text". "auto": "txt" for tar shards, else "caption"
+    # or, for tables, another common name. If a sample has a list of captions, one is drawn at
+    # random each time.
     c.data.caption_key = "caption"
+    c.data.captions_by_line = False  # whether each line of a text is a caption of its own
+    # How CSV and TSV tables are written. If empty, the separator (comma, tab, semicolon or bar) and
+    # the encoding (UTF-8 or UTF-16) are found out, and quotes are ordinary characters.
+    c.data.separator = ""  # "\t" is a tab
+    c.data.encoding = ""
+    c.data.quote = '"'
+    c.data.background = "white"  # laid under transparent images: a CSS name or e.g. "#808080"
+    # Whether to turn images upright as their EXIF orientation says. OpenCLIP does not.
+    c.data.exif_orientation = False
     c.data.crop_scale = 0.9  # minimum area fraction of the training crop; 1: no random crop
     c.data.num_workers = 8  # worker processes that decode and tokenize; 0: the main process does
     # Seconds without data (e.g. because a file system does not respond) after which the run exits
@@ -133,6 +146,7 @@ def default() -> ConfigDict:
     c.eval.retrieval_split = ""
     c.eval.retrieval_image_key = "image"  # for retrieval_name, as data.image_key
     c.eval.retrieval_caption_key = "caption"  # e.g. captions/text for TFDS's coco_captions
+    c.eval.retrieval_captions_by_line = False  # for retrieval_name, e.g. CLIP_benchmark's shards
     c.eval.batch_size = 1024  # images or texts per batch
 
     c.log_every = 50  # steps between metrics
@@ -158,7 +172,7 @@ def zeroshot_set(
 
     Args:
       source: A TFDS dataset; a folder with one folder per class, named by id, index or class name;
-        or tar shards whose `.cls` members hold the class index.
+        or tar shards whose `.cls` members hold the class index, id or name.
       split: The split of a TFDS dataset.
       classes: `imagenet`, `shapes`, `tfds` (the dataset's own class names), or a file of names.
       templates: `openai_imagenet` (CLIP's 80 prompts), `shapes`, or a file of prompts.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+from PIL import ImageColor
 
 from disco_jax.config import default, flatten, zeroshot_set
 from disco_jax.config.text_groups import AUTO, parse_text_groups
@@ -122,7 +123,7 @@ def _beyond(field: str, value: Any) -> str:
     if isinstance(value, str):
         if value.startswith("~") and os.path.expanduser(value) == value:  # noqa: PTH111 (it raises)
             return "a path in the home folder of an existing user"
-        return "a string without NUL characters" if "\0" in value else ""
+        return "a string without NUL characters" if "\0" in value else _form(field, value)
     if isinstance(value, tuple | list):
         return next((told for x in value if (told := _beyond(field, x))), "")
     if isinstance(value, float) and not math.isfinite(value):
@@ -130,6 +131,25 @@ def _beyond(field: str, value: Any) -> str:
     most = SECONDS if field.endswith("timeout") else AT_MOST.get(field, COUNT)
     if isinstance(value, int) or field.endswith("timeout"):
         return f"at most {most:,}" if value > most else ""
+    return ""
+
+
+def _form(field: str, text: str) -> str:
+    """Returns what `text` must be if its field requires another form, else ""."""
+    try:
+        if field == "data.background":
+            ImageColor.getrgb(text)
+        elif field == "data.encoding":
+            "".encode(text or "utf-8")
+    except (ValueError, LookupError):
+        kinds = {
+            "data.background": "color such as white or #808080",
+            "data.encoding": "text encoding",
+        }
+        return f"the name of a {kinds[field]}"
+    single = len(text) == 1 and text.isascii() and text not in "\r\n"
+    if field in ("data.quote", "data.separator") and text not in ("", r"\t") and not single:
+        return "a single ASCII character"
     return ""
 
 

@@ -1,13 +1,14 @@
 """Counts bad samples by kind, logs them, and stops the run if there are too many."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from disco_jax.data.load import Failure
-from disco_jax.data.source import KINDS
+from disco_jax.data.source import KINDS, Failure, describe
+from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.runs.jsonl import JsonLines
 
@@ -54,6 +55,21 @@ class BadSamples:
         self._lines.close()
 
 
+def list_bad(bad: Sequence[Failure], path: Path) -> None:
+    """Writes bad samples to a file, a JSON object a line, and prints how many there are of a kind.
+
+    Without any, no file is written. A file that exists is replaced.
+    """
+    if not bad:
+        return
+    with path.open("w") as file:
+        for kind, key, detail in bad:
+            file.write(json.dumps({"kind": kind, "key": key, "detail": detail}) + "\n")
+    for kind, count in Counter(kind for kind, _, _ in bad).most_common():
+        say(f"{count} {kind}: {KINDS[kind]}")
+    say(f"listed what is bad, and why, in {path}")
+
+
 def total_counts(counts: Counter[str]) -> Counter[str]:
     """Returns the counts summed over all processes, all of which must call it."""
     import jax  # lazy: data workers import this module without needing JAX
@@ -77,11 +93,6 @@ def own_share(counts: dict[str, int], index: int, processes: int) -> dict[str, i
     its count with the samples that it has seen itself.
     """
     return {kind: n // processes + (index < n % processes) for kind, n in counts.items()}
-
-
-def describe(counts: Counter[str]) -> str:
-    """Returns e.g. `3 broken_image, 1 empty_caption`, with the most common kind first."""
-    return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
 
 
 def check_problems(problems: Counter[str], samples: int, max_fraction: float) -> None:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from disco_jax.data.load import Failure
 from disco_jax.data.shared_memory import SharedMemory
+from disco_jax.data.source import Failure
 from disco_jax.display.terminal import say
 from disco_jax.errors import READER, DataLost
 

@@ -1,7 +1,8 @@
 """Summarizes a source: python -m disco_jax.data.inspect 'shards/*.tar' [--caption_key=txt].
 
 Prints sample counts, image sizes, caption lengths with the `model.text_groups` that suit them, bad
-samples by kind and the reading speed, and draws a contact sheet of samples.
+samples by kind and the reading speed, draws a contact sheet of samples, and lists all bad samples
+in a file.
 """
 
 import argparse
@@ -15,20 +16,23 @@ from ml_collections import ConfigDict
 from rich.progress import track
 from rich.table import Table
 
-from disco_jax import config
-from disco_jax.data.bad_samples import describe
+from disco_jax.data.arguments import add_source, source_config
+from disco_jax.data.bad_samples import list_bad
 from disco_jax.data.load import Load, Loaded
-from disco_jax.data.source import KINDS, BadSample, Joined
+from disco_jax.data.source import BadSample, Failure, Joined, describe
 from disco_jax.data.sources import open_source
+from disco_jax.data.tar_source import TarSource
 from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.data.transforms import ImageLimits, open_image
 from disco_jax.display.terminal import PlainConsole, say
+from disco_jax.errors import UserError
 from disco_jax.models.group_choice import choose_text_groups
 from disco_jax.processes.cli import guard
 
 SHOWN = 32  # samples on the contact sheet
 CONTEXT = 77
 TEXTS = 256  # on a device at once, for which groups are proposed
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # of the contact sheet
 
 
 class Seen(NamedTuple):
@@ -38,43 +42,46 @@ class Seen(NamedTuple):
     formats: Counter[str]
     bytes: list[int]  # sizes of the encoded images
     captions: list[str]
-    bad: Counter[str]
-    examples: dict[str, str]  # the first bad sample of each kind
+    bad: list[Failure]
     shown: list[Loaded]
     seconds: float  # spent loading, in one process
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parses the command line. The defaults are those of `config.data`."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", help="shards, a table or a TFDS dataset, as in config.data.name")
-    parser.add_argument("--samples", type=int, default=2_000, help="number to read, evenly spaced")
-    parser.add_argument("--sheet", type=Path, default=Path("contact_sheet.png"))
+    add_source(parser)
+    parser.add_argument(
+        "--samples", type=int, default=2_000, help="number to read, evenly spaced; 0: all"
+    )
+    parser.add_argument(
+        "--sheet", type=Path, default=Path("contact_sheet.png"), help="file for the contact sheet"
+    )
+    parser.add_argument(
+        "--bad",
+        type=Path,
+        default=Path("inspect_bad_samples.jsonl"),
+        help="file for the bad samples, if there are any",
+    )
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--split", default="train", help="split of a TFDS dataset")
-    parser.add_argument("--dir", default="data", help="where TFDS datasets are stored")
-    parser.add_argument("--image_key", default="image")
-    parser.add_argument("--caption_key", help="default: txt for shards, else caption")
     return parser.parse_args()
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Prints the table and draws the contact sheet.
+    """Prints the table, draws the contact sheet and lists the bad samples.
 
     Raises:
-      UserError: if there is nothing to read.
+      UserError: if there is nothing to read, or the contact sheet or the list can't be written.
     """
-    data = config.default().data
-    data.update(dir=arguments.dir, image_key=arguments.image_key)
-    default_key = "txt" if arguments.name.endswith(".tar") else "caption"
-    data.caption_key = arguments.caption_key or default_key
+    data = source_config(arguments)
+    for name in ("sheet", "bad"):
+        _check_place(name, getattr(arguments, name))
     start = time.monotonic()
     source = open_source(data, arguments.name, arguments.split)
     opened = time.monotonic() - start
-    seen = look(source, data, arguments.image_size, arguments.samples)
+    seen = look(source, data, arguments.image_size, arguments.samples or len(source))
     PlainConsole().print(_table(arguments.name, source, seen, opened))
-    for kind, example in sorted(seen.examples.items()):
-        say(f"{kind}: {KINDS[kind]}; {example}")
+    list_bad(source.left_out() + seen.bad, arguments.bad)
     if seen.shown:
         from disco_jax.display.plots import plot_pairs  # lazy: Matplotlib takes a second to import
 
@@ -83,13 +90,25 @@ def inspect(arguments: argparse.Namespace) -> None:
         say(f"wrote the contact sheet to {arguments.sheet}")
 
 
+def _check_place(name: str, path: Path) -> None:
+    """Raises UserError if no file can be written there, before anything is read."""
+    if path.is_dir():
+        raise UserError(f"--{name}: {path} is a folder; name a file in it")
+    if name == "sheet" and path.suffix.lower() not in FORMATS:
+        raise UserError(f"--sheet: {path} must end in one of {', '.join(FORMATS)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{name}: {path} can't be written: {error.strerror}") from error
+
+
 def look(source: Joined, data: ConfigDict, image_size: int, samples: int) -> Seen:
     """Loads `samples` samples, evenly spaced over the source, the way training does."""
     chosen = np.unique(np.linspace(0, len(source) - 1, min(samples, len(source))).astype(int))
     shown = set(chosen[np.linspace(0, len(chosen) - 1, SHOWN).astype(int)].tolist())
     load = Load(source, data, image_size)
     limits = ImageLimits(*(data[name] for name in ImageLimits._fields))
-    seen = Seen([], Counter(), [], [], Counter(), {}, [], 0.0)
+    seen = Seen([], Counter(), [], [], [], [], 0.0)
     seconds = 0.0
     for index in track(chosen.tolist(), "reading samples", transient=True):
         try:
@@ -102,8 +121,7 @@ def look(source: Joined, data: ConfigDict, image_size: int, samples: int) -> See
             loaded = load.once(index, index)
             seconds += time.monotonic() - start
         except BadSample as bad:
-            seen.bad[bad.kind] += 1
-            seen.examples.setdefault(bad.kind, f"{bad.key}: {bad.detail}".rstrip(": "))
+            seen.bad.append((bad.kind, bad.key, bad.detail))
             continue
         seen.captions.append(" / ".join(loaded.captions))
         if index in shown:
@@ -112,7 +130,10 @@ def look(source: Joined, data: ConfigDict, image_size: int, samples: int) -> See
 
 
 def _table(name: str, source: Joined, seen: Seen, opened: float) -> Table:
-    good, bad = len(seen.captions), seen.bad.total()
+    good, bad = len(seen.captions), len(seen.bad)
+    kinds = Counter(kind for kind, _, _ in seen.bad)
+    shards = [part for part in source.sources if isinstance(part, TarSource)]
+    ignored = sum((part.ignored for part in shards), Counter())
     table = Table(title=f"{name}: {good + bad:,} of {len(source):,} samples read")
     table.add_column("")
     table.add_column("", justify="right")
@@ -120,7 +141,9 @@ def _table(name: str, source: Joined, seen: Seen, opened: float) -> Table:
     table.add_row("source fingerprint", source.fingerprint)
     table.add_row("time to open", f"{opened:.1f} s")
     table.add_row("left out of the index", describe(source.problems) or "nothing")
-    table.add_row("bad samples", describe(seen.bad) or "none")
+    if ignored:
+        table.add_row("members that are not read, by extension", describe(ignored))
+    table.add_row("bad samples", describe(kinds) or "none")
     if seen.sizes:
         widths, heights = np.array(seen.sizes).T
         for what, values in (("width", widths), ("height", heights), ("bytes", seen.bytes)):

@@ -8,10 +8,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from numpy.random import Generator
 
-from disco_jax.data.source import MAX_TEXT_BYTES, BadSample, Joined, Sample
+from disco_jax.data.source import MAX_TEXT_BYTES, BadSample, Failure, Joined, Sample
 from disco_jax.data.transforms import (
     CLIP_RESIZE,
     ImageLimits,
+    Look,
     Resize,
     open_image,
     to_pixels,
@@ -21,8 +22,6 @@ from disco_jax.errors import UserError
 
 TRIES = 100  # samples tried for one position before the run stops
 _REPLACEMENT = 1  # separates its random stream from the sample's own
-
-Failure = tuple[str, str, str]  # kind, key and detail of a bad sample
 
 
 class Loaded(NamedTuple):
@@ -53,6 +52,8 @@ class Load:
     ):
         self._source, self._size, self._seed, self._resize = source, size, seed, resize
         self._least_area = data.crop_scale
+        self._by_line = data.captions_by_line
+        self._look = Look(*(data[name] for name in Look._fields))
         self._limits = ImageLimits(*(data[name] for name in ImageLimits._fields))
 
     def train(self, position: int, index: int) -> Loaded:
@@ -78,10 +79,11 @@ class Load:
         """Like `train`, but raises BadSample instead of drawing a replacement."""
         rng = np.random.default_rng((self._seed, position, attempt))
         sample = self._source[index]
-        captions = usable_captions(sample)
+        captions = usable_captions(sample, self._by_line)
         if len(captions) > 1:
             captions = (captions[int(rng.integers(len(captions)))],)
-        return Loaded(sample.key, self._pixels(sample, rng), captions, sample.label, None, ())
+        pixels = self._pixels(sample, rng)
+        return Loaded(sample.key, pixels, captions, _index(sample), None, ())
 
     def evaluate(self, index: int) -> Loaded:
         """Loads sample `index` with the evaluation transform and all of its captions.
@@ -91,17 +93,23 @@ class Load:
         """
         sample = self._source[index]
         image = open_image(sample.image, self._limits, sample.key)
-        pixels = to_pixels(image, self._size, sample.key, self._resize)
-        captions = usable_captions(sample)
-        return Loaded(sample.key, pixels, captions, sample.label, sample.image_name, ())
+        pixels = to_pixels(image, self._size, sample.key, self._resize, self._look)
+        captions = usable_captions(sample, self._by_line)
+        return Loaded(sample.key, pixels, captions, _index(sample), sample.image_name, ())
 
     def _pixels(self, sample: Sample, rng: Generator) -> np.ndarray:
         image = open_image(sample.image, self._limits, sample.key)
         if self._least_area < 1:
             return to_random_pixels(
-                image, self._size, self._least_area, rng, sample.key, self._resize.resample
+                image,
+                self._size,
+                self._least_area,
+                rng,
+                sample.key,
+                self._resize.resample,
+                self._look,
             )
-        return to_pixels(image, self._size, sample.key, self._resize)
+        return to_pixels(image, self._size, sample.key, self._resize, self._look)
 
     def _another(self, index: int, position: int, attempt: int) -> int:
         """Draws a sample from the same joined source, which preserves the mixing weights."""
@@ -110,11 +118,17 @@ class Load:
         return int(rng.integers(self._source.starts[part], self._source.starts[part + 1]))
 
 
-def usable_captions(sample: Sample) -> tuple[str, ...]:
+def _index(sample: Sample) -> int | None:
+    return sample.label if isinstance(sample.label, int) else None
+
+
+def usable_captions(sample: Sample, by_line: bool = False) -> tuple[str, ...]:
     """Returns the sample's captions; empty if its source does not read captions.
 
+    Empty captions are left out if there are others. With `by_line`, each line is a caption.
+
     Raises:
-      BadSample: if captions are missing, or one is empty, too large or not text.
+      BadSample: if captions are missing, all are empty, or one is too large or not text.
     """
     if sample.captions is None:
         return ()
@@ -125,10 +139,13 @@ def usable_captions(sample: Sample) -> tuple[str, ...]:
     for caption in captions:
         if isinstance(caption, str | bytes) and len(caption) > MAX_TEXT_BYTES:
             raise BadSample("too_large", sample.key, f"a caption of length {len(caption):,}")
-    texts = tuple(_decode(caption, sample.key) for caption in captions)
-    if not all(html.unescape(text).strip() for text in texts):
+    texts = [_decode(caption, sample.key) for caption in captions if caption is not None]
+    if by_line:
+        texts = [line.strip() for text in texts for line in text.splitlines()]
+    usable = tuple(text for text in texts if html.unescape(text).strip())
+    if not usable:
         raise BadSample("empty_caption", sample.key)
-    return texts
+    return usable
 
 
 def _decode(caption: Any, key: str) -> str:

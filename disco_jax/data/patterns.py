@@ -17,23 +17,17 @@ MOST = 1_000_000  # files per pattern
 def expand(pattern: str) -> list[Path]:
     """Returns the files that match a pattern of braces and globs, in order, without duplicates.
 
-    For example, `{000..099}.tar`, `*.tar` or a combination.
+    For example, `{000..099}.tar`, `*.tar` or a combination. Folders that exist under a name with
+    brackets are taken literally.
 
     Raises:
-      UserError: if nothing matches, a named file is missing or not a regular file, or the pattern
-        expands to too many files.
+      UserError: if nothing matches, a named file is missing or not a regular file, the pattern
+        expands to too many files, or it is a URL.
     """
-    text = str(Path(pattern).expanduser())
-    try:
-        names = [] if _least(text) > MOST else list(islice(_expanded(text), MOST + 1))
-    except ValueError as error:
-        raise UserError(f"the braces of {pattern!r} are unbalanced") from error
-    if not 0 < len(names) <= MOST:
-        raise UserError(f"{pattern} expands to more than {MOST:,} files")
     paths: dict[Path, None] = {}  # an ordered set
-    for name in names:
+    for name in expand_braces(pattern):
         whole = Path(name)
-        found = [whole] if whole.is_file() else sorted(Path(whole.anchor).glob(_relative(whole)))
+        found = [whole] if whole.is_file() else _matches(name)
         if whole.is_symlink() and not whole.exists():
             raise UserError(f"{whole} is a link to a missing file")
         if not found and glob.has_magic(name):
@@ -46,6 +40,46 @@ def expand(pattern: str) -> list[Path]:
     return list(paths)
 
 
+def _matches(name: str) -> list[Path]:
+    folder, rest = existing_part(name)
+    return sorted(folder.glob(rest)) if rest else [folder]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Returns the names that a pattern's braces stand for, in order. Globs remain.
+
+    Raises:
+      UserError: if the braces are unbalanced, there are too many names, or it is a URL.
+    """
+    refuse_url(pattern)
+    text = str(Path(pattern).expanduser())
+    try:
+        names = [] if _least(text) > MOST else list(islice(_expanded(text), MOST + 1))
+    except ValueError as error:
+        raise UserError(f"the braces of {pattern!r} are unbalanced") from error
+    if not 0 < len(names) <= MOST:
+        raise UserError(f"{pattern} expands to more than {MOST:,} files")
+    return names
+
+
+def existing_part(name: str) -> tuple[Path, str]:
+    """Splits a glob after the last of its leading folders that exist, whatever their names.
+
+    The second part is "" if all of it exists.
+    """
+    whole = Path(name)
+    existing, parts = Path(whole.anchor), list(whole.relative_to(whole.anchor).parts)
+    while parts and (existing / parts[0]).exists():
+        existing /= parts.pop(0)
+    return existing, str(Path(*parts)) if parts else ""
+
+
+def refuse_url(name: str) -> None:
+    """Raises UserError for the name of a remote file."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", name):
+        raise UserError(f"{name} is a URL, which is not supported; copy or mount its files")
+
+
 def _expanded(text: str) -> Iterator[str]:
     return iter(braceexpand(text, escape=False))
 
@@ -56,7 +90,3 @@ def _least(text: str) -> int:
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", text):
         count *= abs(int(last[:20]) - int(first[:20])) + 1
     return count
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(path.anchor))

@@ -23,10 +23,11 @@ from absl import flags
 
 from disco_jax.data import shared_memory
 from disco_jax.data.batches import Batch, Batches
-from disco_jax.data.load import Failure, Load, Loaded
+from disco_jax.data.load import Load, Loaded
 from disco_jax.data.shared_memory import SharedMemory
-from disco_jax.data.source import BadSample, Joined
+from disco_jax.data.source import BadSample, Failure, Joined
 from disco_jax.data.tokenizer import TextTokenizer
+from disco_jax.display.terminal import ignore_warnings_of_pillow
 
 ENDLESS = 2**48  # more samples than any run sees
 
@@ -188,6 +189,7 @@ def _start_worker(memory: SharedMemory | None, index: int, count: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    ignore_warnings_of_pillow()
     if memory:
         memory.hold()
     parent = multiprocessing.parent_process()

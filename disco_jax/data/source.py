@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 Caption = str | bytes
+Failure = tuple[str, str, str]  # kind, key and detail of a bad sample
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp")
 
 
 class Sample(NamedTuple):
@@ -13,7 +15,8 @@ class Sample(NamedTuple):
     key: str  # identifies it to people: shard and key, path, or split and index
     image: bytes  # encoded
     captions: Caption | Sequence[Caption] | None = None  # one or several; training draws one
-    label: int | None = None
+    # A class index, or what stands in a `.cls` instead if the source has no list of classes.
+    label: int | str | None = None
     image_name: str | None = None  # equal for samples that share an image; None: not shared
 
 
@@ -30,11 +33,14 @@ class BadSample(Exception):
         self.kind, self.key, self.detail = kind, key, detail
 
 
-# The kinds of bad samples and their meaning. The first five are found when tar shards are indexed,
-# the sixth then or when a sample is read.
+# The kinds of bad samples and their meaning. Those up to `not_a_file` are found when a source is
+# opened, `too_large` and `missing_image` then or when a sample is read.
 KINDS = {
+    "empty_shard": "a shard of zero bytes",
+    "compressed_shard": "a shard compressed by gzip, bzip2, xz, zstd or zip; decompress it first",
     "truncated_shard": "a shard that ends inside a member; the members before it are used",
     "damaged_shard": "a shard with a broken header; the members before it are used",
+    "broken_row": "a row of a table with more or fewer columns than the header",
     "duplicate_key": "a second member with the same key and kind; the first one is used",
     "missing_image": "a caption without an image",
     "not_a_file": "a link, device or similar, which is never followed",
@@ -47,9 +53,16 @@ KINDS = {
     "too_small": "an image with a side below data.min_image_side",
     "too_elongated": "an image above data.max_aspect_ratio",
     "missing_caption": "an image without a caption",
-    "empty_caption": "a caption that is only whitespace",
+    "empty_caption": "a caption that is only whitespace, and there is no other",
     "broken_caption": "a caption that is not UTF-8, not JSON or not text",
+    "missing_label": "an image of a labeled set without a label",
+    "broken_label": "a label that is neither a class index nor the name of a class",
 }
+
+
+def describe(counts: Counter[str]) -> str:
+    """Returns e.g. `3 broken_image, 1 empty_caption`, with the most common kind first."""
+    return ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
 
 
 class Source(Protocol):
@@ -61,6 +74,10 @@ class Source(Protocol):
     problems: Counter[str]
 
     def __len__(self) -> int: ...
+
+    def left_out(self) -> list[Failure]:
+        """Returns what `problems` counts, each with the most exact place that is known."""
+        ...
 
     def __getitem__(self, index: int, /) -> Sample:
         """Returns a sample; raises BadSample if it can't be used."""
@@ -80,6 +97,10 @@ class Joined:
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    def left_out(self) -> list[Failure]:
+        """Returns what all the sources left out."""
+        return [failure for source in self.sources for failure in source.left_out()]
 
     def part(self, index: int) -> int:
         """Returns the number of the source that sample `index` belongs to."""

@@ -1,54 +1,96 @@
 """Opens the source that a name refers to."""
 
+import hashlib
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from disco_jax.data import table_source
-from disco_jax.data.patterns import expand
+from disco_jax.data.patterns import expand, refuse_url
 from disco_jax.data.source import Joined, Source
 from disco_jax.data.table_source import TableSource
 from disco_jax.data.tar_source import TarSource
+from disco_jax.data.text_table import Dialect
 from disco_jax.errors import UserError
+
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+LABELED = "a labeled set is a folder of class folders, shards with .cls members, or a TFDS dataset"
 
 
 def open_source(
-    data: ConfigDict, name: str, split: str, *, field: str = "data.name", captions: bool = True
+    data: ConfigDict,
+    name: str,
+    split: str,
+    *,
+    field: str = "data.name",
+    captions: bool = True,
+    label_of: Callable[[str], int] | None = None,
 ) -> Joined:
     """Opens the source or sources that `name` refers to, in the syntax of `config.data.name`.
 
     Args:
       data: the config's `data` section.
-      name: `.tar` shards, a `.csv`, `.tsv` or `.parquet` table, or a TFDS dataset; several are
+      name: `.tar` shards, `.csv`, `.tsv` or `.parquet` tables, or a TFDS dataset; several are
         joined by `::`.
       split: the split of TFDS datasets; shards and tables have none.
       field: the config field that `name` is from, for error messages.
       captions: whether to read captions.
+      label_of: for a labeled set, maps the name of a class to its index; samples without a label
+        are then bad samples.
 
     Raises:
       UserError: if a source is missing or invalid.
     """
     key = data.caption_key if captions else ""
     try:
-        return Joined([_open(data, part, split, key) for part in name.split("::")])
+        return Joined([_open(data, part, split, key, label_of) for part in name.split("::")])
     except UserError as error:
         if str(error).startswith("data."):  # the source names another field itself
-            raise
+            if field != "eval.retrieval_name":
+                raise
+            told = re.sub(r"^data\.(image|caption)_key", r"eval.retrieval_\1_key", str(error))
+            raise UserError(told) from error
         raise UserError(f"{field}: {error}") from error
 
 
-def _open(data: ConfigDict, name: str, split: str, caption_key: str) -> Source:
-    suffix = Path(name).suffix
+def _open(
+    data: ConfigDict,
+    name: str,
+    split: str,
+    caption_key: str,
+    label_of: Callable[[str], int] | None,
+) -> Source:
+    refuse_url(name)
+    suffix = Path(name).suffix.lower()
     if suffix == ".tar":
-        return TarSource(expand(name), caption_key)
+        return TarSource(expand(name), "txt" if caption_key == "auto" else caption_key, label_of)
     if suffix in table_source.SUFFIXES:
-        paths = expand(name)
-        if len(paths) > 1:
-            raise UserError(f"{name} matches {len(paths)} tables; join them with ::")
-        return TableSource(paths[0], data.image_key, caption_key)
+        if label_of is not None:
+            raise UserError(f"{name} is a table, which has no labels; {LABELED}")
+        return _tables(data, name, caption_key)
+    if suffix in COMPRESSED:
+        raise UserError(f"{name} is compressed; decompress it first, e.g. with gunzip")
     if Path(name).expanduser().is_dir():
         raise UserError(f"{name} is a folder; name its shards, {name}/*.tar, or a table")
     # Lazy: TFDS takes seconds to import, and shards and tables do not need it.
     from disco_jax.data.tfds_source import TfdsSource
 
-    return TfdsSource(name, split, data.dir, data.image_key, caption_key)
+    image_key = "image" if data.image_key == "auto" else data.image_key
+    key = "caption" if caption_key == "auto" else caption_key
+    source = TfdsSource(name, split, data.dir, image_key, key)
+    if label_of is not None and not source.labeled:
+        raise UserError(f"dataset {name} has no feature 'label' of class labels; {LABELED}")
+    return source
+
+
+def _tables(data: ConfigDict, name: str, caption_key: str) -> Source:
+    dialect = Dialect(*(data[field] for field in Dialect._fields))
+    tables = [TableSource(p, data.image_key, caption_key, dialect) for p in expand(name)]
+    if len(tables) == 1:
+        return tables[0]
+    joined = Joined(tables)  # one source with one weight, whose name is not as long as all of them
+    digest = hashlib.sha256(joined.fingerprint.encode()).hexdigest()[:12]
+    joined.fingerprint = f"{len(tables)} tables, {len(joined)} rows, {digest}"
+    return joined

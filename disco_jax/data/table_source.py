@@ -1,4 +1,4 @@
-"""Image-text pairs from a CSV, TSV or Parquet table of image paths and captions."""
+"""Image-text pairs from a CSV, TSV or Parquet table of images or their paths, and captions."""
 
 import hashlib
 import stat
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
-from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample, Sample
+from disco_jax.data import columns
+from disco_jax.data.parquet_images import ParquetImages, holds_images
+from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample, Failure, Sample, describe
+from disco_jax.data.text_table import FOUND_OUT, Dialect, read_text_table
 from disco_jax.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -21,82 +23,132 @@ class TableSource:
 
     Args:
       table: the file; CSV and TSV start with a header row.
-      image_key: the column of image paths, absolute or relative to the table's folder.
+      image_key: the column of image paths, absolute or relative to the table's folder. In Parquet,
+        also of encoded images, or of Hugging Face's structs of `bytes` and `path`.
       caption_key: the column of captions, each a text or a list of texts; "" for no captions.
+      dialect: how CSV and TSV are written.
+
+    Both keys may be `auto`, for a common name.
 
     Raises:
       UserError: if the table can't be read, lacks a column, or has no rows.
     """
 
-    def __init__(self, table: Path, image_key: str, caption_key: str):
-        self._table, self._image_key, self._caption_key = table, image_key, caption_key
-        self._columns = self._load()
-        self._length = len(self._columns[0])
+    def __init__(self, table: Path, image_key: str, caption_key: str, dialect: Dialect = FOUND_OUT):
+        self._table, self._dialect = table, dialect
+        self._is_parquet = table.suffix.lower() == ".parquet"
+        self._keys = {"image_key": image_key}
+        if caption_key:
+            self._keys["caption_key"] = caption_key
+        self._images: ParquetImages | None = None
+        self._broken: list[tuple[int, str]] = []
+        self._columns: list[pa.Array] | None = None  # of paths, unless it holds images; of captions
+        read = self._loaded()
+        self.problems = Counter({"broken_row": len(self._broken)} if self._broken else {})
+        self._length = len(read[0] if self._images is None else self._images)
         if not self._length:
-            raise UserError(f"{table} has no rows")
-        self.problems: Counter[str] = Counter()
-        digest = hashlib.sha256()
-        with table.open("rb") as opened:
-            while part := opened.read(1 << 20):
-                digest.update(part)
-        self.fingerprint = f"{table.name}, {self._length} rows, {digest.hexdigest()[:12]}"
+            told = f" that can be used: {describe(self.problems)}" if self._broken else ""
+            raise UserError(f"{table} has no rows{told}")
+        digest = self._digest().hexdigest()[:12]
+        self.fingerprint = f"{table.name}, {self._length} rows, {digest}"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_columns": None}  # each process reads the table itself
 
+    def _loaded(self) -> list[pa.Array]:
+        if self._columns is None:
+            self._columns = self._load()
+        return self._columns
+
     def _load(self) -> list[pa.Array]:
-        wanted = [key for key in (self._image_key, self._caption_key) if key]
+        """Reads the columns of paths and captions; images stay where they are."""
         try:
-            if self._table.suffix == ".parquet":
-                missing = set(wanted) - set(pa.parquet.read_schema(self._table).names)
-                if missing:
-                    raise KeyError(missing.pop())
-                columns = pa.parquet.read_table(self._table, columns=wanted, partitioning=None)
-            else:
-                columns = pa.csv.read_csv(
-                    self._table,
-                    parse_options=pa.csv.ParseOptions(
-                        delimiter="\t" if self._table.suffix == ".tsv" else ",",
-                        newlines_in_values=True,
-                    ),
-                    # Captions are read as bytes: a column that looks like numbers stays text, and
-                    # invalid UTF-8 makes a bad sample instead of failing the whole table.
-                    convert_options=pa.csv.ConvertOptions(
-                        include_columns=wanted,
-                        column_types=dict.fromkeys(wanted, pa.large_binary()),
-                    ),
-                )
-            return [_large(columns.column(key)).combine_chunks() for key in wanted]
-        except KeyError as error:
-            key = error.args[0] if error.args else ""
-            named = next((name for name in wanted if name in str(key)), key)
-            field = "image_key" if named == self._image_key else "caption_key"
-            raise UserError(f"data.{field}: {self._table} has no column {named!r}") from error
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{self._table} can't be read: {error}") from error
+            if self._is_parquet:
+                return self._load_parquet()
+            text = read_text_table(self._table, self._keys, self._dialect)
+            self._broken = text.broken
+            return text.columns
+        except (OSError, ValueError, pa.ArrowException) as error:
+            reason = str(error).split("\n", 1)[0]
+            raise UserError(f"{self._table} can't be read: {reason}") from error
+
+    def _load_parquet(self) -> list[pa.Array]:
+        schema = pa.parquet.read_schema(self._table)
+        wanted = []
+        for field, key in self._keys.items():
+            found = columns.find(schema.names, field, key)
+            if found is None:
+                raise columns.missing(self._table, schema.names, field, key)
+            wanted.append(schema.field(found))
+        if holds_images(self._table, wanted[0]):
+            image = wanted.pop(0)
+            if self._images is None:
+                self._images = ParquetImages(self._table, image.name)
+        names = [column.name for column in wanted]
+        read = pa.parquet.read_table(self._table, columns=names, partitioning=None)
+        return [_large(read.column(name)).combine_chunks() for name in names]
+
+    def _digest(self) -> "hashlib._Hash":
+        """Hashes the file or, where it holds images, its footer with the sizes of all parts."""
+        digest = hashlib.sha256()
+        with self._table.open("rb") as opened:
+            if self._images is not None:
+                opened.seek(-8, 2)
+                opened.seek(-8 - int.from_bytes(opened.read(4), "little"), 2)
+            while part := opened.read(1 << 20):
+                digest.update(part)
+        return digest
 
     def __len__(self) -> int:
         return self._length
 
+    def left_out(self) -> list[Failure]:
+        """Returns the rows that don't fit the header."""
+        return [("broken_row", f"{self._table}, line {n}", told) for n, told in self._broken]
+
     def __getitem__(self, index: int) -> Sample:
-        if self._columns is None:
-            self._columns = self._load()
-        name, *captions = (column[index].as_py() for column in self._columns)
-        name = name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name or "")
-        path = self._table.parent / name
+        read = self._loaded()
+        key, image, name = self._image(index, read)
+        captions = None
+        if "caption_key" in self._keys:
+            try:
+                captions = read[-1][index].as_py()
+            except (ValueError, IndexError) as error:  # damaged: not UTF-8, or too few
+                raise BadSample("broken_caption", key, str(error)) from error
+            if captions is None:
+                raise BadSample("missing_caption", key)
+        return Sample(key, image, captions, image_name=name)
+
+    def _image(self, index: int, read: list[pa.Array]) -> tuple[str, bytes, str]:
+        """Returns the key of a row, its encoded image, and a name that tells images apart."""
+        key = f"{self._table}, row {index + 1}"
         try:
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise BadSample("unreadable", str(path), "not a regular file")
-            if status.st_size > MAX_IMAGE_BYTES:
-                raise BadSample("too_large", str(path), f"{status.st_size:,} bytes")
-            image = path.read_bytes()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise BadSample("unreadable", str(path), reason) from error
-        if captions and captions[0] is None:
-            raise BadSample("missing_caption", str(path))
-        return Sample(str(path), image, captions[0] if captions else None, image_name=str(path))
+            value = read[0][index].as_py() if self._images is None else self._images[index]
+        except (OSError, ValueError, IndexError, pa.ArrowException) as error:
+            raise BadSample("unreadable", key, str(error).split("\n", 1)[0]) from error
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes) and self._images is not None:
+            return key, value, hashlib.blake2b(value, digest_size=16).hexdigest()
+        name = value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
+        name = "" if name is None else str(name).strip()
+        if not name:
+            raise BadSample("missing_image", key)
+        path = self._table.parent / name
+        return str(path), _read(path), str(path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadSample("unreadable", str(path), "not a regular file")
+        if status.st_size > MAX_IMAGE_BYTES:
+            raise BadSample("too_large", str(path), f"{status.st_size:,} bytes")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadSample("unreadable", str(path), reason) from error
 
 
 def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:

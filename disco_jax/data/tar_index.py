@@ -10,7 +10,6 @@ import hashlib
 import json
 import mmap
 import os
-import re
 import struct
 import sys
 import tempfile
@@ -26,20 +25,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from disco_jax.data.building import building
+from disco_jax.data.source import IMAGE_EXTENSIONS
 from disco_jax.data.tar_format import BLOCK, DamagedTar, members
 from disco_jax.errors import UserError
 
 # The columns of a row. Each is (first block of the data, size in bytes); block 0 means missing.
 IMAGE, TEXT, JSON, CLASS = range(4)
 _EXTENSIONS = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), IMAGE),
+    **dict.fromkeys(IMAGE_EXTENSIONS, IMAGE),
     "txt": TEXT,
     "json": JSON,
     "cls": CLASS,
 }
-_MAGIC = b"DISCOTAR"
+_MAGIC = b"DISCOTA2"  # an index of another version is built anew
 _HEADER = len(_MAGIC) + 24  # the magic, then the identity in hexadecimal
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key and extension, as in webdataset
+# First bytes of files compressed by gzip, bzip2, xz, zstd and zip.
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+_LISTED = 50  # extensions counted separately, per shard
+_LONGEST_EXTENSION = 16
 
 
 class Shard(NamedTuple):
@@ -51,6 +54,7 @@ class Shard(NamedTuple):
     start: int  # index of its first row
     samples: int
     problems: dict[str, int]
+    ignored: dict[str, int]  # members that are not read, by extension
 
 
 class TarIndex(NamedTuple):
@@ -177,8 +181,8 @@ def _write(
             new.write(bytes(_HEADER))
             for path in paths:
                 if path in to_scan:
-                    size, time, rows, problems = next(scanned)
-                    shard = Shard(str(path), size, time, start, len(rows) // 32, problems)
+                    size, time, rows, problems, ignored = next(scanned)
+                    shard = Shard(str(path), size, time, start, len(rows) // 32, problems, ignored)
                 else:
                     shard = known[str(path)]
                     rows = kept[shard.start : shard.start + shard.samples].tobytes()
@@ -202,7 +206,10 @@ def _write(
     return TarIndex(file, identity, entries)
 
 
-def _scan_all(paths: Sequence[Path]) -> Iterable[tuple[int, int, bytes, dict[str, int]]]:
+Scan = tuple[int, int, bytes, dict[str, int], dict[str, int]]
+
+
+def _scan_all(paths: Sequence[Path]) -> Iterable[Scan]:
     """Yields the result of `scan` for each path, in order."""
     bar = Progress(
         "indexing shards",
@@ -227,43 +234,96 @@ def _scan_all(paths: Sequence[Path]) -> Iterable[tuple[int, int, bytes, dict[str
                 bar.advance(task)
 
 
-def scan(path: Path) -> tuple[int, int, bytes, dict[str, int]]:
-    """Returns a shard's size, modification time, rows as bytes, and count of problems by kind."""
+def scan(path: Path) -> Scan:
+    """Scans one shard.
+
+    Returns:
+      Its size, modification time, rows as bytes, counts of problems by kind, and counts of ignored
+      members by extension.
+    """
     try:
         with path.open("rb") as opened:
             stat = os.fstat(opened.fileno())
             if not stat.st_size:
-                return 0, stat.st_mtime_ns, b"", {"truncated_shard": 1}
+                return 0, stat.st_mtime_ns, b"", {"empty_shard": 1}, {}
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                rows, problems = _rows_of(data)
+                if data[:6].startswith(_COMPRESSED):
+                    return stat.st_size, stat.st_mtime_ns, b"", {"compressed_shard": 1}, {}
+                rows, problems, ignored = _rows_of(data)
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
-    return stat.st_size, stat.st_mtime_ns, rows, dict(problems)
+    return stat.st_size, stat.st_mtime_ns, rows, dict(problems), dict(_shortened(ignored))
 
 
-def _rows_of(data: bytes | mmap.mmap) -> tuple[bytes, Counter[str]]:
+def _rows_of(data: bytes | mmap.mmap) -> tuple[bytes, Counter[str], Counter[str]]:
     found: dict[str, list[int]] = {}
+    dotted: dict[str, list[str]] = {}  # the extensions of each key that contains a dot
     problems: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     try:
         for member in members(data):
-            match = _NAME.fullmatch(member.name)
-            column = _EXTENSIONS.get(match[2].lower()) if match else None
-            if match is None or column is None:
-                continue  # other extensions are never opened
+            key, extension = split_name(member.name)
+            column = _EXTENSIONS.get(extension)
+            if column is None:
+                ignored[extension] += 1  # never opened
+                continue
             if not member.is_file:
                 problems["not_a_file"] += 1
                 continue
             if member.size >= 1 << 32 or member.offset // BLOCK >= 1 << 32:
                 problems["too_large"] += 1
                 continue
-            row = found.setdefault(match[1], [0] * 8)
+            if "." in key:
+                dotted.setdefault(key, []).append(extension)
+            row = found.setdefault(key, [0] * 8)
             if row[2 * column]:
                 problems["duplicate_key"] += 1
             else:
                 row[2 * column : 2 * column + 2] = member.offset // BLOCK, member.size
     except DamagedTar as damage:
         problems[damage.kind] += 1
+    for key in [key for key in dotted if _accompanies(key, found)]:
+        del found[key]
+        ignored.update(f"{key.rpartition('.')[2]}.{extension}" for extension in dotted[key])
     whole = [row for row in found.values() if row[2 * IMAGE]]
     if len(whole) < len(found):
         problems["missing_image"] += len(found) - len(whole)
-    return np.array(whole, "<u4").tobytes(), problems
+    return np.array(whole, "<u4").tobytes(), problems, ignored
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Splits a member's name at its last dot into key and extension, which is in lower case.
+
+    The extension is "" if there is none, and the name of a hidden file is all key.
+    """
+    key, dot, extension = name.rpartition(".")
+    if not dot or "/" in extension or not key or key.endswith("/") or _is_hidden(name):
+        return name, ""
+    return key, extension.lower()
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".", name.rfind("/") + 1)
+
+
+def _accompanies(key: str, found: dict[str, list[int]]) -> bool:
+    """Whether `key` is an addition to a sample, as `0.seg` with just an image is to `0`."""
+    row = found[key]
+    if row[2 * IMAGE] and any(row[2 * column] for column in (TEXT, JSON, CLASS)):
+        return False
+    folder, _, stem = key.rpartition("/")
+    while "." in stem:
+        stem = stem.rpartition(".")[0]
+        sample = found.get(f"{folder}/{stem}" if folder else stem)
+        if sample is not None and sample[2 * IMAGE]:
+            return True
+    return False
+
+
+def _shortened(ignored: Counter[str]) -> Counter[str]:
+    """Replaces long and rare extensions, which may be arbitrary text, by "other"."""
+    short = Counter[str]()
+    for extension, count in ignored.most_common():
+        known = len(extension) <= _LONGEST_EXTENSION and len(short) < _LISTED
+        short[(extension or "hidden or without extension") if known else "other"] += count
+    return short

@@ -6,7 +6,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 
 from disco_jax.data.source import (
+    KINDS,
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     BadSample,
     Caption,
+    Failure,
     Sample,
+    describe,
 )
 from disco_jax.data.tar_format import BLOCK, read_header
-from disco_jax.data.tar_index import CLASS, IMAGE, JSON, TEXT, open_index
+from disco_jax.data.tar_index import CLASS, IMAGE, JSON, TEXT, open_index, split_name
 from disco_jax.errors import UserError
 
 OPEN_SHARDS = 256  # maximum number of shards that a process keeps open
@@ -32,32 +35,55 @@ class TarSource:
 
     Args:
       paths: the shards.
-      caption_key: `txt` for the sample's text file, a key of its `.json`, or "" for no captions.
+      caption_key: `txt` for the sample's text file; a key of its `.json`, with dots between the
+        keys of nested objects, e.g. `meta.text`; or "" for no captions.
+      label_of: for a labeled set, maps a class name in a `.cls` to its index and raises UserError
+        for an unknown one; a sample without a label is then a bad sample.
 
     Raises:
-      UserError: if a shard can't be read, or the shards hold no samples.
+      UserError: if a shard can't be read, or the shards hold no samples or, for a labeled set, no
+        labels.
     """
 
-    def __init__(self, paths: Sequence[Path], caption_key: str):
-        self._caption_key = caption_key
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        caption_key: str,
+        label_of: Callable[[str], int] | None = None,
+    ):
+        self._caption_key, self._label_of = caption_key, label_of
         self._index = open_index(paths)
         shards = self._index.shards
         self._stops = np.cumsum([shard.samples for shard in shards]).tolist()
         self.problems = sum((Counter(shard.problems) for shard in shards), Counter())
+        self.ignored = sum((Counter(shard.ignored) for shard in shards), Counter())
         if not len(self):
-            raise UserError(f"there is no image in {paths[0]} or the shards after it")
+            raise UserError(_no_image(paths, self.problems, self.ignored))
         told = "\n".join(f"{Path(s.path).name} {s.size} {s.samples}" for s in shards)
         self.fingerprint = (
             f"{len(shards)} shards, {len(self)} samples, "
             f"{hashlib.sha256(told.encode()).hexdigest()[:12]}"
         )
         self._rows: np.ndarray | None = self._index.rows()
+        if label_of is not None and not self._rows[:, CLASS, 0].any():
+            raise UserError(
+                f"no sample in {paths[0]} or the shards after it has a label; a labeled set needs "
+                "a .cls file per image, with a class index or the name of a class"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_rows": None}  # each process maps the index for itself
 
     def __len__(self) -> int:
         return self._stops[-1]
+
+    def left_out(self) -> list[Failure]:
+        """Returns the problems of each shard: its index has no more than their numbers."""
+        return [
+            (kind, shard.path, f"{count} in this shard")
+            for shard in self._index.shards
+            for kind, count in shard.problems.items()
+        ]
 
     def __getitem__(self, index: int) -> Sample:
         if self._rows is None:
@@ -69,13 +95,22 @@ class TarSource:
         captions: Caption | Sequence[Caption] | None = None
         if self._caption_key:
             captions = self._captions(shard.path, row, key)
-        label = None
-        if row[CLASS][0]:
-            text = _read(shard.path, row[CLASS], key)[1]
-            if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
-                raise BadSample("broken_caption", key, "its .cls holds no class index")
-            label = int(text)
-        return Sample(key, image, captions, label)
+        return Sample(key, image, captions, self._label(shard.path, row, key))
+
+    def _label(self, path: str, row: list[list[int]], key: str) -> int | str | None:
+        if not row[CLASS][0]:
+            if self._label_of is not None:
+                raise BadSample("missing_label", key, "it has no .cls")
+            return None
+        text = _read(path, row[CLASS], key)[1].decode(errors="surrogateescape").strip()
+        if re.fullmatch("[0-9]{1,9}", text):
+            return int(text)
+        if self._label_of is None:  # training does without labels
+            return text or None
+        try:
+            return self._label_of(text)
+        except UserError as error:
+            raise BadSample("broken_label", key, f"in its .cls: {error}"[:300]) from error
 
     def _captions(self, path: str, row: list[list[int]], key: str) -> Any:
         column = TEXT if self._caption_key == "txt" else JSON
@@ -88,10 +123,27 @@ class TarSource:
             told = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadSample("broken_caption", key, "its .json can't be read") from error
-        caption = told.get(self._caption_key) if isinstance(told, dict) else None
+        caption = _value(told, self._caption_key)
         if caption is None:
             raise BadSample("missing_caption", key, f"no {self._caption_key!r} in its .json")
         return caption
+
+
+def _value(told: Any, key: str) -> Any:
+    """Returns what `told` has under `key`, or else by the parts of `key` between dots, or None."""
+    if not isinstance(told, dict):
+        return None
+    if key in told or "." not in key:
+        return told.get(key)
+    first, _, rest = key.partition(".")
+    return _value(told.get(first), rest)
+
+
+def _no_image(paths: Sequence[Path], problems: Counter[str], ignored: Counter[str]) -> str:
+    told = [f"{count} {kind} ({KINDS[kind]})" for kind, count in problems.items()]
+    if ignored:
+        told.append(f"members that are not read, by extension: {describe(ignored)}")
+    return "; ".join([f"there is no image in {paths[0]} or the shards after it", *told])
 
 
 class _OpenShard:
@@ -129,8 +181,7 @@ def _read(path: str, place: list[int], key: str, limit: int = MAX_TEXT_BYTES) ->
         raise BadSample("unreadable", key, "the shard has changed") from error
     if told != size or len(stored) < BLOCK + size:
         raise BadSample("unreadable", key, "the shard has changed")
-    folder, _, file = name.rpartition("/")
-    stem = f"{folder}{'/' if folder else ''}{file.split('.', 1)[0]}"
+    stem = split_name(name)[0]
     if len(name) >= 100 or "?" in name:
         # The full name is in an earlier header, and the one here may not be unique.
         stem += f"@{(block - 1) * BLOCK}"

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 import disco_jax.data.shapes.builder  # noqa: F401  (registers `shapes` with TFDS)
 from disco_jax.data.building import building
-from disco_jax.data.source import Sample
+from disco_jax.data.source import Failure, Sample
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 
@@ -99,7 +99,7 @@ class TfdsSource:
                 raise UserError(
                     f"dataset {name} has no feature {key!r}; its features: {', '.join(features)}"
                 )
-        self._labelled = "label" in features and isinstance(
+        self.labeled = "label" in features and isinstance(
             features["label"], tfds.features.ClassLabel
         )
         try:
@@ -118,6 +118,10 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._examples)
 
+    def left_out(self) -> list[Failure]:
+        """Returns nothing: no problem is found before a sample is read."""
+        return []
+
     def __getitem__(self, index: int) -> Sample:
         example = self._examples[index]
         captions = None
@@ -127,7 +131,7 @@ class TfdsSource:
                 captions = captions[part]
         if isinstance(captions, np.ndarray):
             captions = captions.tolist()
-        label = int(example["label"]) if self._labelled else None
+        label = int(example["label"]) if self.labeled else None
         return Sample(f"{self._split}/{index}", example[self._image_key], captions, label)
 
 

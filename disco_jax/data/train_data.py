@@ -13,14 +13,13 @@ from disco_jax.data.bad_samples import (
     BadSamples,
     as_metrics,
     check_problems,
-    describe,
     own_share,
     total_counts,
 )
 from disco_jax.data.batches import Batch
 from disco_jax.data.load import Load
 from disco_jax.data.pipeline import Collate, train_batches
-from disco_jax.data.source import Joined
+from disco_jax.data.source import Joined, describe
 from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.data.transforms import Resize
 from disco_jax.errors import UserError

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -17,6 +17,18 @@ from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample
 # ours, `data.max_image_pixels`, is checked before any pixel is decoded.
 FORMATS = ((b"\xff\xd8\xff", JpegImageFile), (b"\x89PNG", PngImageFile), (b"RIFF", WebPImageFile))
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+# What turns an image upright, by its EXIF orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random crops, as in torchvision and OpenCLIP
 
 
@@ -36,6 +48,16 @@ class Resize(NamedTuple):
 
 
 CLIP_RESIZE = Resize()
+
+
+class Look(NamedTuple):
+    """What an image looks like beyond its pixels: the `config.data` fields of the same names."""
+
+    background: str = "white"
+    exif_orientation: bool = False
+
+
+STORED = Look()  # as OpenCLIP, but for transparency
 
 
 def open_image(encoded: bytes, limits: ImageLimits, key: str) -> Image.Image:
@@ -70,12 +92,35 @@ def read_header(encoded: bytes, key: str) -> Image.Image:
     if opener is None:
         raise BadSample("not_an_image", key)
     try:
-        return opener(io.BytesIO(encoded))
+        return opener(io.BytesIO(_without_metadata(encoded)))
     except Exception as error:  # Pillow raises all kinds of errors for broken headers
         raise BadSample("not_an_image", key, _first_line(error)) from error
 
 
-def to_pixels(image: Image.Image, size: int, key: str, resize: Resize = CLIP_RESIZE) -> np.ndarray:
+def _without_metadata(encoded: bytes) -> bytes:
+    """Leaves out the chunks of a PNG that its pixels and orientation don't depend on.
+
+    Pillow refuses an image for texts or color profiles above a limit, a global variable of its own.
+    """
+    if not encoded.startswith(_PNG):
+        return encoded
+    kept, position, start = [], len(_PNG), 0
+    while position + 8 <= len(encoded):
+        end = position + 12 + int.from_bytes(encoded[position : position + 4], "big")
+        if encoded[position + 4 : position + 8] not in _PNG_KEPT:
+            kept.append(encoded[start:position])
+            start = end
+        position = end
+    return b"".join([*kept, encoded[start:]]) if kept else encoded
+
+
+def to_pixels(
+    image: Image.Image,
+    size: int,
+    key: str,
+    resize: Resize = CLIP_RESIZE,
+    look: Look = STORED,
+) -> np.ndarray:
     """Applies the evaluation transform: CLIP's resize and crop, or a squash of the whole image.
 
     Returns:
@@ -85,7 +130,7 @@ def to_pixels(image: Image.Image, size: int, key: str, resize: Resize = CLIP_RES
       BadSample: if the image data are damaged.
     """
     try:
-        rgb, kernel = _rgb(image), FILTERS[resize.resample]
+        rgb, kernel = _rgb(image, look), FILTERS[resize.resample]
         if resize.squash:
             return np.asarray(rgb.resize((size, size), kernel))
         return np.asarray(resize_and_crop(rgb, size, kernel))
@@ -100,6 +145,7 @@ def to_random_pixels(
     rng: Generator,
     key: str,
     resample: str = "bicubic",
+    look: Look = STORED,
 ) -> np.ndarray:
     """Applies the training transform, a random resized crop.
 
@@ -112,14 +158,16 @@ def to_random_pixels(
     Raises:
       BadSample: if the image data are damaged.
     """
-    width, height = image.size
+    on_side = _orientation(image, look) >= 5
+    width, height = image.size[::-1] if on_side else image.size
     left, top, crop_width, crop_height = random_crop(rng, width, height, least_area)
     try:
         wanted = (width * size // crop_width + 1, height * size // crop_height + 1)
-        image.draft(None, wanted)  # has an effect on JPEGs only
-        x, y = image.width / width, image.height / height
+        image.draft(None, wanted[::-1] if on_side else wanted)  # has an effect on JPEGs only
+        rgb = _rgb(image, look)
+        x, y = rgb.width / width, rgb.height / height
         box = (left * x, top * y, (left + crop_width) * x, (top + crop_height) * y)
-        return np.asarray(_rgb(image).resize((size, size), FILTERS[resample], box=box))
+        return np.asarray(rgb.resize((size, size), FILTERS[resample], box=box))
     except Exception as error:  # as above
         raise BadSample("broken_image", key, _first_line(error)) from error
 
@@ -165,10 +213,27 @@ def resize_and_crop(
     return image.crop((left, top, left + size, top + size))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, look: Look) -> Image.Image:
+    orientation = _orientation(image, look)
     if image.mode.startswith("I"):  # 16-bit grayscale, of which Pillow would keep the low 8 bits
         image = image.point(lambda value: value * (1 / 257)).convert("L")
-    return image if image.mode == "RGB" else image.convert("RGB")
+        image.info.pop("transparency", None)  # a single shade of 65,536
+    if image.has_transparency_data:
+        under = Image.new("RGBA", image.size, look.background)
+        image = Image.alpha_composite(under, image.convert("RGBA"))
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def _orientation(image: Image.Image, look: Look) -> int:
+    """Returns the EXIF orientation, 1 to 8; 1, upright, if it is damaged or not asked for."""
+    if not look.exif_orientation:
+        return 1
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises all kinds of errors for damaged metadata
+        return 1
+    return orientation if orientation in UPRIGHT else 1
 
 
 def _first_line(error: Exception) -> str:

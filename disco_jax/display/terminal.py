@@ -5,6 +5,7 @@ anything unprintable (escape sequences, surrogates, text direction marks) is esc
 """
 
 import sys
+import warnings
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -27,6 +28,11 @@ def printable(text: object, keep: str = "") -> str:
 def say(text: object, file: TextIO | None = None) -> None:
     """Prints one line to standard output or another stream, and flushes it."""
     print(printable(text), file=file or sys.stdout, flush=True)
+
+
+def ignore_warnings_of_pillow() -> None:
+    """Ignores them in this process: what is wrong with an image is reported as a bad sample."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class PlainConsole(Console):

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from disco_jax.data.load import Load
 from disco_jax.data.source import BadSample
 from disco_jax.data.sources import open_source
+from disco_jax.errors import UserError
 from disco_jax.evaluation.evaluator import ZeroShotSet
 
 BINS = 4  # per color channel
@@ -42,6 +43,8 @@ def _load(load: Load, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for index in chosen:
         with contextlib.suppress(BadSample):  # the evaluation itself reports them
             samples.append(load.evaluate(int(index)))
+    if not samples or any(sample.label is None for sample in samples):
+        raise UserError("eval.baseline_name: its images must have labels, as indices of classes")
     return np.stack([s.pixels for s in samples]), np.array([s.label for s in samples])
 
 

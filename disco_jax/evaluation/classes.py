@@ -19,23 +19,23 @@ class Classes(NamedTuple):
     names: list[str]
     ids: list[str]  # e.g. WordNet's; may be empty
 
-    def label_of(self, folder: str) -> int:
-        """Returns the label of a class folder, which is named by class id, index or name.
+    def label_of(self, name: str) -> int:
+        """Returns the label of a class that is named by id, index or name, e.g. by its folder.
 
         Raises:
-          UserError: if the folder matches no class, or more than one: two classes with the same
-            name, or the index of one and the name of another.
+          UserError: if it is no class, or more than one: two classes with the same name, or the
+            index of one and the name of another.
         """
         labels = _known(tuple(self.names), tuple(self.ids))
-        found = labels.get(folder, set()) | labels.get(_plain(folder), set())
+        found = labels.get(name, set()) | labels.get(_plain(name), set())
         if not found:
             raise UserError(
-                f"class folder {folder!r} is none of the {len(self.names)} classes; a folder is "
-                f"named by class id, index or name, e.g. {self.names[0]!r}"
+                f"class {name[:100]!r} is none of the {len(self.names)} classes; a class is named "
+                f"by id, index or name, e.g. {self.names[0]!r}"
             )
         if len(found) > 1:
             told = ", ".join(map(str, sorted(found)))
-            raise UserError(f"class folder {folder!r} may be any of the classes {told}; use ids")
+            raise UserError(f"class {name!r} may be any of the classes {told}; use ids")
         return found.pop()
 
 

@@ -11,11 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from disco_jax.data.bad_samples import describe
 from disco_jax.data.folder_source import FolderSource
 from disco_jax.data.load import Load, Loaded
 from disco_jax.data.pipeline import EvalBatch, eval_batches
-from disco_jax.data.source import Joined
+from disco_jax.data.source import Failure, Joined, describe
 from disco_jax.data.sources import open_source
 from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.data.transforms import Resize
@@ -57,12 +56,13 @@ class Evaluator:
         self._tokenizer = make_tokenizer(model.text)
         self.sets = {name: self._open(name, spec) for name, spec in config.eval.sets.items()}
         self._cached: tuple[Params, dict[tuple[tuple[str, ...], ...], np.ndarray]] = ({}, {})
-        self._pairs = None
+        self._pairs, self._pairs_data = None, self._data
         if config.eval.retrieval_name or config.eval.retrieval_split:
-            data = self._data.copy_and_resolve_references()
+            data = self._pairs_data = self._data.copy_and_resolve_references()
             if config.eval.retrieval_name:
                 data.image_key = config.eval.retrieval_image_key
                 data.caption_key = config.eval.retrieval_caption_key
+                data.captions_by_line = config.eval.retrieval_captions_by_line
             field = "eval.retrieval_name" if config.eval.retrieval_name else "data.name"
             name = config.eval.retrieval_name or config.data.name
             self._pairs = open_source(data, name, config.eval.retrieval_split, field=field)
@@ -81,7 +81,14 @@ class Evaluator:
             data = self._data.copy_and_resolve_references()
             data.image_key = spec.image_key
             field = f"eval.sets.{name}.source"
-            source = open_source(data, spec.source, spec.split, field=field, captions=False)
+            source = open_source(
+                data,
+                spec.source,
+                spec.split,
+                field=field,
+                captions=False,
+                label_of=classes.label_of,
+            )
         templates = tuple(load_templates(spec.templates))
         return ZeroShotSet(source, classes, templates, load_subset(spec.subset, classes))
 
@@ -116,7 +123,8 @@ class Evaluator:
             subsets = np.stack([opened.subset, np.ones_like(opened.subset)])
         embeddings = self.embeddings(params, name)
         labels, nearest = [], []
-        for batch in self._batches(opened.source, name):
+        bad: list[Failure] = []
+        for batch in self._batches(opened.source, name, self._data, bad):
             told, found = self._classify(
                 params,
                 self._encoder.place(batch.images(self._size)),
@@ -128,7 +136,9 @@ class Evaluator:
             nearest.append(np.asarray(found))
         label, index = np.concatenate(labels), np.flatnonzero(np.concatenate(labels) >= 0)
         if not len(index):
-            raise UserError(f"eval.sets.{name}: no usable image in {opened.source.fingerprint}")
+            raise UserError(
+                f"eval.sets.{name}: no usable image in {opened.source.fingerprint}{_told(bad)}"
+            )
         if label.max() >= len(opened.classes.names):
             raise UserError(
                 f"eval.sets.{name}: label {label.max()} is out of range for the "
@@ -164,7 +174,8 @@ class Evaluator:
             return {}
         features, names, tokens, owners = [], [], [], []
         rows = 0
-        for batch in self._batches(self._pairs, "retrieval"):
+        bad: list[Failure] = []
+        for batch in self._batches(self._pairs, "retrieval", self._pairs_data, bad):
             images = self._encoder.place(batch.images(self._size))
             features.append(np.asarray(self._encoder.image(params, images)))
             names.append(self._gather([_digest(sample) for sample in batch.samples], np.uint8))
@@ -173,7 +184,7 @@ class Evaluator:
             tokens.append(ids)
             rows += len(counts)
         if not len(np.concatenate(tokens)):
-            raise UserError(f"retrieval: no usable sample in {self._pairs.fingerprint}")
+            raise UserError(f"retrieval: no usable sample in {self._pairs.fingerprint}{_told(bad)}")
         # The first row that names an image stands for it. Bad samples, without captions, drop out.
         name = np.concatenate(names)
         _, first, same = np.unique(name, axis=0, return_index=True, return_inverse=True)
@@ -206,24 +217,35 @@ class Evaluator:
         """Gathers the whole batch, in order, on every process from each process's rows."""
         return gather_rows(np.asarray(rows, dtype), self._encoder.mesh)
 
-    def _batches(self, source: Joined, name: str) -> Iterator[EvalBatch]:
-        bad: Counter[str] = Counter()
-        load = Load(source, self._data, self._size, resize=self._resize)
+    def _batches(
+        self, source: Joined, name: str, data: ConfigDict, bad: list[Failure]
+    ) -> Iterator[EvalBatch]:
+        """Yields the source's batches, adds bad samples to `bad` and reports them at the end."""
+        load = Load(source, data, self._size, resize=self._resize)
         for batch in eval_batches(
             len(source),
             load,
             batch_size=self._encoder.batch_size,
             rows=self._encoder.rows,
         ):
-            bad.update(kind for kind, _, _ in batch.failures)
+            bad.extend(batch.failures)
             yield batch
         if bad:
-            say(f"left out of {name}: {describe(bad)}", sys.stderr)
+            say(f"left out of {name}{_told(bad)}", sys.stderr)
 
     def pictures(self, name: str, chosen: np.ndarray) -> list[np.ndarray]:
         """Returns the set's images at the given indices, each uint8 `[size, size, 3]`."""
         load = Load(self.sets[name].source, self._data, self._size, resize=self._resize)
         return [load.evaluate(int(index)).pixels for index in chosen]
+
+
+def _told(bad: list[Failure]) -> str:
+    """Returns this process's bad samples by kind, and the first of them."""
+    if not bad:
+        return ""
+    kind, key, detail = bad[0]
+    counts = describe(Counter(kind for kind, _, _ in bad))
+    return f": {counts}; the first is {key}: {kind} {detail}".rstrip()
 
 
 def _digest(sample: Loaded | None) -> list[int]:

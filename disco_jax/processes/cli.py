@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from disco_jax.config import default
 from disco_jax.config.overrides import check_overrides
 from disco_jax.config.validation import near, problems_of
-from disco_jax.display.terminal import console, printable, say
+from disco_jax.display.terminal import console, ignore_warnings_of_pillow, printable, say
 from disco_jax.errors import (
     EXIT_DATA_LOST,
     EXIT_INTERRUPTED,
@@ -189,6 +189,7 @@ def _blaming_peers(watch: Watch) -> Any:
 def guard(function: Callable[[], None]) -> None:
     """Calls `function` and exits with the codes of errors.py; user errors print one line."""
     logging.set_verbosity(logging.FATAL)  # relevant errors of libraries are reported here
+    ignore_warnings_of_pillow()
     try:
         ignore_absent_accelerators()
         function()

@@ -179,6 +179,14 @@ def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Path) -> Non
     """
     old = flatten(default()) | flatten(ConfigDict(stored))  # fields may have been added since
     new = flatten(ConfigDict(json.loads(config.to_json())))
+    for fields in (old, new):  # configs/pairs.py once had what "auto" stands for
+        shards = str(fields["data.name"]).lower().endswith(".tar")
+        for field, value in (
+            ("image_key", "image"),
+            ("caption_key", "txt" if shards else "caption"),
+        ):
+            if fields[f"data.{field}"] == "auto":
+                fields[f"data.{field}"] = value
     differing = [
         f"{field} ({old.get(field)!r} there, {new.get(field)!r} here)"
         for field in sorted(old.keys() | new.keys())
