@@ -55,12 +55,11 @@ def test_memory_is_as_it_was_written(monkeypatch):
     with Compiler(parse_topology("a100-40gb:8")) as compiler:
         config = default()
         config.batch_size, config.loss.method = 32_768, "ring"
-        config.loss.keep_bytes = 0
         again = compiler.compile(config, loss_only=True, dim=512)
     ratio = again["temp_bytes"] / row["temp_bytes"]
     assert ratio < 1.01
     assert ratio > 0.99 or jax.__version__ != result("memory")["jax"]
-    assert rows["disco", 131_072]["temp_bytes"] > 50 * rows["ring", 131_072]["temp_bytes"]
+    assert rows["disco", 131_072]["temp_bytes"] > 20 * rows["ring", 131_072]["temp_bytes"]
 
 
 def test_batch_sizes_have_three_seeds_each():
