@@ -5,22 +5,23 @@ import re
 from collections import Counter
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from disco_jax.config import default
 from disco_jax.config.validation import problems_of
 from disco_jax.data.source import Joined
 from disco_jax.errors import UserError
 from disco_jax.evaluation import main as evaluation
+from disco_jax.runs.checkpoint import Checkpoints
 from disco_jax.runs.workdir import check_same
-from disco_jax.training import loop, progress
+from disco_jax.step.state import TrainState
+from disco_jax.training import loop, progress, setup
 from disco_jax.training.length import check_length, warm_up_note, with_steps
 from disco_jax.training.progress import TrainProgress
-from disco_jax.training.setup import set_up
-from tests import small_run
-from tests.small_run import config_of, rows
+from tests.small_config import get_config
+from tests.small_run import rows
 
 
 def of(*sizes: int) -> Joined:
@@ -170,8 +171,17 @@ def test_the_time_left_is_of_several_updates(clock, capsys):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return small_run.make(tmp_path_factory.mktemp("made"))
+def pairs(tmp_path_factory):
+    """A config for 48 images with captions, and a model that is never made."""
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = ["image,caption"]
+    for i in range(48):
+        Image.new("RGB", (16, 16), (i, i, i)).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,number {i}")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    config = get_config()
+    config.data.name, config.model.name = f"{folder}/pairs.csv", "tiny"
+    return config
 
 
 class Evaluations:
@@ -186,38 +196,51 @@ class Evaluations:
         return next(self.found)
 
 
-def test_a_run_of_epochs(made, tmp_path, monkeypatch, capsys):
+def counting_step(*_):
+    """In the place of a training step."""
+    values = dict.fromkeys(("loss", "logit_scale", "grad_norm"), 1.0) | {"skipped": 0.0}
+    metrics = {f"train/{name}": value for name, value in values.items()}
+    return lambda state, batch: (state._replace(step=state.step + 1), metrics)
+
+
+def test_a_run_of_epochs(pairs, tmp_path, monkeypatch, capsys):
     """Steps from epochs, what is printed on the way, and what resuming and evaluating find."""
+    saved, config = [], pairs.copy_and_resolve_references()
     monkeypatch.setattr(loop, "Evaluator", Evaluations)
-    fields = {"num_steps": 0, "num_epochs": 2.0, "log_every": 4, "checkpoint_every": 100}
-    config = config_of(made, **fields, eval__every=2, optimizer__warmup_steps=50)
-    with jax.numpy_dtype_promotion("standard"):  # see test_step.py
-        loop.train(config, tmp_path)
+    monkeypatch.setattr(loop, "make_train_step", counting_step)
+    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(setup, "init_state", lambda *_: TrainState(0, {}, ()))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *_: saved.append(step))
+    config.num_steps, config.num_epochs, config.eval.every = 0, 2.0, 2
+    config.log_every, config.checkpoint_every, config.optimizer.warmup_steps = 4, 5, 50
+    loop.train(config, tmp_path)
     told = capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 6
     assert [row["step"] for row in rows(tmp_path)] == [1, 4, 6]
+    assert saved == [5, 6]
     assert "50 is longer than the run, 6 steps: the learning rate reaches 12.0%" in told
     evaluated = [line for line in told.splitlines() if re.match(r"step \d+ ", line)]
     recall = "retrieval/image_to_text_recall@1 25.0%"
     assert evaluated == [f"step 4  {recall}", f"step 6  {recall}  mine/top1 12.5%"]
-    setup = set_up(config, tmp_path)
-    setup.checkpoints.close()
-    assert (setup.config.num_steps, int(setup.state.step)) == (6, 6)
+    assert setup.set_up(config, tmp_path).config.num_steps == 6
+    config.num_epochs = 4.0
     with pytest.raises(UserError, match=rf"num_steps \(6 there, 12 here\).* init_from={tmp_path}$"):
-        set_up(
-            config_of(made, **fields | {"num_epochs": 4.0}, optimizer__warmup_steps=50), tmp_path
-        )
-    steps = []
+        setup.set_up(config, tmp_path)
+    config.num_epochs, steps = 2.0, []
     monkeypatch.setattr(evaluation, "Evaluator", Evaluations)
+    monkeypatch.setattr(evaluation, "_steps", lambda _, last, **__: [last])
     monkeypatch.setattr(evaluation, "_restore", lambda *_: {})
     monkeypatch.setattr(evaluation, "_evaluate", lambda *given: steps.append(given[3]))
-    evaluation.evaluate(config, tmp_path, watch=True)  # until the last step
+    evaluation.evaluate(config, tmp_path)
     assert steps == [6]
 
 
-def test_a_run_of_too_few_samples_does_not_begin(made, tmp_path):
+def test_a_run_of_too_few_samples_does_not_begin(pairs, tmp_path):
+    config = pairs.copy_and_resolve_references()
+    config.batch_size = 64
     with pytest.raises(UserError, match=r"the data have 48 samples, fewer than a batch, 64"):
-        set_up(config_of(made, batch_size=64), tmp_path / "run")
+        setup.set_up(config, tmp_path / "run")
+    config.batch_size, config.num_epochs = 16, 1.0
     with pytest.raises(UserError, match=r"is 2\.67 epochs of the 48 samples in data\.name"):
-        set_up(config_of(made, num_epochs=1.0), tmp_path / "run")
+        setup.set_up(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
