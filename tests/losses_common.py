@@ -19,6 +19,11 @@ PATHS = {
     "ring": {"method": "ring"},
     "ring_linear": {"method": "ring", "keep_bytes": 0},
 }
+# The sigmoid loss keeps no logits.
+KINDS_AND_PATHS = [
+    *(("softmax", path) for path in PATHS),
+    *(("sigmoid", path) for path in PATHS if not path.endswith("_linear")),
+]
 
 
 def unit_rows(x: np.ndarray) -> np.ndarray:

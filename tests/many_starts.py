@@ -15,12 +15,14 @@ import tempfile
 from pathlib import Path
 
 from disco_jax.processes import cli
+from disco_jax.processes.plugins import ignore_absent_accelerators
 
 SECONDS = 60  # that one start may take
 
 
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
+    ignore_absent_accelerators()  # imports JAX, once for all forks
     if "--whole" in sys.argv:
         import disco_jax.training.loop  # noqa: F401  (for all; no device is touched yet)
     else:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from disco_jax.losses import KINDS, contrastive_loss, local_contrastive_loss
 from tests.conftest import mesh_of
 from tests.losses_common import (
+    KINDS_AND_PATHS,
     PATHS,
     arguments,
     dense,
@@ -29,8 +30,7 @@ def sharded(args: tuple, mesh, **kwargs) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "path"), KINDS_AND_PATHS)
 def test_equals_reference(kind, path, devices):
     args = arguments(kind)
     got = sharded(args, mesh_of(devices), kind=kind, **PATHS[path])
@@ -38,8 +38,7 @@ def test_equals_reference(kind, path, devices):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "path"), KINDS_AND_PATHS)
 def test_weights_and_groups(kind, path, devices):
     args, extra = arguments(kind), labels(48)
     got = sharded(args, mesh_of(devices), kind=kind, **PATHS[path], **extra)
@@ -145,8 +144,7 @@ def float64_loss(kind: str, image, text, scale, bias=0.0) -> float:
     return float(np.mean(rows + columns - 2 * np.diagonal(logits))) / 2
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "path"), KINDS_AND_PATHS)
 def test_gradients_equal_finite_differences_in_float64(kind, path):
     """Every entry of every gradient, by central differences of the definition."""
     args = arguments(kind, batch=8, dim=6, scale=3.0)
@@ -166,8 +164,7 @@ def test_gradients_equal_finite_differences_in_float64(kind, path):
     assert max(relative_errors(got, expected)) < 1e-5
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "path"), KINDS_AND_PATHS)
 def test_extreme_logits(kind, path):
     """Scales of thousands, identical rows and opposite pairs: no overflow, no NaN."""
     image, text = features(16, 8)
@@ -201,8 +198,7 @@ def test_a_confident_pair_costs_nothing(method, tile, dtype):
     assert abs(float(loss)) < 1e-6
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "path"), KINDS_AND_PATHS)
 def test_bfloat16_features_accumulate_in_float32(kind, path):
     args = arguments(kind, batch=64, dim=64)
     rounded = tuple(jnp.asarray(x, jnp.bfloat16) for x in args[:2])

@@ -111,7 +111,7 @@ def test_references_out_of_range_give_way_to_maxima_on_all_devices(method, case,
 
 
 @pytest.mark.parametrize("method", ["stream", "ring"])
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(
     scale=st.sampled_from([1.0, 30.0, 60.0, 100.0]),
     spread=st.floats(0, 2),

@@ -112,26 +112,25 @@ def test_step_memory_on_a100s():
     assert row["peak_bytes"] >= row["argument_bytes"] + row["temp_bytes"]
 
 
-PARAMETERS = 151_277_313  # of ViT-B/32 with its scale
-
-
 @needs_linux
 def test_microbatches_reduce_each_gradient_once_in_fp32():
-    """1,048,576 by 1,024 on 8 A100s. 0.1 reduced them in bf16 in every one of 128 microbatches:
-    6,147 all-reduces of 29 GiB, at a peak of 25.90 GiB."""
+    """1,048,576 by 1,024 on 8 A100s, of a small model for the time that it takes to compile.
+
+    0.1 reduced them in bf16 in every one of 128 microbatches.
+    """
     config = get_config()
     config.batch_size, config.microbatch = 1_048_576, 1024
+    config.model.name, config.loss.method = "tiny", "ring"
     with Compiler(parse_topology("a100-40gb:8")) as compiler:
         row = compiler.compile(config)
-        config.fsdp, config.model.name, config.loss.method = 8, "tiny", "ring"
+        config.fsdp = 8
         split = compiler.compile(config)["collectives"]
-    moved = row["collectives"]["all-reduce"]
-    assert moved["count"] < 20
-    assert 4 * PARAMETERS * 0.999 < moved["bytes"] < 4 * PARAMETERS * 1.001
-    assert row["fits"]
-    assert row["peak_bytes"] < 25.9 * GIB
     _, params = abstract_model(preset("tiny"))
     count = sum(x.size for x in jax.tree.leaves(params))
+    moved = row["collectives"]["all-reduce"]
+    assert moved["count"] < 20
+    assert 4 * count * 0.999 < moved["bytes"] < 4 * count * 1.001
+    assert row["fits"]
     assert 4 * count * 0.99 < split["reduce-scatter"]["bytes"] < 4 * count * 1.001
     assert split["all-reduce"]["bytes"] < 1000  # of what nothing divides, and of the loss
     # Parameters are gathered once, in bf16 but for the norms.

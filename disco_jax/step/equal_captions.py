@@ -11,10 +11,9 @@ from jax import lax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from disco_jax.losses import contrastive_loss
 from disco_jax.mesh import replicated
 from disco_jax.models import Params
-from disco_jax.step.gradients import Features, ModelFns
+from disco_jax.step.gradients import Features, ModelFns, batch_loss
 
 Array = jax.Array
 
@@ -47,14 +46,6 @@ def with_groups(fns: ModelFns, ids: Array, config: ConfigDict, mesh: Mesh) -> Mo
     """Returns `fns` with a loss in which samples of equal `ids`, `[B]`, are no negatives."""
 
     def loss(scalars: Params, features: Features) -> Array:
-        return contrastive_loss(
-            *features,
-            jnp.exp(scalars["logit_scale"]),
-            scalars.get("logit_bias"),
-            mesh=mesh,
-            kind=config.loss.kind,
-            method=config.loss.method,
-            group_ids=ids,
-        )
+        return batch_loss(config, mesh, scalars, features, ids)
 
     return fns._replace(loss=loss)

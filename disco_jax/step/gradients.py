@@ -90,18 +90,30 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
         )
 
     def loss(scalars: Params, features: Features) -> Array:
-        return contrastive_loss(
-            *features,
-            jnp.exp(scalars["logit_scale"]),
-            scalars.get("logit_bias"),
-            mesh=mesh,
-            kind=config.loss.kind,
-            method=config.loss.method,
-            keep_bytes=config.loss.keep_bytes,
-            precision=config.loss.precision,
-        )
+        return batch_loss(config, mesh, scalars, features)
 
     return ModelFns(cast_params, encode, loss, groups(texts_at_once(config, mesh.devices.size)))
+
+
+def batch_loss(
+    config: ConfigDict,
+    mesh: Mesh,
+    scalars: Params,
+    features: Features,
+    group_ids: Array | None = None,
+) -> Array:
+    """Returns the loss of a whole batch, as `config.loss` says."""
+    return contrastive_loss(
+        *features,
+        jnp.exp(scalars["logit_scale"]),
+        scalars.get("logit_bias"),
+        mesh=mesh,
+        kind=config.loss.kind,
+        method=config.loss.method,
+        keep_bytes=config.loss.keep_bytes,
+        precision=config.loss.precision,
+        group_ids=group_ids,
+    )
 
 
 def _computes_in_dtype(path: tuple[Any, ...]) -> bool:
