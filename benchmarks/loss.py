@@ -31,7 +31,7 @@ LINEAR = "_linear"  # suffix of a method that keeps no logits
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--platform", default="cpu", help="cpu (fake devices), or gpu or tpu: all that are there"
+        "--platform", default="cpu", help="cpu (fake devices), or gpu or tpu (all of the machine's)"
     )
     parser.add_argument("--devices", type=int, default=2, help="number of fake CPU devices")
     parser.add_argument("--batch", default="8192", help="global batch sizes, comma-separated")

@@ -191,6 +191,7 @@ def test_steps_epochs_and_samples_agree(steps, right):
 def test_choices_are_those_of_the_code():
     """Validation needs no JAX, and so has lists of its own."""
     assert CHOICES["loss.method"] == losses.METHODS
+    assert CHOICES["loss.precision"] == losses.contrastive.PRECISIONS
     assert CHOICES["loss.kind"] == losses.KINDS
     assert set(CHOICES["model.activation"]) == {"", *ACTIVATIONS}
     config = default()

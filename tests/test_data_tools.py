@@ -89,7 +89,10 @@ def test_make_tars_lists_all_bad_samples_and_keeps_the_rest(tmp_path, monkeypatc
         f"--out={out}",
     )
     assert {name for _, name in listed(out / "bad_samples.jsonl")} == {n for _, n in expected}
-    assert f"listed what is bad, and why, in {out}/bad_samples.jsonl" in capsys.readouterr().out
+    assert (
+        f"bad samples, with reasons, are listed in {out}/bad_samples.jsonl"
+        in capsys.readouterr().out
+    )
     good = [i for i in range(12) if i % 4 and i % 3]
     source = TarSource([out / "00000.tar"], "txt")
     assert [source[i].captions for i in range(len(source))] == [

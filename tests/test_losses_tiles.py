@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from disco_jax.losses import contrastive_loss, local_contrastive_loss, softmax, tiles
-from disco_jax.losses.contrastive import KEEP_BYTES, _module
+from disco_jax.config import default
+from disco_jax.losses import contrastive_loss, local_contrastive_loss, softmax
+from disco_jax.losses.contrastive import KEEP_BYTES, _plan
 from tests.conftest import mesh_of
 from tests.losses_common import (
     PATHS,
@@ -21,8 +23,6 @@ from tests.losses_common import (
     unit_rows,
     value_and_grads,
 )
-
-MIB = 2**20
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])  # loops that are scanned, or unrolled
@@ -135,19 +135,20 @@ def check(got, args):
         assert np.max(np.abs(a - b)) <= 1e-5 * max(np.max(np.abs(b)), size)
 
 
-def plan(rows, batch, platform, method="default", keep=KEEP_BYTES):
-    module, blocks = _module(method, (rows, 512), batch // rows, platform)
-    found = tiles.plan_pass(
-        module,
-        ("data",),
-        rows,
-        blocks,
-        platform=platform,
-        tile=None,
-        keep_bytes=keep,
-        precision=None,
+def plan(rows, batch, platform, keep=KEEP_BYTES):
+    """The method, and the pass of the default, for features `[rows, 512]` per device."""
+    mesh = AbstractMesh((batch // rows,), ("data",))
+    found = []
+
+    def local(x):
+        found.append(_plan("default", (rows, 512), ("data",), platform, None, keep, None))
+        return x
+
+    jax.eval_shape(
+        jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data")),
+        jax.ShapeDtypeStruct((batch,), jnp.float32),
     )
-    return module.__name__.rpartition(".")[2], found
+    return found[0].walk.__module__.rpartition(".")[2], found[0]
 
 
 def test_the_default_suits_platform_and_size():
@@ -160,6 +161,16 @@ def test_the_default_suits_platform_and_size():
     name, cpu = plan(4096, 8192, "cpu")
     assert (name, cpu.tile, cpu.keep, cpu.unroll) == ("ring", 256, 32, False)
     assert plan(4096, 8192, "cpu", keep=0)[1].keep == 0
+    assert default().loss.keep_bytes == KEEP_BYTES
+
+
+def test_an_abstract_mesh_will_do():
+    """As `jax.sharding.get_abstract_mesh()` returns it under `jax.set_mesh`."""
+    args = arguments("softmax", 16)
+    with jax.set_mesh(mesh_of(4)):
+        mesh = jax.sharding.get_abstract_mesh()
+        got = value_and_grads(lambda *a: contrastive_loss(*a, mesh=mesh), args)
+    assert max(relative_errors(got, dense("softmax", args))) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["default", "highest"])

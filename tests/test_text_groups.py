@@ -293,11 +293,16 @@ def test_lengths_are_sampled_by_weight_and_bad_samples_left_out(monkeypatch):
     short, long = Captions(["cat"] * 900), Captions(["a " * 40] * 90 + [None] * 10)
     source = Joined.__new__(Joined)
     source.sources, source.starts = [short, long], [0, 900, 1000]
-    np.testing.assert_array_equal(caption_lengths(source, tokenizer), [3] * 90 + [16] * 9)
-    even = caption_lengths(source, tokenizer, (1.0, 1.0))
+    data = default().data
+    np.testing.assert_array_equal(caption_lengths(source, tokenizer, data), [3] * 90 + [16] * 9)
+    data.weights = (1.0, 1.0)
+    even = caption_lengths(source, tokenizer, data)
     np.testing.assert_array_equal(even, [3] * 50 + [16] * 45)
-    source.sources, source.starts = [Captions([None] * 5)], [0, 5]
-    assert not len(caption_lengths(source, tokenizer))
+    data.weights, data.captions_by_line = (), True
+    source.sources, source.starts = [Captions(["cat\na cat"] * 5)], [0, 5]
+    np.testing.assert_array_equal(caption_lengths(source, tokenizer, data), [3, 4] * 5)
+    source.sources = [Captions([None] * 5)]
+    assert not len(caption_lengths(source, tokenizer, data))
 
 
 def test_auto_is_found_from_the_data_and_siglip_has_none():

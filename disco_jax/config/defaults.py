@@ -108,9 +108,9 @@ def default() -> ConfigDict:
     # or, for tables, another common name. If a sample has a list of captions, one is drawn at
     # random each time.
     c.data.caption_key = "caption"
-    c.data.captions_by_line = False  # whether each line of a text is a caption of its own
+    c.data.captions_by_line = False  # whether each line of a text is a separate caption
     # How CSV and TSV tables are written. If empty, the separator (comma, tab, semicolon or bar) and
-    # the encoding (UTF-8 or UTF-16) are found out, and quotes are ordinary characters.
+    # the encoding (UTF-8 or UTF-16) are detected, and quotes are ordinary characters.
     c.data.separator = ""  # "\t" is a tab
     c.data.encoding = ""
     c.data.quote = '"'

@@ -23,9 +23,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """Adds the source's name and an option for each of FIELDS."""
     parser.add_argument("name", help="a source, as in config.data.name, e.g. '/data/*.tar'")
     data = default().data
-    for field, (value, told) in FIELDS.items():
+    for field, (value, description) in FIELDS.items():
         parser.add_argument(
-            f"--{field}", default=data[field] if value is None else value, help=told
+            f"--{field}", default=data[field] if value is None else value, help=description
         )
 
 

@@ -67,7 +67,7 @@ def list_bad(bad: Sequence[Failure], path: Path) -> None:
             file.write(json.dumps({"kind": kind, "key": key, "detail": detail}) + "\n")
     for kind, count in Counter(kind for kind, _, _ in bad).most_common():
         say(f"{count} {kind}: {KINDS[kind]}")
-    say(f"listed what is bad, and why, in {path}")
+    say(f"bad samples, with reasons, are listed in {path}")
 
 
 def total_counts(counts: Counter[str]) -> Counter[str]:

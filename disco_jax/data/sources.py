@@ -50,8 +50,8 @@ def open_source(
         if str(error).startswith("data."):  # the source names another field itself
             if field != "eval.retrieval_name":
                 raise
-            told = re.sub(r"^data\.(image|caption)_key", r"eval.retrieval_\1_key", str(error))
-            raise UserError(told) from error
+            message = re.sub(r"^data\.(image|caption)_key", r"eval.retrieval_\1_key", str(error))
+            raise UserError(message) from error
         raise UserError(f"{field}: {error}") from error
 
 

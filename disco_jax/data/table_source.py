@@ -47,8 +47,8 @@ class TableSource:
         self.problems = Counter({"broken_row": len(self._broken)} if self._broken else {})
         self._length = len(read[0] if self._images is None else self._images)
         if not self._length:
-            told = f" that can be used: {describe(self.problems)}" if self._broken else ""
-            raise UserError(f"{table} has no rows{told}")
+            detail = f" that can be used: {describe(self.problems)}" if self._broken else ""
+            raise UserError(f"{table} has no rows{detail}")
         digest = self._digest().hexdigest()[:12]
         self.fingerprint = f"{table.name}, {self._length} rows, {digest}"
 
@@ -104,7 +104,7 @@ class TableSource:
 
     def left_out(self) -> list[Failure]:
         """Returns the rows that don't fit the header."""
-        return [("broken_row", f"{self._table}, line {n}", told) for n, told in self._broken]
+        return [("broken_row", f"{self._table}, line {n}", detail) for n, detail in self._broken]
 
     def __getitem__(self, index: int) -> Sample:
         read = self._loaded()

@@ -120,30 +120,30 @@ class TarSource:
         if column == TEXT:
             return text
         try:
-            told = json.loads(text)
+            parsed = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadSample("broken_caption", key, "its .json can't be read") from error
-        caption = _value(told, self._caption_key)
+        caption = _value(parsed, self._caption_key)
         if caption is None:
             raise BadSample("missing_caption", key, f"no {self._caption_key!r} in its .json")
         return caption
 
 
-def _value(told: Any, key: str) -> Any:
-    """Returns what `told` has under `key`, or else by the parts of `key` between dots, or None."""
-    if not isinstance(told, dict):
+def _value(parsed: Any, key: str) -> Any:
+    """Returns the value of `key` in JSON, or of its dotted path in nested objects, or None."""
+    if not isinstance(parsed, dict):
         return None
-    if key in told or "." not in key:
-        return told.get(key)
+    if key in parsed or "." not in key:
+        return parsed.get(key)
     first, _, rest = key.partition(".")
-    return _value(told.get(first), rest)
+    return _value(parsed.get(first), rest)
 
 
 def _no_image(paths: Sequence[Path], problems: Counter[str], ignored: Counter[str]) -> str:
-    told = [f"{count} {kind} ({KINDS[kind]})" for kind, count in problems.items()]
+    details = [f"{count} {kind} ({KINDS[kind]})" for kind, count in problems.items()]
     if ignored:
-        told.append(f"members that are not read, by extension: {describe(ignored)}")
-    return "; ".join([f"there is no image in {paths[0]} or the shards after it", *told])
+        details.append(f"members that are not read, by extension: {describe(ignored)}")
+    return "; ".join([f"there is no image in {paths[0]} or the shards after it", *details])
 
 
 class _OpenShard:

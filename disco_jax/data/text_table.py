@@ -1,8 +1,8 @@
 """Reads CSV and TSV tables in any encoding, with any separator, and without losing rows to a quote.
 
-A quoted value may span lines, so parsers take all rows after a quote that is never closed for one
-value. Tables are read by pyarrow, which
-is fast. Where its rows are not as many as the lines, they are read again, record by record.
+A quoted value may span lines, so parsers take everything after an unclosed quote for one value.
+Tables are read by pyarrow, which is fast. If the number of its rows differs from the number of
+lines, they are read again, record by record.
 """
 
 import codecs
@@ -213,7 +213,7 @@ def _over_lines(lines: list[bytes], at: int, layout: _Layout) -> tuple[list[str]
     """Returns a record that spans several lines and their number, or None and 1 if none does.
 
     The quotes must then be those of a well-formed record, and it must not hold what looks like rows
-    of their own: lines with all columns, and an image's name where it belongs.
+    themselves: lines with all columns, and an image's name where it belongs.
     """
     size = 0
     rows: list[int] = []  # which lines look like one

@@ -100,7 +100,7 @@ def read_header(encoded: bytes, key: str) -> Image.Image:
 def _without_metadata(encoded: bytes) -> bytes:
     """Leaves out the chunks of a PNG that its pixels and orientation don't depend on.
 
-    Pillow refuses an image for texts or color profiles above a limit, a global variable of its own.
+    Pillow refuses an image for texts or color profiles above a limit that is a global variable.
     """
     if not encoded.startswith(_PNG):
         return encoded

@@ -34,8 +34,8 @@ class Classes(NamedTuple):
                 f"by id, index or name, e.g. {self.names[0]!r}"
             )
         if len(found) > 1:
-            told = ", ".join(map(str, sorted(found)))
-            raise UserError(f"class {name!r} may be any of the classes {told}; use ids")
+            choices = ", ".join(map(str, sorted(found)))
+            raise UserError(f"class {name!r} may be any of the classes {choices}; use ids")
         return found.pop()
 
 

@@ -48,10 +48,10 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # damaged and hostile files raise all kinds of errors
-        told = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(
             f"{path} is damaged, or not a file of PyTorch's that can be read without unpickling "
-            f"code ({told}); convert it to safetensors"
+            f"code ({reason}); convert it to safetensors"
         ) from error
     if not tensors:
         raise UserError(f"{path} does not contain a state dict; save model.state_dict() instead")
@@ -160,7 +160,7 @@ def _array(archive: zipfile.ZipFile, folder: str, tensor: _Tensor) -> np.ndarray
     with archive.open(f"{folder}data/{key}") as file:
         content = file.read(length * dtype.itemsize)
     strides = [stride * dtype.itemsize for stride in tensor.strides]
-    # Fails if the tensor does not lie within its storage.
+    # Fails if the tensor exceeds its storage.
     view = np.ndarray(tensor.shape, dtype, content, tensor.offset * dtype.itemsize, strides)
     return view.astype(np.float32)
 

@@ -3,13 +3,12 @@
 import difflib
 import math
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, auto_axes, reshard
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 
 from disco_jax.losses import disco, reference, ring, stream
@@ -17,7 +16,7 @@ from disco_jax.losses.collectives import AxisName, replicated_axes, to_varying
 from disco_jax.losses.reference import Precision
 from disco_jax.losses.sigmoid import tiled_sigmoid
 from disco_jax.losses.softmax import tiled_softmax
-from disco_jax.losses.tiles import Side, plan_pass
+from disco_jax.losses.tiles import Pass, Side, plan_pass
 
 Array = jax.Array
 
@@ -154,7 +153,8 @@ def contrastive_loss(
             group_ids=group_ids,
         )
 
-    platform = mesh.devices.flat[0].platform
+    # An abstract mesh has no devices.
+    platform = None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(*arguments)
 
 
@@ -215,17 +215,7 @@ def local_contrastive_loss(
             part = disco.sigmoid(rows, columns, scale, bias, names, precision)
     else:
         platform = platform or jax.default_backend()
-        module, blocks = _module(method, image.shape, lax.axis_size(names), platform)
-        plan = plan_pass(
-            module,
-            names,
-            len(image),
-            blocks,
-            platform=platform,
-            tile=tile,
-            keep_bytes=keep_bytes,
-            precision=precision,
-        )
+        plan = _plan(method, image.shape, names, platform, tile, keep_bytes, precision)
         if bias is None:
             part = tiled_softmax(plan, rows, columns, scale)
         else:
@@ -233,17 +223,31 @@ def local_contrastive_loss(
     return lax.psum(part, names)
 
 
-def _module(
-    method: str, shape: tuple[int, ...], devices: int, platform: str
-) -> tuple[ModuleType, list[int]]:
-    """Returns the module of `method`, and the widths of the blocks in which it sees the columns."""
-    b, dim = shape
+def _plan(
+    method: str,
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    platform: str,
+    tile: int | None,
+    keep_bytes: int,
+    precision: Precision,
+) -> Pass:
+    """Returns how `default`, `stream` or `ring` processes features `[b, D]` per device."""
+    (b, dim), devices = shape, lax.axis_size(names)
     if method == "default":
         gathered = 2 * 4 * b * devices * dim
         method = "stream" if platform != "cpu" and gathered <= GATHERED_BYTES else "ring"
-    if method == "stream":
-        return stream, [b * devices]
-    return ring, [b] * devices
+    module, blocks = (stream, [b * devices]) if method == "stream" else (ring, [b] * devices)
+    return plan_pass(
+        module,
+        names,
+        b,
+        blocks,
+        platform=platform,
+        tile=tile,
+        keep_bytes=keep_bytes,
+        precision=precision,
+    )
 
 
 def _dense(

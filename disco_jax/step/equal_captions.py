@@ -21,8 +21,8 @@ Array = jax.Array
 def group_ids(tokens: Array, mesh: Mesh) -> Array:
     """Returns int32 `[B]`, equal where the rows of `tokens`, int32 `[B, n]`, are equal.
 
-    Rows are told apart by a hash of 64 bits. Any two of 65,536 different ones are mistaken for
-    equal with a probability of 1e-10.
+    Rows are compared by a 64-bit hash. Among 65,536 different rows, the probability that any two
+    are mistaken for equal is 1e-10.
     """
     hashes = lax.with_sharding_constraint(_hash(tokens), replicated(mesh))
     places = jnp.arange(len(tokens), dtype=jnp.int32)

@@ -25,15 +25,15 @@ def check_length(config: ConfigDict, source: Joined) -> None:
     """
     sizes = [end - start for start, end in zip(source.starts, source.starts[1:], strict=False)]
     names, weights = str(config.data.name).split("::"), config.data.weights
-    # Each source of a mixture has epochs of its own, and fills its share of a batch.
+    # Each source of a mixture has its own epochs, and fills its share of a batch.
     parts = zip(names, sizes, weights, strict=True) if weights else [("", len(source), 1.0)]
     for name, size, weight in parts:
         share = int(config.batch_size * weight / (sum(weights) or 1.0))
         if size < share:
-            told = f"{name} has {size:,} samples, fewer than its share of" if name else ""
-            told = told or f"the data have {size:,} samples, fewer than"
+            found = f"{name} has {size:,} samples, fewer than its share of" if name else ""
+            found = found or f"the data have {size:,} samples, fewer than"
             raise UserError(
-                f"data.name: {told} a batch, {share:,}, which would hold samples several times; "
+                f"data.name: {found} a batch, {share:,}, which would hold samples several times; "
                 f"lower batch_size or add data"
             )
     steps = config.num_steps

@@ -130,8 +130,8 @@ def _run_steps(
         if evaluates:
             with watch.timed("eval"), progress.paused():
                 found = evaluator.run(state.params)
-            if told := [f"{k} {v:.1%}" for k, v in found.items() if k.endswith(SHOWN)]:
-                console.print(f"step {step}  " + "  ".join(told), soft_wrap=True)
+            if shown := [f"{k} {v:.1%}" for k, v in found.items() if k.endswith(SHOWN)]:
+                console.print(f"step {step}  " + "  ".join(shown), soft_wrap=True)
             row |= found
         if saves and (last or not stops):
             save(step)

@@ -49,7 +49,7 @@ def set_up(config: ConfigDict, workdir: Path) -> Setup:
     mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
     source = first_then_all(lambda: open_source(config.data, config.data.name, config.data.split))
     config = with_steps(config, len(source))
-    if not (workdir / "config.json").exists():  # runs that have started go on as they are
+    if not (workdir / "config.json").exists():  # a run that has started keeps its length
         check_length(config, source)
     text_groups = find_text_groups(config, model.text, source)
     if jax.process_index() == 0:

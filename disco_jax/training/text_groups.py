@@ -31,12 +31,12 @@ def find_text_groups(config: ConfigDict, text: TextConfig, source: Joined) -> st
     def choose() -> str:
         if jax.process_index() != 0:
             return ""
-        lengths = caption_lengths(source, CLIPTokenizer(text.context_length), config.data.weights)
+        lengths = caption_lengths(source, CLIPTokenizer(text.context_length), config.data)
         at_once = texts_at_once(config, jax.device_count())
         return choose_text_groups(lengths, at_once, text.context_length)
 
     found = first_then_all(choose)  # the others wait without a collective, which would time out
     if jax.process_count() == 1:
         return found
-    told = np.frombuffer(found.encode().ljust(LONGEST), np.uint8)
-    return bytes(np.asarray(broadcast_one_to_all(told))).decode().strip()
+    sent = np.frombuffer(found.encode().ljust(LONGEST), np.uint8)
+    return bytes(np.asarray(broadcast_one_to_all(sent))).decode().strip()
