@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,6 +12,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["DISCO_TEST_CACHE"] = os.environ.get("DISCO_TEST_CACHE") or tempfile.mkdtemp()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["DISCO_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# A shell makes its background jobs ignore Ctrl-C, and the processes that tests start would inherit
+# that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Every way to promote silently is an error: so is a warning (pyproject.toml).
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

@@ -66,6 +66,8 @@ def end_of(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
         errors = process.communicate(timeout=seconds)[1]
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)  # Python then prints where all threads are
+        process.wait()
+        os.killpg(process.pid, signal.SIGKILL)  # its workers hold the pipe open
         pytest.fail(f"still running after {seconds} s: {process.communicate()[1]}")
     return process.returncode, errors
 
