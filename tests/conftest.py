@@ -39,7 +39,12 @@ ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 # What is tested as XLA compiles by default, by modules and by tests' names: losses and gradients.
-OPTIMIZED = ("test_collectives", "test_losses", "gradients_are_the_whole_batchs", "global_arrays")
+OPTIMIZED = (
+    "test_collectives",
+    "test_losses",
+    "gradients_are_the_whole_batchs[8-1-2-scan]",
+    "sigmoid_gradients",
+)
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -115,28 +115,25 @@ def test_step_memory_on_a100s():
 
 @needs_linux
 def test_microbatches_reduce_each_gradient_once_in_fp32():
-    """1,048,576 by 1,024 on 8 A100s, of a small model for the time that it takes to compile.
+    """1,048,576 by 1,024 on 8 A100s, 2 copies of a small model's state, each on 4 GPUs.
 
     0.1 reduced them in bf16 in every one of 128 microbatches.
     """
     config = get_config()
-    config.batch_size, config.microbatch = 1_048_576, 1024
+    config.batch_size, config.microbatch, config.fsdp = 1_048_576, 1024, 4
     config.model.name, config.loss.method = "tiny", "ring"
     config.model.text_groups = ""
+    config.model.image_remat = config.model.text_remat = "none"  # compiles faster
     with Compiler(parse_topology("a100-40gb:8")) as compiler:
-        row = compiler.compile(config)
-        config.fsdp = 8
-        split = compiler.compile(config)["collectives"]
+        moved = compiler.compile(config)["collectives"]
     _, params = abstract_model(preset("tiny"))
     count = sum(x.size for x in jax.tree.leaves(params))
-    moved = row["collectives"]["all-reduce"]
-    assert moved["count"] < 20
-    assert 4 * count * 0.999 < moved["bytes"] < 4 * count * 1.001
-    assert row["fits"]
-    assert 4 * count * 0.99 < split["reduce-scatter"]["bytes"] < 4 * count * 1.001
-    assert split["all-reduce"]["bytes"] < 1000  # of what nothing divides, and of the loss
+    # Scattered over a copy's GPUs, then each part summed over the copies.
+    assert 4 * count * 0.99 < moved["reduce-scatter"]["bytes"] < 4 * count * 1.001
+    assert count * 0.99 < moved["all-reduce"]["bytes"] < count * 1.02
+    assert moved["all-reduce"]["count"] < 20
     # Parameters are gathered once, in bf16 but for the norms.
-    assert 2 * count * 0.99 < split["all-gather"]["bytes"] < 2 * count * 1.02
+    assert 2 * count * 0.99 < moved["all-gather"]["bytes"] < 2 * count * 1.02
 
 
 @needs_linux

@@ -38,10 +38,9 @@ def reference_curve() -> np.ndarray:
     return curve("reference", 1)
 
 
-@pytest.mark.parametrize("method", ["disco", "ring"])
-def test_curves_agree_step_by_step(method, reference_curve):
-    """8 devices with `disco` and the others, and one with the dense loss: to fp32 rounding."""
-    np.testing.assert_allclose(curve(method, 8), reference_curve, rtol=2e-5)
+def test_curves_agree_step_by_step(reference_curve):
+    """8 devices with `disco`, and one with the dense loss: to fp32 rounding."""
+    np.testing.assert_allclose(curve("disco", 8), reference_curve, rtol=2e-5)
     assert reference_curve[-1] < reference_curve[0]
 
 
