@@ -68,6 +68,15 @@ def test_what_is_transparent_shows_the_background(mode, look, color):
         assert (pixels[:, 10:] <= 1).all()
 
 
+def test_a_transparent_shade_of_16_bits_is_opaque():
+    """Reduced to 8 bits, many shades would be mistaken for it."""
+    shades = np.repeat([[2570] * 8 + [40_000] * 8], 16, axis=0).astype(np.uint16)
+    data = encoded(Image.fromarray(shades), "PNG", transparency=10)  # 2,570 in 8 bits
+    pixels = to_pixels(open_image(data, LIMITS, ""), 16, "", SQUASH)
+    assert (pixels[:, :8] == 10).all()
+    assert (pixels[:, 8:] == 155).all()
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(9))
 def test_exif_orientation_is_applied_if_asked(form, orientation, base):

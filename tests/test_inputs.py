@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import re
+import types
 import zlib
 
 import pytest
@@ -211,6 +212,13 @@ def test_a_labeled_set_without_labels_is_told(tmp_path):
         config.eval.sets.x = zeroshot_set(str(name))
         with pytest.raises(UserError, match=f"^eval\\.sets\\.x\\.source: .*{told}.*\\.cls"):
             Evaluator(config, PRESETS["tiny"], mesh_of(1))
+
+
+def test_a_tfds_dataset_without_labels_is_told(monkeypatch):
+    stand_in = types.SimpleNamespace(labeled=False)
+    monkeypatch.setattr("disco_jax.data.tfds_source.TfdsSource", lambda *_: stand_in)
+    with pytest.raises(UserError, match="dataset captions has no feature 'label' of class labels"):
+        open_source(default().data, "captions", "test", captions=False, label_of=int)
 
 
 def test_a_baseline_without_labels_is_told(tmp_path):

@@ -310,10 +310,11 @@ def test_tables_without_rows_are_errors(captions, tmp_path):
         ("a.csv", b"image,caption\n"),
         ("b.csv", b"\n\n"),
         ("c.csv", b"\xff\xfe"),
+        ("d.csv", b""),
     ):
         (tmp_path / name).write_bytes(content)
-    for name in ("t.parquet", "a.csv", "b.csv", "c.csv"):
-        with pytest.raises(UserError, match=r"has no (rows|header)"):
+    for name in ("t.parquet", "a.csv", "b.csv", "c.csv", "d.csv"):
+        with pytest.raises(UserError, match=r"has no (rows|header)|: it is empty$"):
             open_source(default().data, f"{tmp_path}/{name}", "", captions=captions)
 
 
