@@ -159,8 +159,9 @@ def test_the_default_suits_platform_and_size():
     name, tpu = plan(4096, 32_768, "tpu")
     assert (name, tpu.keep, tpu.unroll) == ("stream", 0, False)
     name, cpu = plan(4096, 8192, "cpu")
-    assert (name, cpu.tile, cpu.keep, cpu.unroll) == ("ring", 256, 32, False)
-    assert plan(4096, 8192, "cpu", keep=0)[1].keep == 0
+    assert (name, cpu.tile, cpu.keep, cpu.unroll) == ("ring", 512, 16, False)
+    linear = plan(4096, 8192, "cpu", keep=0)[1]
+    assert (linear.tile, linear.keep) == (256, 0)
     assert default().loss.keep_bytes == KEEP_BYTES
 
 

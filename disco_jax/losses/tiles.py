@@ -22,9 +22,9 @@ Array = jax.Array
 TileFn = Callable[[Any, Any, Array, Array | None], tuple[Any, Any, Array]]
 LogitsFn = Callable[[Array], Array]  # features of a tile `[tile, D]` -> fp32 `[b, tile]`
 
-# Number of logits in a tile. On CPUs, a tile should stay in the caches: 256 columns, or up to 1,024
-# if there are few rows. On accelerators, few large tiles launch few kernels: a sixteenth of all
-# logits, but between 64 and 256 MiB (docs/losses.md).
+# Number of logits in a tile. On CPUs, a tile should stay in the caches: 256 columns, 512 if logits
+# are kept anyway, and up to 1,024 if there are few rows. On accelerators, few large tiles launch
+# few kernels: a sixteenth of all logits, but between 64 and 256 MiB (docs/losses.md).
 CPU_TILE = 2**17
 ACCELERATOR_TILES = 16
 ACCELERATOR_TILE = 2**24, 2**26
@@ -80,7 +80,7 @@ def plan_pass(
 
     `method` is the module `stream` or `ring`.
     """
-    tile = min(tile or default_tile(rows, sum(blocks), platform), blocks[0])
+    tile = min(tile or default_tile(rows, sum(blocks), platform, keep_bytes), blocks[0])
     tiles = sum(columns // tile for columns in blocks)
     keep = min(keep_bytes // (4 * rows * tile), tiles)
     # On TPUs, whose matmuls are fast compared to their memory, logits are cheaper to compute again.
@@ -90,10 +90,10 @@ def plan_pass(
     return Pass(method.prepare, method.walk, axis_name, tile, keep, unroll, precision)
 
 
-def default_tile(rows: int, columns: int, platform: str) -> int:
+def default_tile(rows: int, columns: int, platform: str, keep_bytes: int) -> int:
     """Returns the default width of a tile, for `rows` rows and all `columns` columns."""
     if platform == "cpu":
-        return min(max(CPU_TILE // rows // 256 * 256, 256), 1024)
+        return min(max(CPU_TILE // rows // 256 * 256, 512 if keep_bytes else 256), 1024)
     least, most = ACCELERATOR_TILE
     logits = min(max(rows * columns // ACCELERATOR_TILES, least), most)
     tiles = -(-rows * columns // logits)
