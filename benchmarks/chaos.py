@@ -89,11 +89,11 @@ def log(workdir: Path, index: int) -> Path:
     return workdir.with_name(f"{workdir.name}-{index}.log")
 
 
-def fail(told: str, workdir: Path) -> NoReturn:
-    """Exits with the error `told`, after printing the end of each process's log."""
+def fail(message: str, workdir: Path) -> NoReturn:
+    """Exits with the error `message`, after printing the end of each process's log."""
     for path in sorted(workdir.parent.glob(f"{workdir.name}-*.log")):
         print(f"{path.name}: {path.read_text(errors='replace')[-2000:]}", file=sys.stderr)
-    raise SystemExit(told)
+    raise SystemExit(message)
 
 
 def disturb(jobs: list[subprocess.Popen], workdir: Path, at: int, moments: random.Random) -> str:

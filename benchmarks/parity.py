@@ -128,13 +128,13 @@ def loads(library: str, model: Any, folder: Path) -> bool:
 
     siglip = (folder / "tokenizer.json").exists()
     known = transformers.SiglipModel if siglip else transformers.CLIPModel
-    _, told = known.from_pretrained(folder, output_loading_info=True)
+    _, loading = known.from_pretrained(folder, output_loading_info=True)
     if siglip:
         transformers.SiglipImageProcessor.from_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(folder)
     else:
         transformers.CLIPProcessor.from_pretrained(folder)
-    return not (told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"])
+    return not (loading["missing_keys"] or loading["unexpected_keys"] or loading["mismatched_keys"])
 
 
 def _named(spec: dict[str, Any], folder: Path) -> Path:

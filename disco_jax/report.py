@@ -116,8 +116,8 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
             ]
         )
         if paper := run.paper():
-            told = [f"{paper[name]:.2f}" if name in paper else "" for name in sets]
-            cells.append(["the paper's", "ViT-B-32", cells[-1][2], "16.0", "", "", *told])
+            published = [f"{paper[name]:.2f}" if name in paper else "" for name in sets]
+            cells.append(["the paper's", "ViT-B-32", cells[-1][2], "16.0", "", "", *published])
     return cells
 
 

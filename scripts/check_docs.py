@@ -150,8 +150,8 @@ def main() -> None:
         (where / "data").mkdir()
         if (ROOT / "data/shapes").is_dir():  # otherwise the first command draws it
             (where / "data/shapes").symlink_to(ROOT / "data/shapes")
-        if not arguments.list and (told := run(f"python - <<'END'{FILES}END", where)):
-            sys.exit(told)
+        if not arguments.list and (output := run(f"python - <<'END'{FILES}END", where)):
+            sys.exit(output)
         for document in (where / "README.md", *sorted((where / "docs").glob("*.md"))):
             for left in ("runs/mine", "runs/pairs", "models"):  # each document starts fresh
                 shutil.rmtree(where / left, ignore_errors=True)
@@ -173,9 +173,9 @@ def main() -> None:
                     print("  " + "\n  ".join(command for command, _ in lines))
                     continue
                 begun = time.monotonic()
-                if told := run(script, where):
+                if output := run(script, where):
                     failed += 1
-                    print(f"  FAILED: {script}\n{told}")
+                    print(f"  FAILED: {script}\n{output}")
                 print(f"  {time.monotonic() - begun:.0f} s", flush=True)
     print(f"{len(done)} scripts, {failed} failed")
     sys.exit(bool(failed))

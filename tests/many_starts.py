@@ -34,8 +34,8 @@ def main() -> None:
                 start(case, errors.fileno())
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             errors.seek(0)
-            told = errors.read().decode(errors="backslashreplace")
-        print(json.dumps([code, told]), flush=True)
+            err = errors.read().decode(errors="backslashreplace")
+        print(json.dumps([code, err]), flush=True)
 
 
 def start(arguments: list[str], errors: int) -> None:

@@ -31,8 +31,8 @@ def test_an_earlier_starts_last_word_ends_nobody(tmp_path):
     """Its watcher may write it when the next start has begun, or has been seen alive."""
     path = tmp_path / "0.json"
 
-    def write(start: str, **told) -> None:
-        path.write_text(json.dumps({"start": start, "host": "h", "pid": 1, **told}))
+    def write(start: str, **fields) -> None:
+        path.write_text(json.dumps({"start": start, "host": "h", "pid": 1, **fields}))
 
     write("a", beat=5)
     peer = watcher.Peer(path, 0, 1.0, 60.0)
@@ -141,16 +141,16 @@ def test_processes_give_the_curve_of_one(tmp_path):
             for i in range(count)
         ]
         for job in jobs:
-            said, told = job.communicate(timeout=240)
-            assert job.returncode == 0, told[-2000:]
+            out, err = job.communicate(timeout=240)
+            assert job.returncode == 0, err[-2000:]
             order = {1: "0 0 0 0", 2: "0 1 0 1"}[count]
-            assert said.splitlines()[-1] == f"{count} 4 {devices} {order}"
+            assert out.splitlines()[-1] == f"{count} 4 {devices} {order}"
     expected = losses(tmp_path / "1" / "ring")
     assert len(expected) == 20
     assert expected[-1] < expected[0]
     bad = [row["data/bad"] for row in rows(tmp_path / "1" / "ring") if "data/bad" in row]
-    (told,) = (tmp_path / "1" / "ring").glob("bad_samples*.jsonl")
-    assert bad[-1] == len(told.read_text().splitlines()) >= 12  # in 6 epochs and two thirds
+    (report,) = (tmp_path / "1" / "ring").glob("bad_samples*.jsonl")
+    assert bad[-1] == len(report.read_text().splitlines()) >= 12  # in 6 epochs and two thirds
     whole = keys(tmp_path / "1" / "ring" / "keys.jsonl")
     rows_of = ([*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)])
     workdir = tmp_path / "2" / "ring"
@@ -187,18 +187,18 @@ def test_a_process_that_never_starts_is_named(there, made, tmp_path):
     port = free_port()
     folder = tmp_path / "processes" / f"127.0.0.1_{port}"
     folder.mkdir(parents=True)
-    for index, told in ((0, {"beat": 7}), (1, {"left": ""})):
-        content = {"start": "a", "host": "h", "pid": 1, **told}
+    for index, fields in ((0, {"beat": 7}), (1, {"left": ""})):
+        content = {"start": "a", "host": "h", "pid": 1, **fields}
         (folder / f"{index}.json").write_text(json.dumps(content))
     where = [f"--coordinator=127.0.0.1:{port}", "--process_count=2"]
     args = command(made, tmp_path, "--config.fake_devices=1", "--config.start_timeout=4", *where)
     begun = time.monotonic()
     job = start(*args, f"--process_index={there}")
-    _, told = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=60)
     assert job.returncode == EXIT_PEER_LOST
     assert time.monotonic() - begun < 30
-    assert f"process {1 - there} has not started within 4 s (start_timeout)" in told
-    assert "Traceback" not in told
+    assert f"process {1 - there} has not started within 4 s (start_timeout)" in err
+    assert "Traceback" not in err
 
 
 def test_a_process_that_dies_while_starting_ends_the_other(made, tmp_path):
@@ -210,10 +210,10 @@ def test_a_process_that_dies_while_starting_ends_the_other(made, tmp_path):
         time.sleep(0.02)
     time.sleep(0.6)  # a heartbeat, for the other to see
     jobs[0].kill()
-    _, told = jobs[1].communicate(timeout=60)
+    _, err = jobs[1].communicate(timeout=60)
     jobs[0].communicate()
     assert jobs[1].returncode in (EXIT_PEER_LOST, -signal.SIGABRT)
-    assert f"process 0 (host {socket.gethostname()}, pid {jobs[0].pid}) has stopped" in told
+    assert f"process 0 (host {socket.gethostname()}, pid {jobs[0].pid}) has stopped" in err
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -223,13 +223,13 @@ def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
     until_training(tmp_path, jobs)
     begun = time.monotonic()
     jobs[victim].kill()
-    _, told = jobs[1 - victim].communicate(timeout=60)
+    _, err = jobs[1 - victim].communicate(timeout=60)
     jobs[victim].communicate()
     aborted = [-signal.SIGABRT] if victim == 0 else []
     assert jobs[1 - victim].returncode in [EXIT_PEER_LOST, *aborted]
     assert time.monotonic() - begun < 60
     pid = jobs[victim].pid
-    assert f"process {victim} (host {socket.gethostname()}, pid {pid}) has stopped" in told
+    assert f"process {victim} (host {socket.gethostname()}, pid {pid}) has stopped" in err
 
 
 def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
@@ -240,9 +240,9 @@ def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")  # the first process's alone
     assert trace.stat().st_size > 1000
     jobs[1].send_signal(signal.SIGUSR1)
-    told = [job.communicate(timeout=60)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, told
-    steps = [line.split("after step ")[1].split(",")[0] for line in told if "after step" in line]
+    err = [job.communicate(timeout=60)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, err
+    steps = [line.split("after step ")[1].split(",")[0] for line in err if "after step" in line]
     assert len(steps) == 2
     assert steps[0] == steps[1]
     keys = [
@@ -258,8 +258,8 @@ def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
         assert time.monotonic() < end
         time.sleep(0.05)
     jobs[0].send_signal(signal.SIGTERM)
-    told = [job.communicate(timeout=60)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, told
+    err = [job.communicate(timeout=60)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, err
 
 
 def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
@@ -268,9 +268,9 @@ def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
     running = pair(made, tmp_path, *rarely)
     until_training(tmp_path, running)
     second = pair(made, tmp_path, "--config.start_timeout=8", *rarely)
-    told = [job.communicate(timeout=60)[1] for job in second]
-    assert [job.returncode for job in second] == [EXIT_USER] * 2, told
-    assert all(f"workdir {tmp_path} is in use by another run" in line for line in told), told
+    err = [job.communicate(timeout=60)[1] for job in second]
+    assert [job.returncode for job in second] == [EXIT_USER] * 2, err
+    assert all(f"workdir {tmp_path} is in use by another run" in line for line in err), err
     time.sleep(2)  # four heartbeats: the second one's last words are there
     assert [job.poll() for job in running] == [None] * 2
     for job in running:

@@ -182,10 +182,10 @@ def test_steps_epochs_and_samples_agree(steps, right):
     config = default()
     config.num_epochs, config.data.num_samples = 16.0, 100_000_000
     config.batch_size, config.num_steps = 16_384, steps
-    told = problems_of(config)
-    assert told == ([] if right else told)
+    problems = problems_of(config)
+    assert problems == ([] if right else problems)
     if not right:
-        assert "97,656 steps would" in told[0]
+        assert "97,656 steps would" in problems[0]
 
 
 def test_choices_are_those_of_the_code():

@@ -281,8 +281,8 @@ def test_relations_hold_in_the_picture_and_in_the_caption():
         }
         assert holds[scene.relation]
         text = caption(rng, scene)
-        told = [r for r, ws in words.RELATION_WORDS.items() if any(f" {w} a" in text for w in ws)]
-        assert told in ([], [scene.relation])
+        found = [r for r, ws in words.RELATION_WORDS.items() if any(f" {w} a" in text for w in ws)]
+        assert found in ([], [scene.relation])
 
 
 def test_captions_name_what_is_there_and_vary():

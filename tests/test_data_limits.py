@@ -70,6 +70,6 @@ tfds_source.load_builder("shapes", sys.argv[1])
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
     both = [subprocess.Popen([*command, x], stdout=subprocess.PIPE, text=True) for x in "ab"]
-    told = "".join(process.communicate()[0] for process in both)
+    out = "".join(process.communicate()[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
-    assert told.count("prepared") == 1
+    assert out.count("prepared") == 1

@@ -61,8 +61,11 @@ def test_inspect_lists_all_bad_samples_and_draws_where_asked(tmp_path, monkeypat
     with Image.open(sheet) as drawn:
         assert drawn.format == "PNG"
     assert {path.name for path in tmp_path.iterdir()} == before | {"new folder", "out"}
-    for wrong, told in ((f"--sheet={tmp_path}", "is a folder"), ("--sheet=x.xyz", "must end in")):
-        with pytest.raises(UserError, match=f"^--sheet: .*{told}"):
+    for wrong, expected in (
+        (f"--sheet={tmp_path}", "is a folder"),
+        ("--sheet=x.xyz", "must end in"),
+    ):
+        with pytest.raises(UserError, match=f"^--sheet: .*{expected}"):
             run(inspect.inspect, inspect.parse_arguments, monkeypatch, "t.csv", wrong)
 
 

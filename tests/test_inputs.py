@@ -133,7 +133,7 @@ def test_folders_are_taken_literally(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "told", "caption"),
+    ("key", "value", "caption"),
     [
         ("meta.text", {"meta": {"text": "deep"}}, "deep"),
         ("a.b.c", {"a": {"b": {"c": ["x", "y"]}}}, ["x", "y"]),
@@ -143,8 +143,8 @@ def test_folders_are_taken_literally(folder, tmp_path):
         ("meta.text", {"meta": {"other": 1}}, None),
     ],
 )
-def test_keys_of_nested_json(key, told, caption, tmp_path):
-    members = {"0.jpg": picture(0), "0.json": json.dumps(told).encode()}
+def test_keys_of_nested_json(key, value, caption, tmp_path):
+    members = {"0.jpg": picture(0), "0.json": json.dumps(value).encode()}
     source = TarSource([write(tmp_path / "0.tar", members)], key)
     if caption is None:
         with pytest.raises(BadSample, match=f"no '{key}' in its .json"):
@@ -193,8 +193,10 @@ def test_captions_by_line_are_a_field_of_training_and_one_of_retrieval(tmp_path)
 
 def test_labels_are_indices_ids_or_names(tmp_path):
     classes = Classes(["dog", "great cat", "7"], ["n01", "n02", "n03"])
-    told = [b"great cat", b"Great_Cat\n", b"n02", b"1", b" 1 "]
-    members = [(f"{i}.{e}", c) for i, t in enumerate(told) for e, c in (("jpg", b"?"), ("cls", t))]
+    labels = [b"great cat", b"Great_Cat\n", b"n02", b"1", b" 1 "]
+    members = [
+        (f"{i}.{e}", c) for i, t in enumerate(labels) for e, c in (("jpg", b"?"), ("cls", t))
+    ]
     source = TarSource([write(tmp_path / "0.tar", members)], "", classes.label_of)
     assert [source[i].label for i in range(5)] == [1] * 5
     members = [("0.jpg", b"?"), ("0.cls", b"dog"), ("1.jpg", b"?"), ("2.jpg", b"?"), ("2.cls", b"")]
@@ -208,9 +210,12 @@ def test_a_labeled_set_without_labels_is_told(tmp_path):
     path = shard(tmp_path / "0.tar", range(2))
     (tmp_path / "t.csv").write_text("image,caption\n0.jpg,zero\n")
     config = default()
-    for name, told in ((path, "no sample in .* has a label"), (tmp_path / "t.csv", "is a table")):
+    for name, expected in (
+        (path, "no sample in .* has a label"),
+        (tmp_path / "t.csv", "is a table"),
+    ):
         config.eval.sets.x = zeroshot_set(str(name))
-        with pytest.raises(UserError, match=f"^eval\\.sets\\.x\\.source: .*{told}.*\\.cls"):
+        with pytest.raises(UserError, match=f"^eval\\.sets\\.x\\.source: .*{expected}.*\\.cls"):
             Evaluator(config, PRESETS["tiny"], mesh_of(1))
 
 
@@ -249,9 +254,9 @@ def test_fields_of_data_are_checked(field, good, bad):
     config = default()
     for value in (*good, *bad):
         config.data[field] = value
-        told = problems_of(config)
-        assert bool(told) == (value in bad), value
-        assert all(line.startswith(f"data.{field} is ") for line in told)
+        problems = problems_of(config)
+        assert bool(problems) == (value in bad), value
+        assert all(line.startswith(f"data.{field} is ") for line in problems)
 
 
 @pytest.mark.parametrize("source", ["tar", "csv", "parquet"])

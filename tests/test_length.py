@@ -42,10 +42,12 @@ def config(**fields):
 
 @pytest.mark.parametrize("size", [1, 5, 15])
 def test_data_smaller_than_a_batch_are_refused(size):
-    told = rf"data\.name: the data have {size} samples, fewer than a batch, 16, which would hold"
-    with pytest.raises(UserError, match=told):
+    expected = (
+        rf"data\.name: the data have {size} samples, fewer than a batch, 16, which would hold"
+    )
+    with pytest.raises(UserError, match=expected):
         check_length(config(), of(size))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         check_length(config(), of(size - 1, 1))
     check_length(config(), of(16))
     check_length(config(), of(9, 7))
@@ -56,8 +58,8 @@ def test_a_mixtures_sources_fill_their_shares():
     c = config()
     c.data.name, c.data.weights = "a.csv::b.csv", (3.0, 1.0)
     check_length(c, of(12, 4))
-    told = r"data\.name: b\.csv has 3 samples, fewer than its share of a batch, 4, which"
-    with pytest.raises(UserError, match=told):
+    expected = r"data\.name: b\.csv has 3 samples, fewer than its share of a batch, 4, which"
+    with pytest.raises(UserError, match=expected):
         check_length(c, of(1000, 3))
     with pytest.raises(UserError, match=r"a\.csv has 11 samples, fewer than its share of a batch"):
         check_length(c, of(11, 1000))
@@ -81,8 +83,10 @@ def test_epochs_are_of_the_data_that_are_there(samples, epochs, steps, right):
         check_length(c, of(samples))
         return
     wanted = max(round(epochs * samples / 16), 1)
-    told = rf"of the {samples:,} samples in data\.name, not num_epochs {epochs:g}; {wanted} steps"
-    with pytest.raises(UserError, match=told):
+    expected = (
+        rf"of the {samples:,} samples in data\.name, not num_epochs {epochs:g}; {wanted} steps"
+    )
+    with pytest.raises(UserError, match=expected):
         check_length(c, of(samples))
 
 
@@ -118,10 +122,10 @@ def test_a_warm_up_longer_than_the_run_is_told():
 def test_a_longer_run_is_told_how_to_go_on(field, tmp_path):
     stored = json.loads(config().to_json())
     longer = config(**{field: 200})
-    told = (
+    expected = (
         rf"{field} \(.*\).*; to train on, begin a run in another workdir with init_from={tmp_path}$"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         check_same(stored, longer, tmp_path)
     for other in (config(num_steps=50), config(seed=3)):
         with pytest.raises(UserError, match=r"or use that run's config$"):
@@ -214,12 +218,12 @@ def test_a_run_of_epochs(pairs, tmp_path, monkeypatch, capsys):
     config.num_steps, config.num_epochs, config.eval.every = 0, 2.0, 2
     config.log_every, config.checkpoint_every, config.optimizer.warmup_steps = 4, 5, 50
     loop.train(config, tmp_path)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 6
     assert [row["step"] for row in rows(tmp_path)] == [1, 4, 6]
     assert saved == [5, 6]
-    assert "50 is longer than the run, 6 steps: the learning rate reaches 12.0%" in told
-    evaluated = [line for line in told.splitlines() if re.match(r"step \d+ ", line)]
+    assert "50 is longer than the run, 6 steps: the learning rate reaches 12.0%" in printed
+    evaluated = [line for line in printed.splitlines() if re.match(r"step \d+ ", line)]
     recall = "retrieval/image_to_text_recall@1 25.0%"
     assert evaluated == [f"step 4  {recall}", f"step 6  {recall}  mine/top1 12.5%"]
     assert setup.set_up(config, tmp_path).config.num_steps == 6

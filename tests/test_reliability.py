@@ -76,19 +76,19 @@ def test_a_signal_saves_and_the_same_command_goes_on(made, tmp_path):
     job = start(*args)
     until(has_steps(tmp_path, 3))
     job.send_signal(number)
-    _, told = job.communicate(timeout=60)
-    assert job.returncode == EXIT_PREEMPTED, told
-    assert f"stopped by {number.name} after step" in told
-    assert "rerun the same command to resume" in told
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == EXIT_PREEMPTED, err
+    assert f"stopped by {number.name} after step" in err
+    assert "rerun the same command to resume" in err
     saved = Checkpoints(tmp_path)
     (step,) = saved.steps()
     saved.close()
-    assert f"after step {step}," in told
+    assert f"after step {step}," in err
     job = start(*args)
     until(has_steps(tmp_path, step + 2))
     job.kill()
-    said, _ = job.communicate()
-    assert f"resuming from step {step}" in said
+    out, _ = job.communicate()
+    assert f"resuming from step {step}" in out
 
 
 def test_a_run_that_stops_is_saved_before_it_is_evaluated(made, tmp_path, monkeypatch):
@@ -130,14 +130,14 @@ def test_metrics_say_where_the_time_went(calm):
 
 def test_a_start_is_recorded(calm):
     (line,) = (calm / "starts.jsonl").read_text().splitlines()
-    told = json.loads(line)
-    assert told["packages"]["jax"] == jax.__version__
-    assert told["config"]["batch_size"] == 16
-    assert len(told["devices"]) == 8
-    assert told["processes"] == 1
+    start = json.loads(line)
+    assert start["packages"]["jax"] == jax.__version__
+    assert start["config"]["batch_size"] == 16
+    assert len(start["devices"]) == 8
+    assert start["processes"] == 1
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode == 0:
-        assert told["commit"].rstrip("+") == head.stdout.strip()
+        assert start["commit"].rstrip("+") == head.stdout.strip()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tmp_path):
@@ -149,10 +149,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tm
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     # In a process of its own: Orbax leaves its other reads to fail when the first has.
     job = start(*command(made, workdir, "--config.fake_devices=1", "--config.checkpoint_every=4"))
-    _, told = job.communicate()
-    assert job.returncode == 2, told
-    assert f"error: checkpoint {newest} can't be restored: " in told
-    assert f"python -m disco_jax.checkpoint {workdir} --go_back_to=4" in told
+    _, err = job.communicate()
+    assert job.returncode == 2, err
+    assert f"error: checkpoint {newest} can't be restored: " in err
+    assert f"python -m disco_jax.checkpoint {workdir} --go_back_to=4" in err
     back = [sys.executable, "-m", "disco_jax.checkpoint", workdir, "--go_back_to"]
     wrong = subprocess.run([*back, "3"], cwd=small_run.ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
@@ -198,9 +198,9 @@ def test_a_flipped_bit_is_noticed(made, calm, tmp_path, monkeypatch):
             raise ValueError("deep in the storage") from error
 
         monkeypatch.setattr(checkpoints._manager, "restore", fail)
-        with pytest.raises(UserError, match="can't be restored here") as told:
+        with pytest.raises(UserError, match="can't be restored here") as raised:
             checkpoints.restore(abstract, 4)
-        assert "go_back_to" not in str(told.value)
+        assert "go_back_to" not in str(raised.value)
     checkpoints.close()
 
 
@@ -251,9 +251,9 @@ def test_sixteen_devices_go_on_from_eight(made, calm, tmp_path):
     Checkpoints(tmp_path / "run").set_aside(4)
     more = ("--config.fake_devices=16", "--config.fsdp=4", "--config.checkpoint_every=4")
     job = start(*command(made, tmp_path / "run", *more))
-    said, told = job.communicate(timeout=120)
-    assert job.returncode == 0, told
-    assert "16 cpu devices" in said
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert "16 cpu devices" in out
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(calm), rtol=1e-5)
 
 
@@ -304,11 +304,11 @@ def test_a_run_that_blows_up_stops_and_keeps_its_checkpoints(made, tmp_path):
     )
     with pytest.raises(
         UserError, match=r"was the last of 3 in a row, .* max_bad_steps = 3"
-    ) as told:
+    ) as raised:
         train(config, tmp_path)
     bad = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert len(bad) == 3
-    assert bad[-1]["keys"][0] in str(told.value)
+    assert bad[-1]["keys"][0] in str(raised.value)
     assert len(bad[-1]["keys"]) == 16
     checkpoints = Checkpoints(tmp_path)
     model = model_config(config)
@@ -323,9 +323,9 @@ def test_a_spike_is_told_and_counted(tmp_path):
     health = Health(tmp_path, 10, 0, {})
     values = rng.normal(2, 0.1, 200)
     values[150] = 3.0
-    told = [health.see(i + 1, value, 1.0, False) for i, value in enumerate(values)]
-    assert [i for i, line in enumerate(told) if line] == [150]
-    assert "loss spike: 3.0000 is above 2." in told[150]
+    messages = [health.see(i + 1, value, 1.0, False) for i, value in enumerate(values)]
+    assert [i for i, line in enumerate(messages) if line] == [150]
+    assert "loss spike: 3.0000 is above 2." in messages[150]
     assert health.metrics() == {"train/loss_spikes": 1.0}
     again = Health(tmp_path, 10, 200, health.saved())
     assert again.metrics() == {"train/loss_spikes": 1.0}
@@ -367,10 +367,10 @@ def test_a_disk_without_room_for_metrics_is_told(made, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_named(made):
     job = start(*command(made, Path("/proc/run"), "--config.fake_devices=1"))
-    _, told = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=60)
     assert job.returncode == 2
-    assert told.startswith("error: workdir /proc/run cannot be written: ")
-    assert told.count("\n") == 1
+    assert err.startswith("error: workdir /proc/run cannot be written: ")
+    assert err.count("\n") == 1
 
 
 def test_two_runs_cannot_write_one_folder(made, tmp_path):

@@ -39,12 +39,12 @@ def runs(tmp_path) -> list[Path]:
 
 
 def test_the_table_has_the_papers_numbers_beside_its_runs_alone(runs):
-    header, papers, told, own = table([read_run(path) for path in runs])
+    header, papers, published, own = table([read_run(path) for path in runs])
     assert header[6:] == ["ImageNet", "R", "pets"]
     assert papers == [
         "papers", "ViT-B-32", "65,536", "16.0", "24,414", "1.2500", "51.50", "60.00", ""
     ]  # fmt: skip
-    assert told == ["the paper's", "ViT-B-32", "65,536", "16.0", "", "", "51.91", "60.52", ""]
+    assert published == ["the paper's", "ViT-B-32", "65,536", "16.0", "", "", "51.91", "60.52", ""]
     assert own == ["own", "ViT-B-32", "100", "4.0", "20", "4.0000", "", "", "12.30"]
 
 

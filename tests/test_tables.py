@@ -185,7 +185,7 @@ def mutated(rng: np.random.Generator, text: str, separator: str) -> str:
 
 
 def test_mutated_tables_lose_no_row(tmp_path):
-    """Every line is a row, is told as broken, or belongs to a value; whole rows are always read."""
+    """Every line is a row, reported as broken, or part of a value; whole rows are always read."""
     rng = np.random.default_rng(0)
     outcomes: Counter[str] = Counter()
     for trial in range(1200):

@@ -144,9 +144,9 @@ def test_files_of_any_name_are_embedded(tmp_path, capsys):
         model=str(tmp_path / "model"), images=f"{tmp_path}/*.png", out=out, batch_size=8
     )
     embed(arguments)
-    told = capsys.readouterr()
-    assert harmless(told.out + told.err)
-    assert r"broken[x]\x1b[2J.png" in told.err
+    printed = capsys.readouterr()
+    assert harmless(printed.out + printed.err)
+    assert r"broken[x]\x1b[2J.png" in printed.err
     with np.load(out) as kept:
         assert kept["features"].shape == (len(names), 16)
         assert sorted(kept["paths"].tolist()) == sorted(map(os.fsdecode, paths))

@@ -38,11 +38,11 @@ def _of_type(field: str, default_value: Any, text: str) -> str:
         float: (float, "a number"),
         tuple: (_numbers, "a tuple of numbers, e.g. (2.0, 1.0)"),
     }
-    read, told = kinds.get(type(default_value), (str, "a string"))
+    read, kind = kinds.get(type(default_value), (str, "a string"))
     try:
         read(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return f"{field} is {text!r}; it must be {told}"
+        return f"{field} is {text!r}; it must be {kind}"
     return ""
 
 

@@ -104,11 +104,11 @@ def problems_of(config: ConfigDict) -> list[str]:
         (BELOW_1, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
         (UP_TO_1, lambda x: 0 < x <= 1, "must be greater than 0 and at most 1"),
     )
-    beyond = {field: told for field, value in c.items() if (told := _beyond(field, value))}
+    beyond = {field: demand for field, value in c.items() if (demand := _beyond(field, value))}
     problems += [f"{field} is {_short(c[field])}; it must be {t}" for field, t in beyond.items()]
-    for fields, allowed, told in limits:
+    for fields, allowed, demand in limits:
         wrong = [field for field in fields if field not in beyond and not allowed(c[field])]
-        problems += [f"{field} is {c[field]}; it {told}" for field in wrong]
+        problems += [f"{field} is {c[field]}; it {demand}" for field in wrong]
     problems += [f"{field} is empty; it must be set" for field in NOT_EMPTY if not c[field]]
     for field, choices in CHOICES.items():
         if c[field] not in choices:
@@ -125,7 +125,7 @@ def _beyond(field: str, value: Any) -> str:
             return "a path in the home folder of an existing user"
         return "a string without NUL characters" if "\0" in value else _form(field, value)
     if isinstance(value, tuple | list):
-        return next((told for x in value if (told := _beyond(field, x))), "")
+        return next((demand for x in value if (demand := _beyond(field, x))), "")
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
     most = SECONDS if field.endswith("timeout") else AT_MOST.get(field, COUNT)

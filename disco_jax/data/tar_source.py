@@ -59,10 +59,10 @@ class TarSource:
         self.ignored = sum((Counter(shard.ignored) for shard in shards), Counter())
         if not len(self):
             raise UserError(_no_image(paths, self.problems, self.ignored))
-        told = "\n".join(f"{Path(s.path).name} {s.size} {s.samples}" for s in shards)
+        listing = "\n".join(f"{Path(s.path).name} {s.size} {s.samples}" for s in shards)
         self.fingerprint = (
             f"{len(shards)} shards, {len(self)} samples, "
-            f"{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+            f"{hashlib.sha256(listing.encode()).hexdigest()[:12]}"
         )
         self._rows: np.ndarray | None = self._index.rows()
         if label_of is not None and not self._rows[:, CLASS, 0].any():
@@ -174,12 +174,12 @@ def _read(path: str, place: list[int], key: str, limit: int = MAX_TEXT_BYTES) ->
     try:
         shard = _open(path)  # keeps it open if another thread evicts it from the cache
         stored = os.pread(shard.descriptor, BLOCK + size, (block - 1) * BLOCK)
-        name, told, _ = read_header(stored[:BLOCK])
+        name, size_now, _ = read_header(stored[:BLOCK])
     except OSError as error:
         raise BadSample("unreadable", key, error.strerror or str(error)) from error
     except (ValueError, IndexError) as error:
         raise BadSample("unreadable", key, "the shard has changed") from error
-    if told != size or len(stored) < BLOCK + size:
+    if size_now != size or len(stored) < BLOCK + size:
         raise BadSample("unreadable", key, "the shard has changed")
     stem = split_name(name)[0]
     if len(name) >= 100 or "?" in name:

@@ -127,7 +127,7 @@ class TrainData:
         With several processes, the counts are those of the last call to `metrics`.
         """
         bad = self._bad.counts if jax.process_count() == 1 else self._total
-        told = [
+        parts = [
             f"{where}: {describe(Counter(counts))}"
             for where, counts in (
                 ("bad samples, replaced", bad),
@@ -135,7 +135,7 @@ class TrainData:
             )
             if counts
         ]
-        return "; ".join(told)
+        return "; ".join(parts)
 
     def close(self) -> None:
         """Stops the workers and closes the files."""

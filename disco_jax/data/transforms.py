@@ -72,13 +72,13 @@ def open_image(encoded: bytes, limits: ImageLimits, key: str) -> Image.Image:
         raise BadSample("too_large", key, f"{len(encoded):,} bytes")
     image = read_header(encoded, key)
     width, height = image.size
-    told = f"{width} x {height}"
+    size = f"{width} x {height}"
     if width * height > limits.max_image_pixels:
-        raise BadSample("too_many_pixels", key, told)
+        raise BadSample("too_many_pixels", key, size)
     if min(width, height) < limits.min_image_side:
-        raise BadSample("too_small", key, told)
+        raise BadSample("too_small", key, size)
     if max(width, height) > limits.max_aspect_ratio * min(width, height):
-        raise BadSample("too_elongated", key, told)
+        raise BadSample("too_elongated", key, size)
     return image
 
 

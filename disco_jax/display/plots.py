@@ -58,9 +58,9 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], sets: Sequence[str], path: 
             if not epochs:
                 continue
             style = ("-", "--", ":", "-.")[k % 4]
-            told = _label(name if len(sets) == 1 else f"{name}, {of}")
+            label = _label(name if len(sets) == 1 else f"{name}, {of}")
             right.plot(
-                epochs, [100 * a for a in accuracies], style, color=f"C{i}", marker=".", label=told
+                epochs, [100 * a for a in accuracies], style, color=f"C{i}", marker=".", label=label
             )
     left.set(xlabel="epoch", ylabel="contrastive loss", title="Training loss")
     right.set(xlabel="epoch", ylabel="top-1 (%)", title="Zero-shot accuracy")
@@ -99,8 +99,8 @@ def plot_pairs(images: Sequence[np.ndarray], captions: Sequence[str], path: Path
     figure, axes = _grid(len(images), 1.9, 2.6)
     for axis, image, caption in zip(axes, images, captions, strict=False):
         axis.imshow(image)
-        told = textwrap.shorten(printable(caption), 90, placeholder="…")
-        axis.set_title(textwrap.fill(told, 24), fontsize=7, parse_math=False)
+        label = textwrap.shorten(printable(caption), 90, placeholder="…")
+        axis.set_title(textwrap.fill(label, 24), fontsize=7, parse_math=False)
     figure.savefig(path, dpi=110)
 
 

@@ -125,14 +125,14 @@ class Evaluator:
         labels, nearest = [], []
         bad: list[Failure] = []
         for batch in self._batches(opened.source, name, self._data, bad):
-            told, found = self._classify(
+            labels_of_batch, found = self._classify(
                 params,
                 self._encoder.place(batch.images(self._size)),
                 self._encoder.place(batch.labels()),
                 embeddings,
                 subsets,
             )
-            labels.append(np.asarray(told))
+            labels.append(np.asarray(labels_of_batch))
             nearest.append(np.asarray(found))
         label, index = np.concatenate(labels), np.flatnonzero(np.concatenate(labels) >= 0)
         if not len(index):

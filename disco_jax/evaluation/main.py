@@ -113,9 +113,9 @@ def _evaluate(
     metrics |= evaluator.retrieval(params) | fixed
     if jax.process_index():
         return
-    told = {"step": step, **metrics}
+    record = {"step": step, **metrics}
     (workdir / "eval").mkdir(exist_ok=True)
-    (workdir / "eval" / f"{step}.json").write_text(json.dumps(told, indent=2) + "\n")
+    (workdir / "eval" / f"{step}.json").write_text(json.dumps(record, indent=2) + "\n")
     if results:
         _draw(evaluator, {name: found[0] for name, found in results.items()}, workdir)
     table = Table(title=f"{workdir}, step {step}")
@@ -131,7 +131,7 @@ def _evaluate(
                 f"mistaken for {row.taken_for} {row.share:.1%}",
                 soft_wrap=True,
             )
-    print(json.dumps(told), flush=True)
+    print(json.dumps(record), flush=True)
 
 
 def _draw(evaluator: Evaluator, results: dict[str, Results], workdir: Path) -> None:

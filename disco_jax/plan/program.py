@@ -165,8 +165,8 @@ def out_of_memory(error: Exception, argument_bytes: int) -> dict[str, int | None
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    told = re.search(r"temporaries \(([\d.]+)([KMGT])\)", str(error))
-    temporaries = int(float(told[1]) * units[told[2]]) if told else None
+    reported = re.search(r"temporaries \(([\d.]+)([KMGT])\)", str(error))
+    temporaries = int(float(reported[1]) * units[reported[2]]) if reported else None
     peak = None if temporaries is None else argument_bytes + temporaries
     return {"temp_bytes": temporaries, "peak_bytes": peak}
 

@@ -145,8 +145,8 @@ def _stop_at_signals() -> None:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        told = f"stopped by {signal.Signals(number).name} outside of training; rerun the same"
-        os.write(2, f"{told} command to resume\n".encode())
+        message = f"stopped by {signal.Signals(number).name} outside of training; rerun the same"
+        os.write(2, f"{message} command to resume\n".encode())
         os._exit(EXIT_PREEMPTED)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -163,9 +163,9 @@ def _telling_memory() -> Any:
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        told = str(error).partition("\n")[0]
+        message = str(error).partition("\n")[0]
         raise UserError(
-            f"a device is out of memory ({told}); use microbatch, model.image_remat or more "
+            f"a device is out of memory ({message}); use microbatch, model.image_remat or more "
             "devices; python -m disco_jax.plan reports the memory that each setting needs"
         ) from error
 
@@ -213,8 +213,8 @@ def guard(function: Callable[[], None]) -> None:
         )
 
 
-def _exit(told: str, code: int) -> None:
-    print(told, file=sys.stderr, flush=True)
+def _exit(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     jax = sys.modules.get("jax")
     several = jax is not None and jax.distributed.is_initialized()

@@ -65,10 +65,10 @@ def find(
                 _number(env, "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"),
             )
         )
-    told = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name in env]
-    if told and env.get("JAX_NUM_PROCESSES") != "1":
+    given = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name in env]
+    if given and env.get("JAX_NUM_PROCESSES") != "1":
         raise UserError(
-            f"{' and '.join(told)} set without JAX_COORDINATOR_ADDRESS=HOST:PORT; each "
+            f"{' and '.join(given)} set without JAX_COORDINATOR_ADDRESS=HOST:PORT; each "
             "process would train on its own"
         )
     if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:

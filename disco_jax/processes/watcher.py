@@ -50,14 +50,14 @@ def main() -> int:
             beat += 1
             _write(own, me | {"beat": beat})
         for peer in others:
-            if told := peer.lost(time.monotonic()):
+            if reason := peer.lost(time.monotonic()):
                 # A user error ends all processes with the same code, because a restart can't help.
                 code = mistake if peer.code == mistake else lost
                 if not died:
-                    _write(own, me | {"left": told, "code": int(code)})
+                    _write(own, me | {"left": reason, "code": int(code)})
                 hint = "" if code == mistake else "; rerun the same command to resume"
                 print(
-                    f"error: process {int(index)} on {me['host']}: {told}{hint}",
+                    f"error: process {int(index)} on {me['host']}: {reason}{hint}",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -71,8 +71,8 @@ class Checkpoints:
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            told = f"it needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
-            raise self._unwritten(OSError(told))
+            reason = f"it needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+            raise self._unwritten(OSError(reason))
 
     def wait(self) -> None:
         """Waits until all saved checkpoints are on disk.
@@ -124,11 +124,11 @@ class Checkpoints:
             raise self._damaged(step, "its checksum does not match the saved data")
         return state, data
 
-    def _damaged(self, step: int, told: str) -> UserError:
+    def _damaged(self, step: int, reason: str) -> UserError:
         before = [s for s in self.steps() if s < step]
         back = f"python -m disco_jax.checkpoint {self.folder.parent} --go_back_to="
         hint = f"; {back}{before[-1]} goes back to the previous one" if before else ""
-        return UserError(f"checkpoint {self.folder / str(step)} can't be restored: {told}{hint}")
+        return UserError(f"checkpoint {self.folder / str(step)} can't be restored: {reason}{hint}")
 
     def set_aside(self, after: int) -> list[Path]:
         """Moves checkpoints past a step to `checkpoints_set_aside` and returns their new paths.

@@ -105,7 +105,7 @@ def claim(config: ConfigDict, workdir: Path) -> None:
     new.replace(path)
 
 
-def record(config: ConfigDict, workdir: Path, **told: Any) -> None:
+def record(config: ConfigDict, workdir: Path, **facts: Any) -> None:
     """Appends a line to `starts.jsonl`: time, code, environment and config of this start."""
     line = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -119,7 +119,7 @@ def record(config: ConfigDict, workdir: Path, **told: Any) -> None:
         "environment": {
             k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "NCCL_", "SLURM_"))
         },
-        **told,
+        **facts,
         "config": json.loads(config.to_json()),
     }
     with (workdir / "starts.jsonl").open("a") as file:

@@ -56,17 +56,17 @@ class Health:
         self._lines.write(
             {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "keys": keys}
         )
-        told = (
+        message = (
             f"step {step}: update skipped because loss {loss} or gradient norm {grad_norm} is not "
             f"finite; the keys of its samples are in {self._path}"
         )
         if s["in_a_row"] >= self._max:
             raise UserError(
-                f"{told}; it was the last of {s['in_a_row']} in a row, and the run stops at "
+                f"{message}; it was the last of {s['in_a_row']} in a row, and the run stops at "
                 f"max_bad_steps = {self._max}. First sample keys: {', '.join(keys[:3])}. The last "
                 "checkpoint is good; a lower optimizer.learning_rate or grad_clip_norm may help"
             )
-        return told
+        return message
 
     def _spike(self, step: int, loss: float) -> str:
         s = self._saved
@@ -87,8 +87,8 @@ class Health:
 
     def metrics(self) -> dict[str, float]:
         """Returns the counts of skipped steps and spikes so far, without those that are zero."""
-        told = {"train/skipped_steps": "skipped", "train/loss_spikes": "spikes"}
-        return {name: float(self._saved[key]) for name, key in told.items() if self._saved[key]}
+        names = {"train/skipped_steps": "skipped", "train/loss_spikes": "spikes"}
+        return {name: float(self._saved[key]) for name, key in names.items() if self._saved[key]}
 
     def close(self) -> None:
         """Closes the file."""

@@ -165,8 +165,8 @@ class InFlight:
             loss, norm, skipped = (
                 float(values[f"train/{name}"]) for name in ("loss", "grad_norm", "skipped")
             )
-            if told := self._health.see(step, loss, norm, bool(skipped)):
-                console.print(told, soft_wrap=True)
+            if message := self._health.see(step, loss, norm, bool(skipped)):
+                console.print(message, soft_wrap=True)
 
 
 def _announce(config: ConfigDict, setup: Setup) -> None:

@@ -85,8 +85,8 @@ def _of_first(step: int | None) -> int | None:
     """Returns the first process's value: a network file system may show others an older list."""
     if jax.process_count() == 1:
         return step
-    told = int(broadcast_one_to_all(np.int32(-1 if step is None else step)))
-    return None if told < 0 else told
+    newest = int(broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if newest < 0 else newest
 
 
 def begin_from(source: Path, model: CLIPConfig, state: TrainState) -> TrainState:
