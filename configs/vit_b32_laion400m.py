@@ -1,4 +1,4 @@
-"""The paper's main run: ViT-B/32 on LAION-400M, batch 65,536, 32 epochs (DisCo-CLIP, section 5).
+"""The paper's main run: ViT-B/32 on LAION-400M, batch 65,536, 32 epochs (DisCo-CLIP).
 
 Where the paper gives no value, OpenCLIP's for its LAION-400M ViT-B/32 is used and marked as such.
 All other fields have the defaults of disco_jax/config/defaults.py, where each is explained.

@@ -22,9 +22,9 @@ SECONDS = 60  # that one start may take
 
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
-    ignore_absent_accelerators()  # imports JAX, once for all forks
     if "--whole" in sys.argv:
-        import disco_jax.training.loop  # noqa: F401  (for all; no device is touched yet)
+        ignore_absent_accelerators()
+        import disco_jax.training.loop  # noqa: F401  (once for all forks; touches no device)
     else:
         cli._stop_at_signals = lambda: sys.exit(0)  # what comes after the config
     for case in cases:

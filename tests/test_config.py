@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -95,9 +96,9 @@ HUGE = ["9" * 20, "9" * 5000, "-" + "9" * 20, "4294967296", "2147483648", "0x10"
 TUPLES = ["()", "(1,)", "(0,)", "(-1.0,)", "(nan,)", "(1,2,3)", "[1]", "('a',)", "(1e999,)"]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
+def run(*arguments: str, program: Sequence[str] = ("train.py",)) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, env=ENV, capture_output=True, text=True
+        [sys.executable, *program, *arguments], cwd=ROOT, env=ENV, capture_output=True, text=True
     )
 
 
@@ -127,11 +128,20 @@ def test_every_mistake_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_in_a_process_of_its_own(tmp_path):
-    result = run("--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", "--config.seed=x")
+def test_a_mistake_is_reported_before_jax_is_imported(tmp_path):
+    """Importing JAX takes seconds."""
+    code = """
+import runpy, sys
+try:
+    runpy.run_path("train.py", run_name="__main__")
+finally:
+    print("jax" in sys.modules)
+"""
+    given = ["--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", "--config.seed=x"]
+    result = run(*given, program=("-c", code))
     assert result.returncode == 2
     assert result.stderr == "error: seed is 'x'; it must be an integer\n"
-    assert not result.stdout
+    assert result.stdout == "False\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -126,15 +126,7 @@ def contrastive_loss(
             for x, spec in zip(arguments, specs, strict=True)
         )
     if method == "auto":
-        dense = partial(_dense, precision)
-        if not explicit:
-            return dense(*arguments)
-        if len(explicit) < len(types):
-            raise ValueError("method 'auto' needs mesh axes of one type: all Auto or all Explicit")
-        # Without a shard_map, a `jit` of arguments on one device would compile for that device.
-        scale = jax.shard_map(lambda x: x, mesh=mesh, in_specs=P(), out_specs=P())(arguments[2])
-        dense = auto_axes(dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))
-        return dense(*arguments[:2], scale, *arguments[3:])
+        return _auto(arguments, precision, mesh, explicit)
 
     def local(image, text, logit_scale, logit_bias, weights, group_ids):
         return local_contrastive_loss(
@@ -156,6 +148,21 @@ def contrastive_loss(
     # An abstract mesh has no devices.
     platform = None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(*arguments)
+
+
+def _auto(
+    arguments: tuple[Any, ...], precision: Precision, mesh: Mesh, explicit: tuple[str, ...]
+) -> Array:
+    """Returns the dense loss as XLA partitions it over the mesh."""
+    dense = partial(_dense, precision)
+    if not explicit:
+        return dense(*arguments)
+    if len(explicit) < len(mesh.axis_names):
+        raise ValueError("method 'auto' needs mesh axes of one type: all Auto or all Explicit")
+    # Without a shard_map, a `jit` of arguments on one device would compile for that device.
+    scale = jax.shard_map(lambda x: x, mesh=mesh, in_specs=P(), out_specs=P())(arguments[2])
+    dense = auto_axes(dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))
+    return dense(*arguments[:2], scale, *arguments[3:])
 
 
 def local_contrastive_loss(

@@ -21,9 +21,9 @@ def largest_batch(
       start: Initial guess.
 
     Returns:
-      The row of the largest batch that fits, and all rows in the order they were compiled. The next
-      larger batch, by a sixteenth of a power of two, does not fit. The first is None if not even
-      one sample per device fits.
+      The row of the largest batch that fits, or None if not even one sample per device does, and
+      all rows in the order they were compiled. The next larger candidate, one `STEPS`-th of a power
+      of two above, does not fit.
     """
     rows: list[Row] = []
     best: Row | None = None

@@ -43,18 +43,7 @@ def find(
       UserError: if the settings are incomplete or a value is not a number.
     """
     if (coordinator, count, index) != (None, None, None):
-        missing = [
-            flag
-            for flag, value in (
-                ("--coordinator=HOST:PORT", coordinator),
-                ("--process_count=N", count),
-                ("--process_index=I", index),
-            )
-            if value is None
-        ]
-        if missing:
-            raise UserError(f"{' and '.join(missing)} missing; set all three flags or none")
-        return _checked(Launch("flags", str(coordinator), coordinator, count, index))
+        return _from_flags(coordinator, count, index)
     if address := env.get("JAX_COORDINATOR_ADDRESS"):
         return _checked(
             Launch(
@@ -90,6 +79,17 @@ def find(
     if has_tpu and len(env.get("TPU_WORKER_HOSTNAMES", ",").split(",")) > 1:
         return Launch("tpu", "tpu")
     return None
+
+
+def _from_flags(coordinator: str | None, count: int | None, index: int | None) -> Launch:
+    flags = {
+        "--coordinator=HOST:PORT": coordinator,
+        "--process_count=N": count,
+        "--process_index=I": index,
+    }
+    if missing := [flag for flag, value in flags.items() if value is None]:
+        raise UserError(f"{' and '.join(missing)} missing; set all three flags or none")
+    return _checked(Launch("flags", str(coordinator), coordinator, count, index))
 
 
 def _checked(launch: Launch) -> Launch:

@@ -1,5 +1,6 @@
 """Keeps JAX quiet about plug-ins for accelerators that this machine does not have."""
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,21 +10,33 @@ PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
 GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
 
 
+GOOGLE = "0x1ae0"  # the vendor of TPUs on the PCI bus
+
+
 def ignore_absent_accelerators() -> None:
     """Makes JAX use the CPU if only plug-ins for absent devices are installed.
 
     With the planner's wheels (requirements-plan.txt) and no GPU or TPU, JAX would print stack
     traces and wait before falling back to the CPU. Must be called before JAX is first used. JAX is
-    imported only if such a plug-in is installed.
+    not imported unless such a plug-in and a device of Google's are there, so that commands report
+    mistakes at once.
     """
     if sys.platform != "linux" or not any(find_spec(name) for name in PLUGINS):
         return
     if any(Path(path).exists() for path in GPUS):
         return
-    import jax
+    if any(map(_of_google, Path("/sys/bus/pci/devices").glob("*/vendor"))):
+        from disco_jax.processes.backend import has_tpu
 
-    from disco_jax.processes.backend import has_tpu
+        if has_tpu():
+            return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if jax := sys.modules.get("jax"):  # it has read the environment already
+        jax.config.update("jax_platforms", jax.config.jax_platforms or "cpu")
 
-    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
-    if not platforms and not has_tpu():
-        jax.config.update("jax_platforms", "cpu")
+
+def _of_google(vendor: Path) -> bool:
+    try:
+        return vendor.read_text().strip() == GOOGLE
+    except OSError:
+        return False

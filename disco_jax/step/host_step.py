@@ -55,6 +55,7 @@ class HostStep:
     `tokens`.
     """
 
+    # Longer than other functions because the phases are closures over the same few values.
     def __init__(self, config: ConfigDict, model: CLIPConfig, mesh: Mesh):
         fns = make_model_fns(config, model, mesh)
         update = make_update(config, model)

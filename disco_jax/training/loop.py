@@ -130,8 +130,7 @@ def _run_steps(
         if evaluates:
             with watch.timed("eval"), progress.paused():
                 found = evaluator.run(state.params)
-            if shown := [f"{k} {v:.1%}" for k, v in found.items() if k.endswith(SHOWN)]:
-                console.print(f"step {step}  " + "  ".join(shown), soft_wrap=True)
+            _print_accuracies(step, found)
             row |= found
         if saves and (last or not stops):
             save(step)
@@ -141,6 +140,11 @@ def _run_steps(
             progress.close()
             raise Preempted(f"stopped by {preemption.reason} after step {step}, which is saved")
     progress.close()
+
+
+def _print_accuracies(step: int, metrics: dict[str, float]) -> None:
+    if shown := [f"{k} {v:.1%}" for k, v in metrics.items() if k.endswith(SHOWN)]:
+        console.print(f"step {step}  " + "  ".join(shown), soft_wrap=True)
 
 
 class InFlight:
