@@ -1,4 +1,4 @@
-"""`disco_jax.load`: what its functions take, one or several."""
+"""Tests the inputs that models from `disco_jax.load` accept, single and in lists."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def loaded(tmp_path_factory) -> Model:
 
 
 def test_one_input_is_one_row(loaded, tmp_path):
-    """What a list of one gives, for each kind of input; nothing gives no rows."""
+    """A single input of any kind equals a list of one, and an empty list returns no rows."""
     text = loaded.encode_text(["number 1"])
     assert text.shape == (1, 16)
     np.testing.assert_array_equal(loaded.encode_text("number 1"), text)
