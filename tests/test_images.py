@@ -80,7 +80,7 @@ def test_a_transparent_shade_of_16_bits_is_opaque():
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(9))
 def test_exif_orientation_is_applied_if_asked(form, orientation, base):
-    """Pillow's `exif_transpose` is the reference. JPEGs are large enough to be decoded at reduced size."""
+    """Compares with Pillow's `exif_transpose`; JPEGs are large enough for a reduced decoding."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     exact = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(form, {})
@@ -160,7 +160,7 @@ def test_metadata_of_any_size_is_no_obstacle(kind, base):
 
 
 def test_damaged_chunks_of_a_png_are_a_broken_image_at_most(base):
-    """Changed bytes, chunks cut short, lengths beyond the end. If Pillow can read it, it is used."""
+    """Changes and cuts bytes, also in lengths. Images that Pillow can still read are used."""
     whole = metadata("png icc", base)
     rng = np.random.default_rng(0)
     seen = Counter[str]()

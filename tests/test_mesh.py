@@ -86,7 +86,7 @@ def test_every_gpu_host_is_a_slice_and_stays_together(hosts, each, fsdp):
 
 
 def test_hosts_stay_together_when_ranks_go_round():
-    """Slurm's cyclic distribution puts rank 0 on the first node, rank 1 on the second, and so on."""
+    """Slurm's cyclic distribution: rank 0 on the first node, rank 1 on the second, and so on."""
     cyclic = [Device(id=i, process_index=i, slice_index=i % 2) for i in range(8)]
     assert [d.id for d in make_mesh(cyclic).devices.flat] == [0, 2, 4, 6, 1, 3, 5, 7]
 
