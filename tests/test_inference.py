@@ -47,7 +47,7 @@ def test_one_input_is_one_row(loaded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda m: m.encode_text(["a", 3]), r"texts\[1\] is a int; it must be a string"),
         (lambda m: m.encode_text([b"a cat"]), r"texts\[0\] is a bytes; it must be a string"),
@@ -62,6 +62,6 @@ def test_one_input_is_one_row(loaded, tmp_path):
         (lambda m: m.classify([], ["cat"], "{}"), "templates is '{}'; it must be a list"),
     ],
 )
-def test_inputs_of_another_kind_are_refused(loaded, call, says):
-    with pytest.raises(UserError, match=says):
+def test_inputs_of_another_kind_are_refused(loaded, call, message):
+    with pytest.raises(UserError, match=message):
         call(loaded)

@@ -139,7 +139,7 @@ def test_topologies():
 
 
 @pytest.mark.parametrize(
-    ("text", "hosts", "says"),
+    ("text", "hosts", "message"),
     [
         ("a100-40g:8", None, "did you mean a100-40gb"),
         ("a100-40gb:none", None, "a100-40gb:8"),
@@ -149,8 +149,8 @@ def test_topologies():
         ("v5p:8", 1, "on each"),
     ],
 )
-def test_bad_topologies_are_told(text, hosts, says):
-    with pytest.raises(UserError, match=says):
+def test_bad_topologies_are_told(text, hosts, message):
+    with pytest.raises(UserError, match=message):
         parse_topology(text, hosts)
 
 
@@ -196,7 +196,7 @@ def test_command_ends_in_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         ("--loss_only --topology=a100", "--topology: 'a100' is not one of"),
         ("--loss_only --topology=cpu:8 --batch_size=100", "is not divisible by the 8 devices"),
@@ -210,10 +210,10 @@ def test_command_ends_in_rows(tmp_path):
         ("--topology=cpu:8", "--config=FILE is missing"),
     ],
 )
-def test_mistakes_end_in_one_line(flags, says):
+def test_mistakes_end_in_one_line(flags, message):
     done = run("-m", "disco_jax.plan", *flags.split())
     assert done.returncode == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -217,7 +217,7 @@ def test_shards_are_joined(kind, golden, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weight_map", "says"),
+    ("weight_map", "message"),
     [
         (None, "weight_map must map the names of parameters to files"),
         (["1.safetensors"], "weight_map must map"),
@@ -227,9 +227,9 @@ def test_shards_are_joined(kind, golden, tmp_path):
         ({"a": "1.safetensors", "d": "2.safetensors"}, r"2\.safetensors lacks d, which the index"),
     ],
 )
-def test_what_is_wrong_with_shards_is_named(weight_map, says, golden, tmp_path):
+def test_what_is_wrong_with_shards_is_named(weight_map, message, golden, tmp_path):
     index, _ = shards(tmp_path, golden, "safetensors")
     save_file({"a": NUMBERS}, tmp_path.parent / "1.safetensors")
     index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         read_weights(index)
