@@ -19,7 +19,7 @@ from disco_jax.runs.checkpoint import Checkpoints
 from tests import small_run
 from tests.small_run import command, losses, rows, start
 
-SLURM_PORTS = 65535 - 2**12 + 1  # JAX adds the job's number to this first port
+SLURM_PORTS = 65535 - 2**12 + 1  # JAX's first port under Slurm; it adds the job's number
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_processes_give_the_curve_of_one(tmp_path):
     assert expected[-1] < expected[0]
     bad = [row["data/bad"] for row in rows(tmp_path / "1" / "ring") if "data/bad" in row]
     (report,) = (tmp_path / "1" / "ring").glob("bad_samples*.jsonl")
-    assert bad[-1] == len(report.read_text().splitlines()) >= 12  # in six and two thirds epochs
+    assert bad[-1] == len(report.read_text().splitlines()) >= 12  # over 6 2/3 epochs
     whole = keys(tmp_path / "1" / "ring" / "keys.jsonl")
     rows_of = ([*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)])
     workdir = tmp_path / "2" / "ring"
@@ -203,7 +203,7 @@ def test_a_process_that_never_starts_is_named(present, made, tmp_path):
 
 
 def test_a_process_that_dies_while_starting_ends_the_other(made, tmp_path):
-    """It dies before it reaches jax.distributed, which would wait five minutes for it."""
+    """The process dies before it reaches jax.distributed, which would wait five minutes for it."""
     jobs = pair(made, tmp_path)
     end = time.monotonic() + 60
     while len(list(tmp_path.glob("processes/*/*.json"))) < 2:
@@ -219,7 +219,7 @@ def test_a_process_that_dies_while_starting_ends_the_other(made, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
-    """This includes the coordinator, on whose death JAX itself may abort the other process."""
+    """The dead process may be the coordinator, on whose death JAX itself may abort the other."""
     jobs = pair(made, tmp_path, "--config.checkpoint_every=1000000")
     until_training(tmp_path, jobs)
     begun = time.monotonic()
@@ -234,7 +234,7 @@ def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
 
 
 def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
-    """A later signal arrives on resuming, while a checkpoint is read or the step is compiled."""
+    """A later signal, sent while a checkpoint is read or the step is compiled, also stops both."""
     rarely = ["--config.checkpoint_every=1000000", "--config.data.record_keys=1"]
     jobs = pair(made, tmp_path, *rarely, "--config.profile_steps=2:3")
     until_training(tmp_path, jobs, steps=4)
@@ -280,7 +280,7 @@ def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
 
 
 def test_the_loop_alone_asks_for_signals(tmp_path, monkeypatch):
-    """Orbax would query JAX's service too, with other step numbers, and a signal would get lost."""
+    """If Orbax queried JAX's service too, with other step numbers, a signal could get lost."""
 
     def asked(step: int) -> bool:
         raise AssertionError(f"asked with {step}")

@@ -1,4 +1,4 @@
-"""Tests image transforms, the order of samples, tables, TFDS sets, and the drawn data set."""
+"""Tests image transforms, the order of samples, tables, TFDS sets, and the `shapes` set."""
 
 import csv
 import io

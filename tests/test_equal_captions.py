@@ -63,7 +63,7 @@ def dense() -> tuple[np.ndarray, dict]:
 
 
 def handed_over(config, model):
-    """A stand-in for `make_update` that returns the loss and gradients as the metrics."""
+    """A stand-in for `make_update` whose update returns the loss and gradients it receives."""
     return lambda state, loss, gradients: (state, {"loss": loss, "gradients": gradients})
 
 

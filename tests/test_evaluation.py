@@ -40,7 +40,7 @@ def test_nearest_classes_by_hand():
 
 @pytest.mark.parametrize(("classes", "subset"), [(3, 3), (4, 4), (6, 4), (5, 5), (7, 5), (7, 7)])
 def test_top5_needs_five_classes(classes, subset):
-    """A class outside the subset is never in the top five. Of four classes, all would be."""
+    """A class outside the subset is never in the top five, which needs at least five classes."""
     scores = jnp.arange(classes, 0, -1, dtype=jnp.float32)[None]
     near = np.asarray(nearest(scores, jnp.arange(classes) >= classes - subset))
     metrics = Results(np.arange(1), np.array([0]), near).metrics()
@@ -49,7 +49,7 @@ def test_top5_needs_five_classes(classes, subset):
 
 
 def test_class_scores_take_full_precision():
-    """As in retrieval. TF32 or bf16 passes would change the order of close classes."""
+    """TF32 or bf16 passes would change the order of close classes, as in retrieval."""
     encoder = Encoder(PRESETS["tiny"], mesh_of(1), 2)
     params = jax.eval_shape(lambda: init_state(PRESETS["tiny"], optax.sgd(0.1), mesh_of(1), 0))
     text = str(

@@ -130,7 +130,7 @@ def test_transformers_epsilon_is_taken_and_given_back(kind):
 
 
 def test_the_epsilon_is_in_the_features(golden, tmp_path):
-    """Compares with transformers' features of a model with 1e-2 for images and 3e-2 for texts."""
+    """Compares with transformers' features at epsilons of 1e-2 for images and 3e-2 for texts."""
     spec = json.loads((golden / "siglip_tiny" / "config.json").read_text())
     spec["vision_config"]["layer_norm_eps"], spec["text_config"]["layer_norm_eps"] = 1e-2, 3e-2
     (tmp_path / "config.json").write_text(json.dumps(spec))
@@ -186,7 +186,7 @@ def test_old_configs_of_transformers_are_read():
     ],
 )
 def test_images_are_resized_as_the_file_says(code, name, kernel, tmp_path):
-    """The filter is used in evaluation and in training, and exported."""
+    """The resampling filter is used in evaluation and training, and it is exported."""
     size = {"height": 20, "width": 20}
     write_json(tmp_path / "preprocessor_config.json", {"resample": code, "size": size})
     siglip = PRESETS["ViT-B-16-SigLIP2"]

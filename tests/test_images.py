@@ -80,7 +80,7 @@ def test_a_transparent_shade_of_16_bits_is_opaque():
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(9))
 def test_exif_orientation_is_applied_if_asked(form, orientation, base):
-    """Compares with Pillow's `exif_transpose`; JPEGs are large enough for a reduced decoding."""
+    """Compares with Pillow's `exif_transpose`, also for JPEGs that are decoded at reduced size."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     exact = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(form, {})
@@ -110,7 +110,7 @@ def test_a_turned_jpeg_is_decoded_at_a_reduced_size(base):
 
 def test_damaged_exif_is_no_obstacle(base):
     data = encoded(base, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
-    with pytest.warns(UserWarning, match="Corrupt EXIF"):  # Pillow's, in this test only
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):  # Pillow warns
         open_image(data, LIMITS, "")
     with warnings.catch_warnings():  # as commands and data workers do
         ignore_warnings_of_pillow()
@@ -160,7 +160,7 @@ def test_metadata_of_any_size_is_no_obstacle(kind, base):
 
 
 def test_damaged_chunks_of_a_png_are_a_broken_image_at_most(base):
-    """Changes and cuts bytes, also in lengths. Images that Pillow can still read are used."""
+    """Chunks are cut short or have changed bytes and lengths. Pillow may still read the image."""
     whole = metadata("png icc", base)
     rng = np.random.default_rng(0)
     seen = Counter[str]()

@@ -28,7 +28,7 @@ from tests.tars import picture, shard, write
 
 
 def pairs(names, text="text of {}") -> list[tuple[str, bytes]]:
-    """Returns the members of an image and a caption per name, which has the image's extension."""
+    """Returns an image and a caption for each name, which ends in the image's extension."""
     found = []
     for i, name in enumerate(names):
         found += [(name, picture(i)), (split_name(name)[0] + ".txt", text.format(i).encode())]

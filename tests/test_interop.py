@@ -176,7 +176,7 @@ class Evil:
 
 
 def test_nothing_is_unpickled(tmp_path, monkeypatch):
-    """Without torch, an old file is refused; torch would read it with `weights_only=True`."""
+    """Files from before PyTorch 1.6 are refused without torch, and else read with weights_only."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(pickle.dumps({"state_dict": Evil()}))

@@ -147,7 +147,7 @@ def test_the_batch_script_starts_again_what_may_go_on(code, saves, tries, again,
 
 
 def test_a_jax_that_keeps_its_test_for_tpus_elsewhere_is_named(monkeypatch):
-    """This is the only private function of JAX that the package uses."""
+    """`jax._src.hardware_utils` holds the only private function of JAX that the package uses."""
     monkeypatch.setitem(sys.modules, "jax._src.hardware_utils", None)
     with pytest.raises(UserError, match=r"jax .* is not supported by DisCo-JAX .*hardware"):
         backend.has_tpu()

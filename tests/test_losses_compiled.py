@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from disco_jax.losses import KINDS, contrastive_loss
 from tests.conftest import mesh_of
 
-B, D, DEVICES = 256, 48, 8  # so that b = 32 differs from D, and all their products differ
+B, D, DEVICES = 256, 48, 8  # so that b = 32 differs from D, and all products differ
 
 
 def compiled(method, batch=B, dim=D, kind="softmax", backward=True, tile=None):

@@ -96,7 +96,7 @@ CASES = ("one opposite pair", "opposite pairs", "identical rows", "long rows", "
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", ["stream", "ring"])
 def test_references_out_of_range_give_way_to_maxima_on_all_devices(method, case, monkeypatch):
-    """One device's pair is enough.
+    """A single pair on one device is enough to make all devices use maxima.
 
     If any device used its references, the poisoned sums would make the loss NaN.
     """
@@ -122,7 +122,7 @@ def test_references_out_of_range_give_way_to_maxima_on_all_devices(method, case,
     seed=st.integers(0, 99),
 )
 def test_references_lose_nothing_where_they_are_used(method, scale, spread, flipped, seed):
-    """Pairs range from equal to opposite: in range, at the edge of the range, and out of range."""
+    """Pairs vary from equal to opposite, so references are in range, at its edge, or out of it."""
     image, noise = features(16, 6, seed)
     text = image + spread * noise
     text[:flipped] *= -1

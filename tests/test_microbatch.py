@@ -88,7 +88,7 @@ def initial_state(kind):
 
 
 def first_state(config, model, mesh):
-    """Returns a copy of the initial state on any mesh; a copy, because steps donate their state."""
+    """Returns a copy of the initial state on any mesh, because a step donates its state."""
     state = jax.tree.map(np.asarray, initial_state(config.loss.kind))
     return jax.device_put(state, state_shardings(config, model, mesh))
 
@@ -230,7 +230,7 @@ def test_patch_dropout_keeps_the_class_token_and_as_many_patches():
     for row, whole in zip(np.asarray(kept[:, 1:, 0]), np.asarray(x[:, 1:, 0]), strict=True):
         assert len(set(row)) == 4
         assert set(row) <= set(whole)
-    alone = drop_patches(x[1:2], keys[1:2], 0.75, kept_first=1)  # a sample's choice is its own
+    alone = drop_patches(x[1:2], keys[1:2], 0.75, kept_first=1)  # does not depend on other samples
     np.testing.assert_array_equal(alone, kept[1:2])
 
 
@@ -337,7 +337,7 @@ def test_what_does_not_divide_is_told(changes, message):
 
 @pytest.mark.parametrize(("microbatch", "batches"), [(0, 2), (2, 1)])
 def test_batches_on_the_devices(microbatch, batches, tmp_path, monkeypatch):
-    """The planner's count: batches of steps not yet waited for, and the one being placed."""
+    """The planner counts the batches of steps not yet waited for, and the one being placed."""
     held, seen, see = [], [], Health.see
 
     def place(batch, mesh):

@@ -48,7 +48,7 @@ def test_the_default_loss_beside_a_plain_jit_on_a100s(devices):
 
 @needs_linux
 def test_a_million_pairs_on_64_a100s():
-    """The time is compared with the matmuls alone, 8 bBD, at 80 %. `auto` would need 130 GiB."""
+    """Compares the time with the matmuls alone, 8 bBD, at 80 %. `auto` would need 130 GiB."""
     batch, devices = 1_048_576, 64
     with Compiler(parse_topology(f"a100-40gb:{devices}")) as compiler:
         row = compile_loss(compiler, "default", batch)

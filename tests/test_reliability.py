@@ -1,4 +1,4 @@
-"""Tests runs that are stopped, moved to other devices, not finite, or short of disk space."""
+"""Tests runs that stop, move to other devices, meet non-finite values, or lack disk space."""
 
 import gzip
 import json
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tm
 
 
 def test_a_flipped_bit_is_noticed(made, calm, tmp_path, monkeypatch):
-    """The digest does not depend on the devices, changes with any bit or order, and is checked."""
+    """The digest is the same on all devices, changes with any bit or order, and is checked."""
     a, b = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
     state, data = {"a": a, "b": b, "n": np.int32(3)}, {"samples_seen": 64, "bad": {"x": 1}}
     honest = checkpoint.digest(state, data)
@@ -205,7 +205,7 @@ def test_a_flipped_bit_is_noticed(made, calm, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_0_1_is_held_to_its_checksum(tmp_path):
-    """Version 0.1 stored the sum of the state's words, and no digest."""
+    """Version 0.1 stored a checksum, the sum of the state's words, instead of a digest."""
     state = {"a": jax.numpy.arange(12.0).reshape(4, 3), "n": jax.numpy.int32(3)}
     words = sum(np.asarray(x).view(np.uint32).sum(dtype=np.uint32) for x in state.values())
     for step, checksum in ((1, int(words) % 2**32), (2, 7)):
@@ -224,7 +224,7 @@ def test_a_checkpoint_of_0_1_is_held_to_its_checksum(tmp_path):
 
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (8, 4)])
 def test_a_checkpoint_goes_on_elsewhere(devices, fsdp, made, calm):
-    """On other devices, with another (data, fsdp) shape, the losses from there on are the same."""
+    """The losses continue unchanged on other devices, with another (data, fsdp) shape."""
     config = config_of(made)
     model, mesh = model_config(config), mesh_of(devices, fsdp)
     checkpoints = Checkpoints(calm)

@@ -1,4 +1,4 @@
-"""Tests that the commands in docs/results reproduce the results there, for a small part of them."""
+"""Tests that the commands in docs/results give the results there, for a small part of them."""
 
 import json
 import shlex

@@ -44,7 +44,7 @@ def write_tokenizer(path: Path, words=WORDS) -> Path:
 
 @pytest.fixture
 def theirs(golden, tmp_path) -> Path:
-    """A folder laid out like a Hugging Face hub repository of transformers."""
+    """A folder laid out like a hub repository of a transformers model."""
     folder = tmp_path / "theirs"
     shutil.copytree(golden / "siglip_tiny", folder)
     write_tokenizer(folder / "tokenizer.json")

@@ -139,7 +139,7 @@ def test_schedule_warms_up_and_ends_at_zero():
 
 @pytest.mark.parametrize(("warmup", "first"), [(0, 1.0), (1, 1.0), (2, 0.5), (40, 1 / 40)])
 def test_the_first_update_is_one(warmup, first):
-    """No warm-up, warm-ups of one and two updates, and one that is longer than the run."""
+    """Covers no warm-up, warm-ups of one and two updates, and one that is longer than the run."""
     config, _ = small()
     config.optimizer.warmup_steps = warmup
     rate = make_schedule(config)(jnp.int32(0))

@@ -1,4 +1,4 @@
-"""Tests tables: encodings, separators, quotes, column names, and images in Parquet."""
+"""Tests the encodings, separators, quotes and column names of tables, and images in Parquet."""
 
 import csv
 import io

@@ -281,7 +281,7 @@ def test_a_thousand_mutations_end_in_counted_samples(tmp_path):
 
 
 def test_workers_restarts_and_processes_see_the_same_samples(tmp_path):
-    """This includes bad samples and random crops."""
+    """The samples include bad ones and random crops."""
     for i in range(4):
         shard(tmp_path / f"{i}.tar", range(5 * i, 5 * i + 5))
     write(tmp_path / "4.tar", {"x.jpg": b"", "x.txt": b"t", "y.jpg": b"?", "y.txt": b"t"})

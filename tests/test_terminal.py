@@ -98,7 +98,7 @@ def test_plots_draw_any_text(text, tmp_path):
 
 
 def test_importing_the_package_changes_nothing_global():
-    """As in any library, global limits, variables, log levels and backends are the user's."""
+    """Limits, environment variables, log levels and backends are left to the user."""
     code = """
 import json, logging, os, sys
 import PIL.Image

@@ -69,7 +69,7 @@ def standard_promotion():
 
 
 def texts(lengths, context=CONTEXT, seed=0):
-    """Returns random tokens of texts with these lengths, and random tokens after their ends."""
+    """Returns random texts that end after `lengths` tokens, with random tokens after their ends."""
     tokens = np.random.default_rng(seed).integers(1, END, (len(lengths), context))
     tokens[np.arange(len(lengths)), np.array(lengths) - 1] = END
     return tokens.astype(np.int32)
@@ -89,7 +89,7 @@ def config_of(microbatch=0, groups=GROUPS):
 
 
 def random_params(model):
-    """Returns parameters as large as in training; initializing a model takes longer to compile."""
+    """Returns parameters as large as in training, which compile faster than an initialization."""
     rng = np.random.default_rng(2)
     _, shapes = abstract_model(model)
 
@@ -156,7 +156,7 @@ fitting = st.permutations(SHORT * (BATCH // 4)) | st.permutations([2] * (BATCH -
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(lengths=fitting | any_lengths)
 def test_gradients_are_those_at_full_length(division, lengths):
-    """Tests any devices and both modes, with the same dropout, and texts that fit or don't."""
+    """Dropout is also the same on any devices, in both modes, for texts that fit and that don't."""
     batch = batch_of(lengths)
     got = jax.tree.map(np.asarray, gradient_fn(*division)(batch))
     full = jax.tree.map(np.asarray, gradient_fn(1, 1, 0, "scan", "")(batch))

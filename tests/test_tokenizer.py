@@ -73,7 +73,7 @@ def test_cleaning_by_lines_is_cleaning_the_whole():
 
 
 def test_a_book_is_cut_as_if_all_of_it_had_been_read():
-    """Long texts are also fast: ftfy takes seven seconds for a megabyte of short lines."""
+    """Long texts must also be fast: ftfy takes seven seconds for a megabyte of short lines."""
     tokenizer = CLIPTokenizer()
     draw = random.Random(0)
     for _ in range(20):

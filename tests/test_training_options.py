@@ -82,7 +82,7 @@ def last_blocks(model, count):
 
 
 def test_the_last_blocks_alone_are_trained():
-    """Their gradients equal the whole model's and cost less work, and the rest does not change."""
+    """Their gradients equal those of the whole model, for less work. The rest does not change."""
     config, model = small(microbatch=4, drop=(0.0, 0.0))
     mesh, part = mesh_of(2), last_blocks(model, 1)
     params = init_state(model, make_optimizer(config), mesh, seed=0).params

@@ -84,7 +84,7 @@ def test_nothing_in_an_archive_is_run(tmp_path):
 
 
 def describe(offset, shape, strides, storage="FloatStorage", count=6) -> bytes:
-    """Returns the pickle of `{"a": tensor}`, from opcodes because torch can't be imported here."""
+    """Returns the pickle of `{"a": tensor}`, built from opcodes because torch isn't available."""
     dumped = [pickle.dumps(x, protocol=2)[2:-1] for x in (offset, shape, strides, count)]
     offset, shape, strides, count = dumped
     stored = b"(X\x07\x00\x00\x00storagectorch\n" + storage.encode()

@@ -157,7 +157,7 @@ def test_only_what_nobody_holds_is_removed():
 
 
 def test_a_device_without_memory_is_told_in_one_line(capsys):
-    """Really tries to allocate 256 TiB."""
+    """The allocation of 256 TiB is really tried."""
 
     def main() -> None:
         with cli._telling_memory():
