@@ -1,1 +1,1 @@
-"""Tests; helpers that several of them use are in conftest.py and in losses_common.py."""
+"""Tests of DisCo-JAX. Shared helpers are in the modules without the prefix `test_`."""

@@ -1,4 +1,4 @@
-"""Random features, and how far two results are apart."""
+"""Random features, reference results and relative errors for tests of the losses."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,8 @@ import numpy as np
 from disco_jax.losses import reference
 
 Array = jax.Array
-# Arguments of every way to compute the loss: with all logits kept for the backward pass, with none.
+# Arguments of every way to compute the loss. All logits are kept for the backward pass or, with the
+# suffix `_linear`, none.
 PATHS = {
     "auto": {"method": "auto"},
     "reference": {"method": "reference"},
@@ -31,7 +32,7 @@ def unit_rows(x: np.ndarray) -> np.ndarray:
 
 
 def features(batch: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images and texts `[batch, dim]`, of which a pair is alike but not equal."""
+    """Returns image and text features `[batch, dim]` whose pairs are similar but not equal."""
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(batch, dim))
     return unit_rows(image), unit_rows(image + rng.normal(size=(batch, dim)))
@@ -40,32 +41,32 @@ def features(batch: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
 def arguments(
     kind: str, batch: int = 48, dim: int = 16, seed: int = 0, scale: float = 14.0
 ) -> tuple:
-    """The differentiated arguments of a loss: image, text, logit_scale and, for sigmoid, bias."""
+    """Returns the differentiable arguments: image, text, logit_scale and, for sigmoid, the bias."""
     image, text = features(batch, dim, seed)
     bias = (jnp.float32(-5.0),) if kind == "sigmoid" else ()
     return (image, text, jnp.float32(scale), *bias)
 
 
 def labels(batch: int, seed: int = 1) -> dict[str, np.ndarray]:
-    """Weights of which some are 0, and group ids of which some are equal."""
+    """Returns weights, some of which are 0, and group ids, some of which are equal."""
     rng = np.random.default_rng(seed)
     weights = rng.choice([0.0, 0.5, 1.0, 2.0], size=batch).astype(np.float32)
     return {"weights": weights, "group_ids": rng.integers(0, batch // 3, size=batch)}
 
 
 def value_and_grads(loss, args: tuple) -> list[np.ndarray]:
-    """Loss, dI, dT, ds and, for sigmoid, d bias."""
+    """Returns the loss, dI, dT, ds and, for sigmoid, the gradient of the bias."""
     value, grads = jax.jit(jax.value_and_grad(loss, tuple(range(len(args)))))(*args)
     return [np.asarray(value), *(np.asarray(g) for g in grads)]
 
 
 def dense(kind: str, args: tuple, **kwargs: np.ndarray) -> list[np.ndarray]:
-    """The same of the reference, unsharded."""
+    """Returns loss and gradients of the unsharded reference, as `value_and_grads` does."""
     return value_and_grads(lambda *a: getattr(reference, kind)(*a, **kwargs), args)
 
 
 def relative_errors(got: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[float]:
-    """Of each array, the largest difference over the largest expected value."""
+    """Returns the largest difference of each array, divided by its largest expected value."""
     return [
         float(np.max(np.abs(a.astype(np.float64) - b)) / np.max(np.abs(b)))
         for a, b in zip(got, expected, strict=True)

@@ -1,9 +1,9 @@
-"""Starts `train.py` with each list of arguments in a file, every time in a fork of this process.
+"""Starts `train.py` once for each list of arguments in a file, each time in a fork of this process.
 
     python -m tests.many_starts CASES.json [--whole]
 
-Prints a JSON line for each: its exit code, and what it wrote to standard error. Without --whole a
-run ends, with 0, where its config has been read and found right.
+Prints a JSON line per start, with its exit code and what it wrote to standard error. Without
+--whole, a run exits with 0 as soon as its config has been read and validated.
 """
 
 import json
@@ -17,16 +17,16 @@ from pathlib import Path
 from disco_jax.processes import cli
 from disco_jax.processes.plugins import ignore_absent_accelerators
 
-SECONDS = 60  # that one start may take
+SECONDS = 60  # time limit of one start
 
 
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     if "--whole" in sys.argv:
         ignore_absent_accelerators()
-        import disco_jax.training.loop  # noqa: F401  (once for all forks; touches no device)
+        import disco_jax.training.loop  # noqa: F401  (once for all forks; uses no device yet)
     else:
-        cli._stop_at_signals = lambda: sys.exit(0)  # what comes after the config
+        cli._stop_at_signals = lambda: sys.exit(0)  # called right after the config is validated
     for case in cases:
         with tempfile.TemporaryFile() as errors:
             child = os.fork()
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def start(arguments: list[str], errors: int) -> None:
-    """Never returns."""
+    """Runs `train.py` with these arguments and exits with its code; never returns."""
     code = 1
     signal.alarm(SECONDS)
     os.dup2(errors, 2)

@@ -1,4 +1,4 @@
-"""A run of seconds, for tests: no labelled sets, a model of a few thousand parameters."""
+"""Config of a run that takes seconds: no labeled sets, a model of a few thousand parameters."""
 
 from ml_collections import ConfigDict
 

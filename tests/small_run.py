@@ -1,4 +1,4 @@
-"""Makes what `small_config.py` needs, and its command lines."""
+"""Makes the data and model that `small_config.py` needs, and builds its command lines."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ SIZES = CLIPConfig(
 
 
 def make(folder: Path, samples: int = 48) -> Path:
-    """A model folder, and images of noise with captions in a table."""
+    """Writes a model folder, images of noise, and a table of their captions; returns `folder`."""
     rng = np.random.default_rng(0)
     lines = ["image,caption"]
     for i in range(samples):
@@ -47,7 +47,7 @@ def make(folder: Path, samples: int = 48) -> Path:
 
 
 def config_of(folder: Path, **fields) -> ConfigDict:
-    """The config, for `train` called in the test's own process."""
+    """Returns the config for calling `train` in this process; fields are named `section__field`."""
     config = get_config()
     config.data.name, config.model.name = f"{folder}/pairs.csv", f"{folder}/model"
     for name, value in fields.items():
@@ -84,7 +84,7 @@ def start(
 
 
 def rows(workdir: Path) -> list[dict]:
-    """Metrics without what is measured in seconds."""
+    """Returns the logged metrics without those that depend on time."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in row.items() if not k.endswith("per_second") and k[:5] != "time/"}

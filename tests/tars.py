@@ -1,4 +1,4 @@
-"""Shards made by the standard library's tarfile, for tests."""
+"""Writes tar shards for tests with the standard library's tarfile."""
 
 import io
 import tarfile
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def picture(number: int, form: str = "JPEG", side: int = 24) -> bytes:
-    """An image that tells which it is, and each part of it from the others."""
+    """Returns an encoded image that depends on `number` and whose parts differ from each other."""
     encoded = io.BytesIO()
     cells = np.random.default_rng(number).integers(0, 256, (5, 5, 3)).astype(np.uint8)
     Image.fromarray(cells).resize((side, side + number % 5)).save(encoded, form)
@@ -17,7 +17,7 @@ def picture(number: int, form: str = "JPEG", side: int = 24) -> bytes:
 
 
 def write(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], **options) -> Path:
-    """A tar of these members."""
+    """Writes a tar with these members and returns its path."""
     with tarfile.open(path, "w", **options) as tar:
         for name, content in members.items() if isinstance(members, dict) else members:
             member = tarfile.TarInfo(name)
@@ -27,7 +27,7 @@ def write(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], **opt
 
 
 def shard(path: Path, keys: range) -> Path:
-    """A whole shard: image, caption and metadata of each key."""
+    """Writes a shard with an image, a caption and JSON metadata for each key."""
     members = {}
     for key in keys:
         members[f"{key:09}.jpg"] = picture(key)

@@ -1,4 +1,4 @@
-"""Several processes on one machine: how they find each other, compute, stop and die together."""
+"""Tests runs of several processes on one machine: how they start, compute, stop and fail."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ from disco_jax.runs.checkpoint import Checkpoints
 from tests import small_run
 from tests.small_run import command, losses, rows, start
 
-SLURM_PORTS = 65535 - 2**12 + 1  # JAX takes this one and the job's number after it
+SLURM_PORTS = 65535 - 2**12 + 1  # JAX's first port under Slurm; it adds the job's number
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def test_an_earlier_starts_last_word_ends_nobody(tmp_path):
-    """Its watcher may write it when the next start has begun, or has been seen alive."""
+    """A watcher may write its last message after the next start has begun or was seen alive."""
     path = tmp_path / "0.json"
 
     def write(start: str, **fields) -> None:
@@ -50,7 +50,7 @@ def test_an_earlier_starts_last_word_ends_nobody(tmp_path):
 
 
 def test_a_process_that_is_silent_or_was_started_again_is_lost(tmp_path):
-    """In a container its watcher dies with it, and the next one has the same host and pid."""
+    """In a container, the watcher dies too, and the next process has the same host and pid."""
     path = tmp_path / "0.json"
     path.write_text(json.dumps({"start": "a", "host": "h", "pid": 1, "beat": 1}))
     now = time.monotonic()
@@ -99,7 +99,7 @@ print(jax.process_count(), jax.device_count(), len(jax.local_devices()), *order)
 
 
 def slurm(index: int, count: int, port: int) -> dict[str, str]:
-    """As srun sets it; JAX takes its port from the job's number."""
+    """Returns the variables that srun sets; JAX derives its port from the job's number."""
     return {
         "SLURM_JOB_ID": str(port - SLURM_PORTS),
         "SLURM_STEP_NODELIST": "127.0.0.1",
@@ -111,7 +111,7 @@ def slurm(index: int, count: int, port: int) -> dict[str, str]:
 
 
 def slurm_port() -> int:
-    """A free one of those that JAX takes under Slurm; the system never picks any of them."""
+    """Returns a free port of those that JAX uses under Slurm, which the system never picks."""
     for port in range(SLURM_PORTS, 65536):
         with socket.socket() as opened:
             if opened.connect_ex(("127.0.0.1", port)):
@@ -120,11 +120,12 @@ def slurm_port() -> int:
 
 
 def test_processes_give_the_curve_of_one(tmp_path):
-    """2 x 2 devices against 1 x 4: 20 steps of training.
+    """20 steps of training on 2 x 2 devices agree with 1 x 4.
 
-    Of two processes the devices interleave in the mesh, and one run resumes at step 10. Dropout is
-    drawn from a sample's row in the batch: each must stand where it stands for one process. Two
-    samples are bad: the same ones take their places, and all processes' are counted.
+    The devices of the two processes interleave in the mesh, and their run resumes at step 10.
+    Dropout depends on a sample's row in the batch, so each sample must be in the same row as with
+    one process. Two samples are bad. The same samples must replace them, and the bad samples of all
+    processes are counted.
     """
     (tmp_path / "data").mkdir()
     made = small_run.make(tmp_path / "data")
@@ -150,7 +151,7 @@ def test_processes_give_the_curve_of_one(tmp_path):
     assert expected[-1] < expected[0]
     bad = [row["data/bad"] for row in rows(tmp_path / "1" / "ring") if "data/bad" in row]
     (report,) = (tmp_path / "1" / "ring").glob("bad_samples*.jsonl")
-    assert bad[-1] == len(report.read_text().splitlines()) >= 12  # in 6 epochs and two thirds
+    assert bad[-1] == len(report.read_text().splitlines()) >= 12  # over 6 2/3 epochs
     whole = keys(tmp_path / "1" / "ring" / "keys.jsonl")
     rows_of = ([*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)])
     workdir = tmp_path / "2" / "ring"
@@ -161,12 +162,12 @@ def test_processes_give_the_curve_of_one(tmp_path):
 
 
 def keys(path: Path) -> np.ndarray:
-    """Those of every step's samples, `[steps, own]`."""
+    """Returns the sample keys of every step, shape `[steps, own]`."""
     return np.array([json.loads(line)["keys"] for line in path.read_text().splitlines()])
 
 
 def pair(made: Path, workdir: Path, *extra: str) -> list[subprocess.Popen]:
-    """Two processes of a long run."""
+    """Starts two processes of a long run."""
     port = free_port()
     args = command(made, workdir, "--config.fake_devices=1", "--config.num_steps=100000", *extra)
     where = [f"--coordinator=127.0.0.1:{port}", "--process_count=2", "--config.peer_timeout=5"]
@@ -181,9 +182,9 @@ def until_training(workdir: Path, jobs: list[subprocess.Popen], steps: int = 3) 
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("there", [0, 1])
-def test_a_process_that_never_starts_is_named(there, made, tmp_path):
-    """One of an earlier start, that was here before, does not count."""
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_process_that_never_starts_is_named(present, made, tmp_path):
+    """Processes of an earlier start, whose files are still in the folder, do not count."""
     port = free_port()
     folder = tmp_path / "processes" / f"127.0.0.1_{port}"
     folder.mkdir(parents=True)
@@ -193,22 +194,22 @@ def test_a_process_that_never_starts_is_named(there, made, tmp_path):
     where = [f"--coordinator=127.0.0.1:{port}", "--process_count=2"]
     args = command(made, tmp_path, "--config.fake_devices=1", "--config.start_timeout=4", *where)
     begun = time.monotonic()
-    job = start(*args, f"--process_index={there}")
+    job = start(*args, f"--process_index={present}")
     _, err = job.communicate(timeout=60)
     assert job.returncode == EXIT_PEER_LOST
     assert time.monotonic() - begun < 30
-    assert f"process {1 - there} has not started within 4 s (start_timeout)" in err
+    assert f"process {1 - present} has not started within 4 s (start_timeout)" in err
     assert "Traceback" not in err
 
 
 def test_a_process_that_dies_while_starting_ends_the_other(made, tmp_path):
-    """Before it has come to jax.distributed, which would wait five minutes for it."""
+    """The process dies before it reaches jax.distributed, which would wait five minutes for it."""
     jobs = pair(made, tmp_path)
     end = time.monotonic() + 60
     while len(list(tmp_path.glob("processes/*/*.json"))) < 2:
         assert time.monotonic() < end
         time.sleep(0.02)
-    time.sleep(0.6)  # a heartbeat, for the other to see
+    time.sleep(0.6)  # until the other has seen a heartbeat
     jobs[0].kill()
     _, err = jobs[1].communicate(timeout=60)
     jobs[0].communicate()
@@ -218,7 +219,7 @@ def test_a_process_that_dies_while_starting_ends_the_other(made, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
-    """The coordinator too, at whose death JAX aborts before anything can be said."""
+    """The dead process may be the coordinator, on whose death JAX itself may abort the other."""
     jobs = pair(made, tmp_path, "--config.checkpoint_every=1000000")
     until_training(tmp_path, jobs)
     begun = time.monotonic()
@@ -233,11 +234,11 @@ def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
 
 
 def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
-    """Then, while they go on: it comes while a checkpoint is read or the step compiled."""
+    """A later signal, sent while a checkpoint is read or the step is compiled, also stops both."""
     rarely = ["--config.checkpoint_every=1000000", "--config.data.record_keys=1"]
     jobs = pair(made, tmp_path, *rarely, "--config.profile_steps=2:3")
     until_training(tmp_path, jobs, steps=4)
-    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")  # the first process's alone
+    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")  # of process 0 only
     assert trace.stat().st_size > 1000
     jobs[1].send_signal(signal.SIGUSR1)
     err = [job.communicate(timeout=60)[1] for job in jobs]
@@ -251,7 +252,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
     ]
     assert len(keys[0]) == len(keys[1]) == int(steps[0])
     seen = [key for row in zip(*keys, strict=True) for part in row for key in part["keys"]]
-    assert len(set(seen[:48])) == 48  # the first epoch, each sample once between the two
+    assert len(set(seen[:48])) == 48  # in the first epoch, the two see each sample once
     jobs = pair(made, tmp_path, *rarely)
     end = time.monotonic() + 60
     while len((tmp_path / "starts.jsonl").read_text().splitlines()) < 2:
@@ -263,7 +264,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
 
 
 def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
-    """A mistake in one process, which is not to be tried again, is the end of all with its code."""
+    """A user error in one process, which no retry can fix, ends all processes with its code."""
     rarely = ["--config.checkpoint_every=1000000", "--config.log_every=50"]
     running = pair(made, tmp_path, *rarely)
     until_training(tmp_path, running)
@@ -271,7 +272,7 @@ def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
     err = [job.communicate(timeout=60)[1] for job in second]
     assert [job.returncode for job in second] == [EXIT_USER] * 2, err
     assert all(f"workdir {tmp_path} is in use by another run" in line for line in err), err
-    time.sleep(2)  # four heartbeats: the second one's last words are there
+    time.sleep(2)  # four heartbeats, so the second start has left its last message
     assert [job.poll() for job in running] == [None] * 2
     for job in running:
         job.kill()
@@ -279,7 +280,7 @@ def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
 
 
 def test_the_loop_alone_asks_for_signals(tmp_path, monkeypatch):
-    """Orbax would ask JAX's service too, by other numbers: a signal then got lost between."""
+    """If Orbax queried JAX's service too, with other step numbers, a signal could get lost."""
 
     def asked(step: int) -> bool:
         raise AssertionError(f"asked with {step}")

@@ -1,4 +1,4 @@
-"""Collectives and their transposes, against sums written out by hand."""
+"""Tests the collectives and their transposes against sums written out by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests.conftest import mesh_of
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_all_gather_and_its_gradient(devices):
-    """Device n weighs the gathered rows with its own w_n; a row's gradient is the sum of them."""
+    """Device n weights the gathered rows by w_n, so the gradient of a row is the sum of its w_n."""
     mesh = mesh_of(devices)
     x = np.arange(16, dtype=np.float32)
     w = np.random.default_rng(0).normal(size=(devices, 16)).astype(np.float32)
@@ -28,7 +28,7 @@ def test_all_gather_and_its_gradient(devices):
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_psum_scatter_and_its_gradient(devices):
-    """Device n keeps rows of the sum and weighs them; every addend's gradient is those weights."""
+    """Each device weights its rows of the sum; these weights are the gradient of every addend."""
     mesh = mesh_of(devices)
     x = np.random.default_rng(1).normal(size=(devices, 16)).astype(np.float32)
     w = np.random.default_rng(2).normal(size=16).astype(np.float32)

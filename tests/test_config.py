@@ -1,4 +1,4 @@
-"""Mistakes in a config: one line each, with the field's name and what would be right."""
+"""Tests that each mistake in a config is reported in one line, with the field and what is valid."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from tests.conftest import ENV
 
 ROOT = Path(__file__).parent.parent
 
-# What is given after --config., and what the message must hold.
+# Each setting that follows `--config.`, and a part of its error message.
 CASES = [
     ("batchsize=16", "unknown config field batchsize; did you mean batch_size?"),
     ("bach_size=16", "unknown config field bach_size; did you mean batch_size?"),
@@ -89,7 +89,7 @@ CASES = [
 ]
 
 
-# Of every field's type: wrong ones, extremes, what is no number, unicode.
+# Values for fields of any type: wrong types, extremes, non-finite numbers and Unicode.
 WRONG = ["", "x", "é😀", "\u202etxet", "\x1b[31mred", "[/bold]", "None", "a" * 4096, "((((", "1,2"]
 NUMBERS = ["-1", "0", "1e3", "1.5", "nan", "inf", "-inf", "1e999", "1e-320", "-0.0", "00", "1_0"]
 HUGE = ["9" * 20, "9" * 5000, "-" + "9" * 20, "4294967296", "2147483648", "0x10", "1e308"]
@@ -103,7 +103,7 @@ def run(*arguments: str, program: Sequence[str] = ("train.py",)) -> subprocess.C
 
 
 def starts(folder: Path, given: list[str], *options: str) -> list[tuple[int, str]]:
-    """Exit code and messages of a start for each setting of a field."""
+    """Returns the exit code and standard error of a start with each setting."""
     common = ["--config=configs/shapes.py", f"--workdir={folder / 'run'}"]
     (folder / "cases.json").write_text(json.dumps([[*common, f"--config.{x}"] for x in given]))
     done = subprocess.run(
@@ -146,7 +146,7 @@ finally:
 
 
 def test_any_value_of_any_field_is_right_or_told(tmp_path):
-    """Whatever is given, it starts, or ends with the field's name and what would be right."""
+    """With any value, a run starts or ends with one printable line that names the field."""
     given = [
         f"{field}={value}"
         for field in (*flatten(default()), "eval.sets.new.source", "eval.sets.zeroshot.split")
@@ -188,7 +188,7 @@ def test_the_defaults_and_a_labelled_set_are_right():
 
 @pytest.mark.parametrize(("steps", "right"), [(97_656, True), (100_000, True), (50_000, False)])
 def test_steps_epochs_and_samples_agree(steps, right):
-    """16 epochs of 100 M samples at 16,384: the paper calls it 100K steps."""
+    """16 epochs of 100 M samples at batch size 16,384, which the paper rounds to 100K steps."""
     config = default()
     config.num_epochs, config.data.num_samples = 16.0, 100_000_000
     config.batch_size, config.num_steps = 16_384, steps
@@ -199,7 +199,7 @@ def test_steps_epochs_and_samples_agree(steps, right):
 
 
 def test_choices_are_those_of_the_code():
-    """Validation needs no JAX, and so has lists of its own."""
+    """Validation does not import JAX, so it has separate lists of the choices."""
     assert CHOICES["loss.method"] == losses.METHODS
     assert CHOICES["loss.precision"] == losses.contrastive.PRECISIONS
     assert CHOICES["loss.kind"] == losses.KINDS

@@ -1,4 +1,4 @@
-"""Images, order of samples, and the drawn data set."""
+"""Tests image transforms, the order of samples, tables, TFDS sets, and the `shapes` set."""
 
 import csv
 import io
@@ -64,7 +64,7 @@ def test_any_mode_becomes_rgb(mode):
 def test_grey_of_16_bits_keeps_its_shades():
     shades = np.array([[0, 1, 2, 3], [64, 65, 66, 67], [128, 129, 130, 131], [252, 253, 254, 255]])
     encoded = io.BytesIO()
-    # The transparent shade, of which Pillow would make a threshold, does not matter.
+    # The transparent shade, which Pillow would make a threshold, does not matter.
     image = Image.fromarray((257 * shades).astype(np.uint16))
     image.save(encoded, "PNG", transparency=300)
     got = pixels(encoded.getvalue(), 4)
@@ -72,7 +72,7 @@ def test_grey_of_16_bits_keeps_its_shades():
 
 
 class Numbered:
-    """A source whose sample k has the label k."""
+    """A source whose sample k has label k."""
 
     fingerprint = "numbers"
     problems: Counter[str] = Counter()  # noqa: RUF012
@@ -134,7 +134,7 @@ def test_pieces(share, piece):
 
 
 def test_signals_to_stop_leave_the_workers():
-    """A scheduler may tell all processes of a run: it takes its last step and saves."""
+    """A scheduler may signal all processes of a run, which still takes its last step and saves."""
     source = Joined([Numbered(1000)])
     load = Load(source, default().data, 4)
     options = {"batch_size": 8, "seed": 0, "start": 0, "num_workers": 2}
@@ -176,7 +176,7 @@ def test_two_batches_are_in_memory_and_some_pieces():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_same_batches(processes):
-    """Row r of a batch is one and the same sample, whoever loads it."""
+    """Row r of a batch is the same sample, no matter which process loads it."""
     whole = order(5).reshape(5, 4)
     for i in range(processes):
         rows = np.arange(4)[i::processes]
@@ -201,11 +201,11 @@ def test_weights_give_each_source_its_share_and_epochs_of_its_own():
 
 
 def test_random_crops_are_as_torchvisions():
-    """Areas are uniform, ratios log-uniform, places uniform; what does not fit is the middle."""
+    """Areas and positions are uniform, ratios log-uniform. If nothing fits, the center is taken."""
     rng = np.random.default_rng(0)
     left, top, width, height = np.array([random_crop(rng, 400, 400, 0.2) for _ in range(4000)]).T
     area, ratio = width * height / 400**2, np.log(width / height)
-    # Of area a, ratios up to 1/a fit.
+    # At area a, ratios up to 1/a fit.
     areas = np.linspace(0.2, 1, 1001)
     fits = np.minimum(-np.log(areas) / np.log(4 / 3), 1)
     assert abs(area.mean() - np.average(areas, weights=fits)) < 0.01
@@ -218,7 +218,7 @@ def test_random_crops_are_as_torchvisions():
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_a_reduced_jpeg_looks_like_the_whole_one(form):
-    """The same crop, cut out of the image in full, gives nearly the same pixels."""
+    """The same crop of the full-size image has nearly the same pixels."""
     y, x = np.mgrid[:600, :640] / 640
     full = np.stack([x, y, 0.5 + 0.4 * np.sin(9 * x * y)], -1)
     encoded = io.BytesIO()
@@ -251,7 +251,7 @@ def test_heldout_classes_are_in_no_other_split():
                 assert colour_shape not in example["caption"]
     assert {make_example("heldout", i)["label"] for i in range(50)} == words.HELDOUT
     assert len(words.CLASSES) == 64
-    seen = set(words.CLASSES) - words.HELDOUT  # every colour and every shape is trained
+    seen = set(words.CLASSES) - words.HELDOUT  # every color and every shape is trained on
     assert {name.split()[0] for name in seen} == set(words.COLOURS)
     assert {name.split()[1] for name in seen} == set(words.SHAPES)
 
@@ -290,14 +290,14 @@ def test_captions_name_what_is_there_and_vary():
     texts = [caption(rng, single(rng, "red heart")) for _ in range(300)]
     assert len(set(texts)) > 150
     assert all("red" in text or "heart" in text for text in texts)
-    # The background may have a colour too: it is the last thing said.
+    # The background may have a color too, at the end of the caption.
     texts = [re.split(r" (?:on|against) (?:a )?(?!the )", text)[0] for text in texts]
     others = (set(words.COLOURS) | set(words.SHAPES)) - {"red", "heart"}
     assert not any(other in text.split() for text in texts for other in others)
 
 
 class ToyCaptions(tfds.core.GeneratorBasedBuilder):
-    """Another image-text set, with other names, JPEGs, and images of many sizes."""
+    """Another image-text set, with other feature names, JPEGs, and images of many sizes."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -332,7 +332,7 @@ def test_any_tfds_set_of_images_and_captions_is_read_by_name(tmp_path):
     batch = next(batches).arrays
     assert batch["images"].shape == (6, 16, 16, 3)
     assert batch["images"].dtype == np.uint8
-    # JPEG is lossy: the reds are told apart to a few levels, and paired with their captions.
+    # JPEG is lossy, so reds are recognized to a few levels, and matched with their captions.
     strength = np.round(batch["images"][..., 0].mean(axis=(1, 2)) / 40).astype(int)
     expected = CLIPTokenizer(8)([f"red of strength {i}" for i in strength])
     assert sorted(strength) == list(range(6))
@@ -377,7 +377,7 @@ def test_tables_of_paths_and_captions(suffix, tmp_path):
     data.caption_key = "caption"
     with pytest.raises(UserError, match=r"data\.caption_key: .* has no column 'caption'"):
         open_source(data, str(table), "")
-    if suffix == "csv":  # nothing that is no file is waited for
+    if suffix == "csv":  # a pipe is refused, not waited for
         os.mkfifo(tmp_path / "fifo")
         table.write_text("filepath,caption\nfifo,text\n")
         with pytest.raises(BadSample, match="not a regular file"):

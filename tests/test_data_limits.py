@@ -1,4 +1,4 @@
-"""What would never end or never fit: patterns, pipes, captions; two that prepare one dataset."""
+"""Tests inputs that would never end or never fit, and concurrent preparation of a dataset."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What inspect, make_tars and embed do with the data they are given, and what they say of it."""
+"""Tests how inspect, make_tars and embed handle and report the data that they are given."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def run(main, parse, monkeypatch, *arguments: str) -> None:
 
 
 def bad_table(folder) -> list[tuple[str, str]]:
-    """A table with eight bad rows of three kinds; returns the kind and the name of each."""
+    """Writes a table with eight bad rows of four kinds; returns the kind and the name of each."""
     rows, bad = [], []
     for i in range(12):
         name = f"{i}.jpg"
@@ -53,7 +53,7 @@ def test_inspect_lists_all_bad_samples_and_draws_where_asked(tmp_path, monkeypat
     before = {path.name for path in tmp_path.iterdir()}
     run(inspect.inspect, inspect.parse_arguments, monkeypatch, "t.csv", *options)
     out = capsys.readouterr().out
-    # An image that is also bad for another reason is listed once, for the first that is found.
+    # A sample that is bad for two reasons is listed once, with the first reason that is found.
     assert {name for _, name in listed(bad)} == {name for _, name in expected}
     assert ("broken_row", "t.csv, line 14") in listed(bad)
     assert "1 unreadable: a shard or file that is missing" in out
@@ -75,7 +75,7 @@ def test_inspect_tells_what_is_not_read(tmp_path, monkeypatch, capsys):
     run(inspect.inspect, inspect.parse_arguments, monkeypatch, path, "--samples=0")
     out = capsys.readouterr().out
     assert re.search(r"not read, by extension\s+│\s+2 npy", out)
-    assert not list(tmp_path.glob("*bad*"))  # there are none
+    assert not list(tmp_path.glob("*bad*"))  # there are no bad samples to list
 
 
 def test_make_tars_lists_all_bad_samples_and_keeps_the_rest(tmp_path, monkeypatch, capsys):

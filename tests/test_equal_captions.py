@@ -1,4 +1,4 @@
-"""Equal captions are not negatives: the real step against a dense loss with a mask."""
+"""Tests that equal captions are not negatives, against a dense loss with a mask."""
 
 import functools
 import itertools
@@ -25,7 +25,10 @@ BATCH = 16
 
 
 def batch() -> dict[str, np.ndarray]:
-    """7 captions for 16 samples, in no order. Some differ in one token or in its place alone."""
+    """Returns 16 samples with 7 captions, in random order.
+
+    Some captions differ only in one token or in its place.
+    """
     rng = np.random.default_rng(0)
     captions = rng.integers(1, 64, (7, 4)).astype(np.int32)
     captions[1:4] = captions[0]
@@ -44,7 +47,7 @@ def model_params() -> dict:
 
 @functools.cache
 def dense() -> tuple[np.ndarray, dict]:
-    """Loss and gradients from the definition: all logits at once, pairs left out by a mask."""
+    """Returns loss and gradients by the definition: all logits at once, with pairs masked out."""
     graph, samples = abstract_model(SIZES)[0], batch()
     _, caption = np.unique(samples["tokens"], axis=0, return_inverse=True)
     kept = (caption.ravel()[:, None] != caption.ravel()[None, :]) | np.eye(BATCH, dtype=bool)
@@ -60,7 +63,7 @@ def dense() -> tuple[np.ndarray, dict]:
 
 
 def handed_over(config, model):
-    """In the place of the optimizer: what the step gives it."""
+    """A stand-in for `make_update` whose update returns the loss and gradients it receives."""
     return lambda state, loss, gradients: (state, {"loss": loss, "gradients": gradients})
 
 
@@ -90,7 +93,7 @@ def test_the_step_leaves_equal_captions_out(devices, microbatch, mode, method, m
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_ids_are_equal_where_rows_are(devices):
-    """Rows over few tokens, so that many are equal, permuted or shifted; across devices as well."""
+    """Rows of few distinct tokens, many of them equal, permuted or shifted, also across devices."""
     rows = np.array(list(itertools.product((0, 1, 49407), repeat=5)), np.int32)
     tokens = np.random.default_rng(0).permutation(np.concatenate([rows, rows[::3], rows[:5]]))
     tokens = tokens[: len(tokens) // 8 * 8]
@@ -104,7 +107,7 @@ def test_ids_are_equal_where_rows_are(devices):
 
 
 def test_300000_captions_do_not_collide():
-    """A hash of 32 bits has ten collisions on average in so many."""
+    """A 32-bit hash of this many captions would have ten collisions on average."""
     tokens = np.zeros((300_000, 4), np.int32)
     tokens[:, 0], tokens[:, 3] = np.divmod(np.arange(300_000), 997)
     ids = np.asarray(jax.jit(lambda x: group_ids(x, mesh_of(1)))(tokens))

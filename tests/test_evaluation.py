@@ -1,4 +1,4 @@
-"""Evaluation on cases whose answer is known by hand."""
+"""Tests evaluation on cases whose results are known by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,14 @@ def test_nearest_classes_by_hand():
     everything = jnp.ones(6, bool)
     np.testing.assert_array_equal(nearest(scores, everything), [[1, 3, 2, 4, 0], [0, 1, 2, 3, 4]])
     some = jnp.array([True, False, True, True, False, True])
-    # Four classes: what would be the fifth is none of those outside.
+    # With four classes, fifth place is -1, never a class outside the subset.
     np.testing.assert_array_equal(nearest(scores, some), [[3, 2, 0, 5, -1], [0, 2, 3, 5, -1]])
     np.testing.assert_array_equal(nearest(scores[:, :2], everything[:2]), [[1, 0], [0, 1]])
 
 
 @pytest.mark.parametrize(("classes", "subset"), [(3, 3), (4, 4), (6, 4), (5, 5), (7, 5), (7, 7)])
 def test_top5_needs_five_classes(classes, subset):
-    """A class outside of the subset is never among the five; among four, all would be."""
+    """A class outside the subset is never in the top five, which needs at least five classes."""
     scores = jnp.arange(classes, 0, -1, dtype=jnp.float32)[None]
     near = np.asarray(nearest(scores, jnp.arange(classes) >= classes - subset))
     metrics = Results(np.arange(1), np.array([0]), near).metrics()
@@ -49,7 +49,7 @@ def test_top5_needs_five_classes(classes, subset):
 
 
 def test_class_scores_take_full_precision():
-    """As retrieval's do: TF32 or bf16 passes change the order of close classes."""
+    """TF32 or bf16 passes would change the order of close classes, as in retrieval."""
     encoder = Encoder(PRESETS["tiny"], mesh_of(1), 2)
     params = jax.eval_shape(lambda: init_state(PRESETS["tiny"], optax.sgd(0.1), mesh_of(1), 0))
     text = str(
@@ -87,7 +87,7 @@ def test_accuracies_by_hand():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_recall_by_hand(devices):
-    """Three images with one, two and three captions, of which the second has ties."""
+    """Three images with one, two and three captions, with ties for the second image."""
     images = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
     texts = np.array([[0.8, 0.6], [1, 0], [0, 1], [0.6, 0.8], [-1, 0], [0, 1]], np.float32)
     owner = np.array([0, 1, 1, 2, 2, 2])
@@ -117,7 +117,7 @@ def test_a_broken_model_finds_nothing():
 
 
 def test_ranks_in_tiles_equal_dense_ones_and_take_little_memory():
-    """5,000 images, 25,000 captions. Small integers: every product is exact, and many are equal."""
+    """5,000 images and 25,000 captions of small integers, so scores are exact and often equal."""
     rng = np.random.default_rng(0)
     images = rng.integers(-2, 3, (5_000, 24)).astype(np.float32)
     owner = np.sort(rng.integers(0, 5_000, 25_000))
@@ -133,7 +133,7 @@ def test_ranks_in_tiles_equal_dense_ones_and_take_little_memory():
     others = scores >= best[None]
     others[mine] = False
     np.testing.assert_array_equal(rank(images, numbers, texts, owner, mesh), others.sum(axis=0))
-    shapes = ((1024, 512), (7, 4096, 512))  # a call of rank's, with features of 512
+    shapes = ((1024, 512), (7, 4096, 512))  # one call by rank, with 512 features
     rows = (
         jax.ShapeDtypeStruct(shapes[0], np.float32),
         jax.ShapeDtypeStruct(shapes[0][:1], np.int32),
@@ -148,7 +148,10 @@ def test_ranks_in_tiles_equal_dense_ones_and_take_little_memory():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_uneven_batches_and_class_embeddings(devices):
-    """Five images in batches of eight; a class is the unit mean of unit prompt embeddings."""
+    """Five images, in batches of 2 (8 on 8 devices) or 64.
+
+    A class embedding is the unit mean of unit prompt embeddings.
+    """
     mesh, model = mesh_of(devices), PRESETS["tiny"]
     params = init_state(model, optax.sgd(0.1), mesh, 0).params
     images = np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3)).astype(np.uint8)
@@ -165,7 +168,7 @@ def test_uneven_batches_and_class_embeddings(devices):
 
 def test_bag_of_colours_sees_colours_and_no_shapes():
     images = np.zeros((2, 4, 4, 3), np.uint8)
-    images[0, :2], images[1, :, :2] = 255, 255  # halves, another way round
+    images[0, :2], images[1, :, :2] = 255, 255  # halves, split in different directions
     np.testing.assert_array_equal(*bag_of_colours(images))
     rng = np.random.default_rng(0)
     colours = {"red": (220, 20, 20), "blue": (20, 20, 220)}

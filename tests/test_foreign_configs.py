@@ -1,4 +1,4 @@
-"""Other libraries' configs: defaults, sizes, epsilons, old files, and how images are resized."""
+"""Tests configs of other libraries: defaults, sizes, epsilons, old files and image resizing."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ from disco_jax.interop.preprocessing import (
 from disco_jax.models import PRESETS, CLIPConfig, TextConfig
 from disco_jax.models.clip import abstract_model
 
-# `{field.name: field.default}` of `CLIPVisionCfg` and `CLIPTextCfg` in OpenCLIP 3.3.0, less sizes.
+# `{field.name: field.default}` of OpenCLIP 3.3.0's `CLIPVisionCfg` and `CLIPTextCfg`, except sizes.
 BOTH = """"ls_init_value": null, "final_ln_after_pool": false, "output_tokens": false,
 "act_kwargs": null, "norm_kwargs": null, "block_type": null, "qk_norm": false,
 "scaled_cosine_attn": false, "scale_heads": false, "scale_attn_inner": false, "scale_attn": false,
@@ -58,7 +58,7 @@ PLAIN = {"embed_dim": 512, "vision_cfg": {"patch_size": 32}, "text_cfg": {}}
 
 
 def test_openclips_defaults_spelt_out_change_nothing():
-    """Sizes too: those that are left out are OpenCLIP's, not ours."""
+    """Sizes that are left out are also OpenCLIP's, not ours."""
     spelt = {tower: PLAIN[tower] | DEFAULTS[tower] for tower in DEFAULTS}
     assert from_openclip(PLAIN | spelt) == from_openclip(PLAIN) == PRESETS["ViT-B-32"]
     sizes = {"image_size": 224, "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0}
@@ -70,7 +70,7 @@ def test_openclips_defaults_spelt_out_change_nothing():
 def test_openclips_fields_at_other_values_are_refused(tower):
     for field, value in DEFAULTS[tower].items():
         if field == "timm_model_name":
-            continue  # then it is read as a SigLIP
+            continue  # this would be read as a SigLIP
         other = not value if isinstance(value, bool) else {"eps": 3} if "norm" in field else 7
         changed = PLAIN | {tower: PLAIN[tower] | {field: other}}
         with pytest.raises(UserError, match=rf"{tower}\.{field}.*(not supported|between 0 and 1)"):
@@ -130,7 +130,7 @@ def test_transformers_epsilon_is_taken_and_given_back(kind):
 
 
 def test_the_epsilon_is_in_the_features(golden, tmp_path):
-    """Against transformers' own features of a model with 1e-2 in its images' tower and 3e-2."""
+    """Compares with transformers' features at epsilons of 1e-2 for images and 3e-2 for texts."""
     spec = json.loads((golden / "siglip_tiny" / "config.json").read_text())
     spec["vision_config"]["layer_norm_eps"], spec["text_config"]["layer_norm_eps"] = 1e-2, 3e-2
     (tmp_path / "config.json").write_text(json.dumps(spec))
@@ -150,7 +150,7 @@ def test_the_epsilon_is_in_the_features(golden, tmp_path):
 
 
 def test_old_configs_of_transformers_are_read():
-    """What `CLIPConfig(**spec)` gives: `*_config_dict` with defaults wins over `*_config`."""
+    """As in `CLIPConfig(**spec)`, `*_config_dict` with its defaults overrides `*_config`."""
     old = {
         "model_type": "clip",
         "projection_dim": 768,
@@ -186,7 +186,7 @@ def test_old_configs_of_transformers_are_read():
     ],
 )
 def test_images_are_resized_as_the_file_says(code, name, kernel, tmp_path):
-    """In evaluation and in training, and in the files that we write."""
+    """The resampling filter is used in evaluation and training, and it is exported."""
     size = {"height": 20, "width": 20}
     write_json(tmp_path / "preprocessor_config.json", {"resample": code, "size": size})
     siglip = PRESETS["ViT-B-16-SigLIP2"]
@@ -202,7 +202,7 @@ def test_images_are_resized_as_the_file_says(code, name, kernel, tmp_path):
     np.testing.assert_array_equal(cropped, short)
     picture.save(tmp_path / "0.png")
     data = default().data
-    data.crop_scale = 0.999999  # nothing of this size fits: the largest crop of 4 : 3
+    data.crop_scale = 0.999999  # no crop of this size fits, so the largest one of 4 : 3 is used
     load = Load(Joined([One((tmp_path / "0.png").read_bytes())]), data, 20, 0, resize)
     np.testing.assert_array_equal(load.evaluate(0).pixels, expected)
     box = ((47 - 41) // 2, 0, (47 - 41) // 2 + 41, 31)
@@ -249,7 +249,7 @@ def test_other_ways_to_resize_are_refused(library, spec, tmp_path):
 
 
 def test_a_tokenizer_with_more_ids_than_the_vocabulary_is_refused(tmp_path):
-    """Whatever the pooling: features would be NaN. The largest id counts, not their number."""
+    """With any pooling, features would be NaN. The largest id counts, not the number of ids."""
     with pytest.raises(UserError, match="the tokenizer of CLIP has 49,408 tokens, but the model"):
         make_tokenizer(TextConfig(vocab_size=49407))
     assert make_tokenizer(TextConfig(context_length=9))(["a " * 20]).shape == (1, 9)

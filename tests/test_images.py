@@ -1,4 +1,4 @@
-"""Images as people have them: transparent, turned, with much metadata, damaged."""
+"""Tests images that are transparent, rotated, damaged, or full of metadata."""
 
 import io
 import warnings
@@ -40,7 +40,7 @@ def base() -> Image.Image:
 )
 @pytest.mark.parametrize(("look", "color"), [(Look(), 255), (Look("#404040"), 64)])
 def test_what_is_transparent_shows_the_background(mode, look, color):
-    """The left half is transparent, the right one opaque, and all is black without its alpha."""
+    """The left half is transparent, the right half opaque; without alpha, the image is black."""
     alpha = np.repeat([[0] * 8 + [255] * 8], 16, axis=0).astype(np.uint8)
     black = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
     black.putalpha(Image.fromarray(alpha))
@@ -69,7 +69,7 @@ def test_what_is_transparent_shows_the_background(mode, look, color):
 
 
 def test_a_transparent_shade_of_16_bits_is_opaque():
-    """Reduced to 8 bits, many shades would be mistaken for it."""
+    """After reduction to 8 bits, many other shades would be mistaken for the transparent one."""
     shades = np.repeat([[2570] * 8 + [40_000] * 8], 16, axis=0).astype(np.uint16)
     data = encoded(Image.fromarray(shades), "PNG", transparency=10)  # 2,570 in 8 bits
     pixels = to_pixels(open_image(data, LIMITS, ""), 16, "", SQUASH)
@@ -80,7 +80,7 @@ def test_a_transparent_shade_of_16_bits_is_opaque():
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(9))
 def test_exif_orientation_is_applied_if_asked(form, orientation, base):
-    """Against Pillow's own `exif_transpose`; JPEGs large enough to be decoded at a reduced size."""
+    """Compares with Pillow's `exif_transpose`, also for JPEGs that are decoded at reduced size."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     exact = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(form, {})
@@ -99,7 +99,7 @@ def test_exif_orientation_is_applied_if_asked(form, orientation, base):
 
 
 def test_a_turned_jpeg_is_decoded_at_a_reduced_size(base):
-    """The upright image has 200 x 800 pixels, of which 16 are needed over a width of 200."""
+    """The upright image has 200 x 800 pixels, and 16 pixels are needed for the width of 200."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image = open_image(encoded(base.resize((800, 200)), "JPEG", exif=exif), LIMITS, "")
@@ -110,7 +110,7 @@ def test_a_turned_jpeg_is_decoded_at_a_reduced_size(base):
 
 def test_damaged_exif_is_no_obstacle(base):
     data = encoded(base, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
-    with pytest.warns(UserWarning, match="Corrupt EXIF"):  # by Pillow, in this test alone
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):  # Pillow warns
         open_image(data, LIMITS, "")
     with warnings.catch_warnings():  # as commands and data workers do
         ignore_warnings_of_pillow()
@@ -160,7 +160,7 @@ def test_metadata_of_any_size_is_no_obstacle(kind, base):
 
 
 def test_damaged_chunks_of_a_png_are_a_broken_image_at_most(base):
-    """Lengths beyond the end, chunks cut short, bytes changed: what Pillow reads is read."""
+    """Chunks are cut short or have changed bytes and lengths. Pillow may still read the image."""
     whole = metadata("png icc", base)
     rng = np.random.default_rng(0)
     seen = Counter[str]()

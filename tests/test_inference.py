@@ -1,4 +1,4 @@
-"""`disco_jax.load`: what its functions take, one or several."""
+"""Tests the inputs that models from `disco_jax.load` accept, single and in lists."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def loaded(tmp_path_factory) -> Model:
 
 
 def test_one_input_is_one_row(loaded, tmp_path):
-    """What a list of one gives, for each kind of input; nothing gives no rows."""
+    """A single input of any kind equals a list of one, and an empty list returns no rows."""
     text = loaded.encode_text(["number 1"])
     assert text.shape == (1, 16)
     np.testing.assert_array_equal(loaded.encode_text("number 1"), text)
@@ -47,7 +47,7 @@ def test_one_input_is_one_row(loaded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda m: m.encode_text(["a", 3]), r"texts\[1\] is a int; it must be a string"),
         (lambda m: m.encode_text([b"a cat"]), r"texts\[0\] is a bytes; it must be a string"),
@@ -62,6 +62,6 @@ def test_one_input_is_one_row(loaded, tmp_path):
         (lambda m: m.classify([], ["cat"], "{}"), "templates is '{}'; it must be a list"),
     ],
 )
-def test_inputs_of_another_kind_are_refused(loaded, call, says):
-    with pytest.raises(UserError, match=says):
+def test_inputs_of_another_kind_are_refused(loaded, call, message):
+    with pytest.raises(UserError, match=message):
         call(loaded)

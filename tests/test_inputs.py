@@ -1,4 +1,4 @@
-"""Shards, labeled sets and names of sources as people have them."""
+"""Tests shards, labeled sets and names of sources as users provide them."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ from tests.tars import picture, shard, write
 
 
 def pairs(names, text="text of {}") -> list[tuple[str, bytes]]:
-    """An image and a caption of each name, whose extension is the image's."""
+    """Returns an image and a caption for each name, which ends in the image's extension."""
     found = []
     for i, name in enumerate(names):
         found += [(name, picture(i)), (split_name(name)[0] + ".txt", text.format(i).encode())]
@@ -93,7 +93,7 @@ def test_compressed_and_empty_shards_are_told(packed, tmp_path):
     (tmp_path / "1.tar").write_bytes(packed(good.read_bytes()))
     kind = {gzip.compress: "compressed_shard", lzma.compress: "compressed_shard"}.get(packed)
     kind = kind or ("damaged_shard" if packed is zlib.compress else "empty_shard")
-    source = TarSource([good, tmp_path / "1.tar"], "txt")  # the others are used
+    source = TarSource([good, tmp_path / "1.tar"], "txt")  # the other shards are used
     assert len(source) == 3
     assert source.problems == {kind: 1}
     assert source.left_out() == [(kind, f"{tmp_path}/1.tar", "1 in this shard")]
@@ -277,7 +277,7 @@ def test_pairs_fits_its_source(source, tmp_path):
         pyarrow.parquet.write_table(table, path := tmp_path / "t.parquet")
     load = Load(Joined([*open_source(config.data, str(path), "").sources]), config.data, 16)
     assert load.evaluate(0).captions == ("picture number 0",)
-    # A run of before, whose config had the names that "auto" stands for, goes on.
+    # configs/pairs.py once had the names that "auto" stands for. Such runs can be resumed.
     config.data.name = str(path)
     stored = json.loads(config.to_json())
     stored["data"] |= {"image_key": "image", "caption_key": "txt" if source == "tar" else "caption"}

@@ -1,4 +1,4 @@
-"""Weights in and out, against OpenCLIP's own outputs and a table of Hugging Face's names."""
+"""Tests import and export of weights, against outputs of OpenCLIP and by round trips."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(params=NAMES)
 def openclip(request, golden, tmp_path) -> Path:
-    """A folder as OpenCLIP's hub repositories are, and its outputs beside it."""
+    """A folder laid out like OpenCLIP's hub repositories, with its outputs next to it."""
     folder = tmp_path / "openclip"
     folder.mkdir()
     weights, spec = (golden / f"{request.param}{end}" for end in (".weights.safetensors", ".json"))
@@ -65,7 +65,7 @@ def test_imported_features_equal_openclips(openclip, tmp_path):
 
 
 def test_weights_of_half_precision_come_in_as_float32(openclip, tmp_path):
-    """Cast by hand: a bfloat16 is the upper half of a float32's bits."""
+    """A bfloat16 is the upper half of the bits of a float32."""
     import_model(str(openclip), "openclip", tmp_path / "ours")
     path = openclip / "open_clip_model.safetensors"
     halves = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(path).items()}
@@ -176,7 +176,7 @@ class Evil:
 
 
 def test_nothing_is_unpickled(tmp_path, monkeypatch):
-    """Without torch a `.pt` is refused; with it, it is read with weights_only."""
+    """Files from before PyTorch 1.6 are refused without torch, and else read with weights_only."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(pickle.dumps({"state_dict": Evil()}))
@@ -195,7 +195,7 @@ def test_nothing_is_overwritten(openclip, tmp_path):
 
 @pytest.mark.parametrize("side", [4, 9, 16])
 def test_positions_are_resized_as_pillow_resizes_a_picture(side):
-    """Pillow's bicubic has the same kernel, a = -1/2, and the same antialiasing."""
+    """Pillow's bicubic filter has the same kernel, a = -1/2, and the same antialiasing."""
     positions = np.random.default_rng(0).normal(size=(1 + 7 * 7, 3)).astype(np.float32)
     got = resize_positions(positions, 1 + side * side)
     np.testing.assert_array_equal(got[0], positions[0])
@@ -207,7 +207,7 @@ def test_positions_are_resized_as_pillow_resizes_a_picture(side):
 
 
 def test_the_vocabulary_is_transformers():
-    """Ids that transformers' vocab.json of openai/clip-vit-base-patch32 has."""
+    """The ids are from the vocab.json of openai/clip-vit-base-patch32 in transformers."""
     vocab = vocabulary("<|startoftext|>", "<|endoftext|>")
     assert (vocab["!"], vocab["a</w>"], vocab["<|startoftext|>"]) == (0, 320, 49406)
     assert vocab["<|endoftext|>"] == 49407
@@ -216,7 +216,7 @@ def test_the_vocabulary_is_transformers():
 
 @pytest.mark.parametrize("openclip", NAMES[1:], indirect=True)
 def test_a_loaded_model_encodes_and_classifies(openclip, tmp_path):
-    """Texts and pixels, as OpenCLIP's preprocessing gives them, against its own features."""
+    """Checks features and class probabilities against the towers, called directly."""
     path, config = openclip / "open_clip_model.safetensors", openclip / "open_clip_config.json"
     rows = np.resize(load_file(path)["token_embedding.weight"], (49408, 96))  # CLIP's vocabulary
     change(path, **{"token_embedding.weight": rows})

@@ -1,4 +1,4 @@
-"""Files of lines that a run takes up again."""
+"""Tests the JSON Lines files that a resumed run rewrites and continues."""
 
 import resource
 
@@ -9,7 +9,7 @@ from disco_jax.runs.jsonl import JsonLines, read_lines
 
 
 def test_what_was_written_survives_a_kill_in_mid_rewrite(tmp_path, monkeypatch):
-    """A run that goes on rewrites its files of lines: a kill must leave the old ones."""
+    """A resumed run rewrites its JSON Lines files; a kill must leave the old ones intact."""
     path = tmp_path / "keys.jsonl"
     lines = JsonLines(path, 0)
     for step in range(1, 4):
@@ -50,7 +50,7 @@ def test_a_damaged_line_costs_no_other(place, damage, tmp_path, capsys):
     path.write_bytes(b"\n".join(lines) + b"\n")
     before = path.read_bytes()
     others = [i + 1 for i in range(100) if i != place]
-    for _ in range(2):  # the second time there is no damage
+    for _ in range(2):  # the second time, no line is damaged
         opened = JsonLines(path, 100)
         assert opened.count == 99
         opened.write({"step": 101})
@@ -70,7 +70,7 @@ def test_a_last_line_cut_short_is_no_damage(tmp_path, capsys):
 
 
 def test_a_line_that_cannot_be_written_is_told(tmp_path):
-    """No file can grow past 64 bytes, which the system reports as it does a full disk."""
+    """Limits files to 64 bytes. A write past the limit fails in the same way as on a full disk."""
     lines = JsonLines(tmp_path / "metrics.jsonl", 0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))

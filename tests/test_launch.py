@@ -1,4 +1,4 @@
-"""How processes find each other, and what the schedulers' files do at their end."""
+"""Tests how processes find each other and how the Slurm script handles exit codes."""
 
 import os
 import re
@@ -30,7 +30,7 @@ KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": 
             {**KUBERNETES, "JOB_COMPLETION_INDEX": "3", "JAX_PROCESS_ID": "5"},
             Launch("environment", "job-0.svc:1234", "job-0.svc:1234", 8, 5),
         ),
-        # A task a node takes all of its GPUs; one of several takes the one that is its own.
+        # The only task of a node takes all of its GPUs. One of several takes its own GPU.
         (
             (None, None, None),
             {
@@ -108,16 +108,16 @@ def test_what_is_missing_is_named(flags, env, message):
     ("code", "saves", "tries", "again"),
     [
         (0, True, 0, False),
-        (2, True, 0, False),  # a mistake
+        (2, True, 0, False),  # a user error
         (75, False, 9, True),  # asked to stop
-        (76, True, 9, True),  # a lost process, and there was progress
+        (76, True, 9, True),  # a process was lost, but there was progress
         (134, False, 2, True),
-        (134, False, 3, False),  # three times without
+        (134, False, 3, False),  # three tries without progress
         (1, False, 3, False),
     ],
 )
 def test_the_batch_script_starts_again_what_may_go_on(code, saves, tries, again, tmp_path):
-    """scripts/slurm.sh with its names changed, and stand-ins for Slurm's commands."""
+    """Runs scripts/slurm.sh with its variables replaced and with stand-ins for Slurm's commands."""
     checkpoints, bin_folder = tmp_path / "run/checkpoints", tmp_path / "bin"
     (checkpoints / "900").mkdir(parents=True)
     (checkpoints / "950.orbax-checkpoint-tmp").mkdir()
@@ -147,7 +147,7 @@ def test_the_batch_script_starts_again_what_may_go_on(code, saves, tries, again,
 
 
 def test_a_jax_that_keeps_its_test_for_tpus_elsewhere_is_named(monkeypatch):
-    """It is JAX's one private function here."""
+    """`jax._src.hardware_utils` holds the only private function of JAX that the package uses."""
     monkeypatch.setitem(sys.modules, "jax._src.hardware_utils", None)
     with pytest.raises(UserError, match=r"jax .* is not supported by DisCo-JAX .*hardware"):
         backend.has_tpu()

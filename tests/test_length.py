@@ -1,4 +1,4 @@
-"""How long a run is, and what it says about itself on the way."""
+"""Tests how the length of a run is set and how its progress is reported."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def test_data_smaller_than_a_batch_are_refused(size):
 
 
 def test_a_mixtures_sources_fill_their_shares():
-    """3 : 1 is 12 and 4 of 16 samples; each source has epochs of its own."""
+    """Weights of 3 : 1 take 12 and 4 of 16 samples, and each source has separate epochs."""
     c = config()
     c.data.name, c.data.weights = "a.csv::b.csv", (3.0, 1.0)
     check_length(c, of(12, 4))
@@ -134,7 +134,7 @@ def test_a_longer_run_is_told_how_to_go_on(field, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only the test moves."""
+    """A clock that only the test advances."""
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: now.seconds)
     return now
@@ -146,7 +146,7 @@ def lefts(text: str) -> list[int]:
 
 @pytest.mark.parametrize("every", [1, 5, 10])
 def test_the_time_left_does_not_jump(every, clock, capsys):
-    """A step takes 2 s, an evaluation 60 s, a save 20 s, and compilation, at first, 100 s."""
+    """A step takes 2 s, an evaluation 60 s, a save 20 s, and the compilation at the start 100 s."""
     bar = TrainProgress(0, 100, 16)
     clock.seconds += 100
     speeds = []
@@ -165,7 +165,7 @@ def test_the_time_left_does_not_jump(every, clock, capsys):
 
 
 def test_the_time_left_is_of_several_updates(clock, capsys):
-    """A single slow update, of ten times the usual, changes it by less than three times."""
+    """One update that takes ten times as long changes it by less than a factor of three."""
     bar = TrainProgress(0, 1000, 16)
     for step in range(1, 30):
         clock.seconds += 2 if step == 20 else 0.2
@@ -176,7 +176,7 @@ def test_the_time_left_is_of_several_updates(clock, capsys):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A config for 48 images with captions, and a model that is never made."""
+    """A config with 48 images and captions, and a model that is never created."""
     folder = tmp_path_factory.mktemp("pairs")
     lines = ["image,caption"]
     for i in range(48):
@@ -189,7 +189,7 @@ def pairs(tmp_path_factory):
 
 
 class Evaluations:
-    """In the place of an Evaluator: what a run without labelled sets finds, at first nothing."""
+    """A stand-in for `Evaluator` without labeled sets, whose first evaluation finds nothing."""
 
     def __init__(self, *_):
         self.sets = {}
@@ -201,14 +201,14 @@ class Evaluations:
 
 
 def counting_step(*_):
-    """In the place of a training step."""
+    """A stand-in for `make_train_step` whose steps only count."""
     values = dict.fromkeys(("loss", "logit_scale", "grad_norm"), 1.0) | {"skipped": 0.0}
     metrics = {f"train/{name}": value for name, value in values.items()}
     return lambda state, batch: (state._replace(step=state.step + 1), metrics)
 
 
 def test_a_run_of_epochs(pairs, tmp_path, monkeypatch, capsys):
-    """Steps from epochs, what is printed on the way, and what resuming and evaluating find."""
+    """Steps follow from epochs, in training, in its output, and when resuming and evaluating."""
     saved, config = [], pairs.copy_and_resolve_references()
     monkeypatch.setattr(loop, "Evaluator", Evaluations)
     monkeypatch.setattr(loop, "make_train_step", counting_step)

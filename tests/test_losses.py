@@ -1,4 +1,4 @@
-"""Every method, kind and number of devices against the dense reference, to 1e-5 in fp32."""
+"""Tests every method, kind and number of devices against the dense reference, to 1e-5 in fp32."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_weights_and_groups(kind, path, devices):
 @pytest.mark.parametrize("method", DISTRIBUTED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_of_zero_is_a_sample_that_is_not_there(kind, method):
-    """Padding rows of a batch leaves the loss, and the others' gradients, as without them."""
+    """Padding rows change neither the loss nor the gradients of the other rows."""
     args = arguments(kind, batch=16)
     real = np.delete(np.arange(16), [3, 9, 10, 15])
     weights = np.zeros(16, np.float32)
@@ -66,7 +66,7 @@ def test_a_weight_of_zero_is_a_sample_that_is_not_there(kind, method):
     + [(method, p) for method in ("auto", "ring") for p in (None, P(), P(None, "data"))],
 )
 def test_meshes_with_explicit_axes(method, placed):
-    """What `jax.make_mesh` makes by itself; features on it in any way, or not yet."""
+    """Explicit axes are the default of `jax.make_mesh`. Features may have any sharding or none."""
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     assert mesh.axis_types == (AxisType.Explicit,)
     image, text, scale = arguments("softmax")
@@ -82,7 +82,7 @@ def test_meshes_with_explicit_axes(method, placed):
     ("method", "kind"), [*((method, "softmax") for method in EVERY), ("auto", "sigmoid")]
 )
 def test_explicit_axes_in_a_jit_of_inputs_on_one_device(method, kind):
-    """Without `jax.set_mesh`, only the mesh that the loss is given names the devices."""
+    """Without `jax.set_mesh`, the devices are known only from the `mesh` argument."""
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     args, extra = arguments(kind), labels(48)
 
@@ -122,7 +122,7 @@ def test_tiles_need_divide_nothing(kind, method, tile):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("case", ["softmax", "softmax_hot", "sigmoid"])
 def test_equals_openclip(case, path, golden):
-    """ClipLoss and SigLipLoss of OpenCLIP 3.3.0, with all their gradients."""
+    """Compares with ClipLoss and SigLipLoss of OpenCLIP 3.3.0, including all gradients."""
     data = load_file(golden / "losses.safetensors")
     kind = case.removesuffix("_hot")
     names = ["scale", "bias"] if kind == "sigmoid" else ["scale"]
@@ -135,7 +135,7 @@ def test_equals_openclip(case, path, golden):
 
 
 def float64_loss(kind: str, image, text, scale, bias=0.0) -> float:
-    """The definition, in NumPy and float64: shares nothing with the code under test."""
+    """Returns the loss by its definition, in NumPy and float64, with no code from the library."""
     logits = scale * image @ text.T + bias
     if kind == "sigmoid":
         signs = 2 * np.eye(len(image)) - 1
@@ -146,7 +146,7 @@ def float64_loss(kind: str, image, text, scale, bias=0.0) -> float:
 
 @pytest.mark.parametrize(("kind", "path"), KINDS_AND_PATHS)
 def test_gradients_equal_finite_differences_in_float64(kind, path):
-    """Every entry of every gradient, by central differences of the definition."""
+    """Checks every entry of every gradient against central differences of the definition."""
     args = arguments(kind, batch=8, dim=6, scale=3.0)
     exact = [np.asarray(x, np.float64) for x in args]
     expected = [np.asarray(float64_loss(kind, *exact))]
@@ -166,14 +166,14 @@ def test_gradients_equal_finite_differences_in_float64(kind, path):
 
 @pytest.mark.parametrize(("kind", "path"), KINDS_AND_PATHS)
 def test_extreme_logits(kind, path):
-    """Scales of thousands, identical rows and opposite pairs: no overflow, no NaN."""
+    """A scale of 10,000, identical rows and opposite pairs cause neither overflow nor NaN."""
     image, text = features(16, 8)
     for image_, text_ in ((image, text), (image, -image), (np.repeat(image[:1], 16, 0),) * 2):
         args = (image_, text_, jnp.float32(1e4), *arguments(kind)[3:])
         got = sharded(args, mesh_of(4), kind=kind, **PATHS[path])
         assert all(np.isfinite(x).all() for x in got)
         expected = dense(kind, args)
-        # Logits of 1e4 are rounded to 1e-3 before anything is done with them.
+        # Logits of 1e4 are rounded to 1e-3 before they are used.
         assert got[0] == pytest.approx(expected[0], rel=1e-5, abs=4 * 1e4 * 2**-23)
 
 
@@ -182,11 +182,11 @@ def test_extreme_logits(kind, path):
     ("method", "tile"), [(method, None) for method in EVERY] + [("stream", 5), ("ring", 5)]
 )
 def test_a_confident_pair_costs_nothing(method, tile, dtype):
-    """Its logit is the very number that the log-sum-exp is of, however it was rounded.
+    """Its logit is exactly the number in the log-sum-exp, however it was rounded.
 
-    No negative comes within 50 of it, so that the loss is log(1 + exp(-50)): 0 in fp32. Only the
-    product by the scale may be rounded once and fused with a difference once. Elementwise sums of
-    bf16 features would give 3e-5 here.
+    No negative comes within 50 of it, so the loss is log(1 + exp(-50)), which is 0 in fp32. Only
+    the product with the scale may be rounded in one place and fused with a subtraction in another.
+    Elementwise sums of bf16 features would give 3e-5 here.
     """
     image, _ = features(16, 300)
     cosines = image @ image.T - 2 * np.eye(16)
@@ -207,8 +207,8 @@ def test_bfloat16_features_accumulate_in_float32(kind, path):
     errors = relative_errors([x.astype(np.float32) for x in got], dense(kind, (*exact, *args[2:])))
     assert got[0].dtype == np.float32
     assert got[1].dtype == jnp.bfloat16
-    assert errors[0] < 1e-5  # the loss knows nothing of bf16 but its inputs
-    assert max(errors) < 1e-2  # gradients are returned in bf16, of 8 bits
+    assert errors[0] < 1e-5  # only the inputs of the loss are bf16
+    assert max(errors) < 1e-2  # gradients are returned in bf16, which has 8 bits
 
 
 @pytest.mark.parametrize("method", DISTRIBUTED)
@@ -230,7 +230,7 @@ def test_batch_split_over_one_of_two_mesh_axes(method):
 @pytest.mark.parametrize("spec", [P(), P(None, "data")])
 @pytest.mark.parametrize("method", EVERY)
 def test_inputs_may_lie_anywhere_on_the_mesh(method, spec):
-    """Replicated, split along D, or already along the batch."""
+    """Inputs may be replicated or split along D."""
     mesh = mesh_of(4)
     args = arguments("softmax")
     placed = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x in args[:2])
@@ -241,7 +241,7 @@ def test_inputs_may_lie_anywhere_on_the_mesh(method, spec):
 @pytest.mark.parametrize("method", DISTRIBUTED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_inside_a_larger_shard_map(kind, method):
-    """Towers, loss and all in one shard_map, rematerialised, under jit and grad."""
+    """Towers and loss run in one shard_map, rematerialized, under jit and grad."""
     mesh = mesh_of(4)
     image, text, *scalars = arguments(kind)
     weight = np.random.default_rng(2).normal(size=(16, 16)).astype(np.float32)

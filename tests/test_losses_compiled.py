@@ -1,4 +1,4 @@
-"""What the compiler made of the losses: collectives, buffers and bytes, read from its program."""
+"""Tests the collectives, buffers and memory of the compiled losses."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from disco_jax.losses import KINDS, contrastive_loss
 from tests.conftest import mesh_of
 
-B, D, DEVICES = 256, 48, 8  # so that b = 32 differs from D, and no product of the three recurs
+B, D, DEVICES = 256, 48, 8  # so that b = 32 differs from D, and all products differ
 
 
 def compiled(method, batch=B, dim=D, kind="softmax", backward=True, tile=None):
@@ -29,12 +29,12 @@ def compiled(method, batch=B, dim=D, kind="softmax", backward=True, tile=None):
 
 
 def count(program, collective):
-    """Occurrences of an instruction, synchronous or begun asynchronously."""
+    """Counts the occurrences of a collective, synchronous or started asynchronously."""
     return len(re.findall(rf" {collective}(?:-start)?\(", program.as_text()))
 
 
 def has_logits(program):
-    """Whether any buffer has the shape of a whole block of logits."""
+    """Returns whether any buffer has the shape of a whole block of logits."""
     b = B // DEVICES
     shapes = (f"[{b},{B}]", f"[{B},{b}]", f"[{B},{B}]")
     return any(shape in program.as_text() for shape in shapes)
@@ -44,11 +44,11 @@ def test_disco_gathers_twice_and_scatters_twice():
     program = compiled("disco")
     assert count(program, "all-gather") == 2
     assert count(program, "reduce-scatter") == 2
-    assert has_logits(program)  # so the search for them below can find them
+    assert has_logits(program)  # so `has_logits` finds them where they exist
 
 
 def test_stream_gathers_the_features_once():
-    """For both passes; what else it gathers has one number per sample."""
+    """One gather serves both passes. All other gathers have one number per sample."""
     shapes = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", compiled("stream").as_text())
     assert shapes.count(f"{B},{D}") == 1
     assert set(shapes) <= {f"{B},{D}", str(B)}
@@ -69,14 +69,14 @@ def test_no_block_of_logits_exists(method, kind):
 
 @pytest.mark.parametrize(("method", "mebibytes"), [("ring", 9), ("stream", 23)])
 def test_temporary_memory(method, mebibytes):
-    """B = 4,096, D = 512 over 8 devices; a block of logits would take 8 MiB, kept or not."""
+    """B = 4,096 and D = 512 on 8 devices; a block of logits would take 8 MiB, kept or not."""
     stats = compiled(method, 4096, 512).memory_analysis()
     assert stats.temp_size_in_bytes <= mebibytes * 2**20
 
 
 @pytest.mark.parametrize("method", ["stream", "ring"])
 def test_memory_is_linear_if_nothing_is_kept(method):
-    """Twice the batch takes about twice the memory, where a block of logits would take four."""
+    """Doubling the batch about doubles the memory. It would quadruple a block of logits."""
     sizes = [
         compiled(method, batch, 512).memory_analysis().temp_size_in_bytes
         for batch in (4096, 8192, 16384, 32768)

@@ -1,4 +1,4 @@
-"""Random shapes, labels, tiles and scales, against the dense reference."""
+"""Tests the losses against the dense reference on random shapes, labels, tiles and scales."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -47,8 +47,8 @@ def test_equals_reference(kind, method, case):
         ),
         args,
     )
-    # Gradients are sums of terms of up to `scale` that may cancel to nothing: their error is
-    # relative to the terms, the loss's to the logits.
+    # Gradients are sums of terms as large as `scale`, which may cancel to zero. Their error is
+    # therefore relative to the terms, and the error of the loss is relative to the logits.
     sizes = [case["scale"], case["scale"], case["scale"], 1.0, 1.0]
     for a, b, size in zip(got, dense(kind, args, **case["labels"]), sizes, strict=False):
         assert np.max(np.abs(a - b)) <= 1e-5 * max(np.max(np.abs(b)), size)

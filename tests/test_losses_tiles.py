@@ -1,4 +1,4 @@
-"""What `stream` and `ring` do with tiles: kept logits, loops, references, and their defaults."""
+"""Tests the tiles of `stream` and `ring`: kept logits, loops, references, and defaults."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -25,11 +25,11 @@ from tests.losses_common import (
 )
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # loops that are scanned, or unrolled
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # scanned and unrolled loops
 @pytest.mark.parametrize("method", ["stream", "ring"])
 @pytest.mark.parametrize("kept", [0, 3, 9])
 def test_any_number_of_tiles_may_be_kept(kept, method, platform):
-    """48 columns in tiles of 5: the last one is narrower, in a ring the last one of each hop."""
+    """48 columns in tiles of 5. The last tile is narrower, and in a ring that of every hop."""
     args, extra = arguments("softmax"), labels(48)
 
     def loss(image, text, scale, weights, groups):
@@ -55,7 +55,7 @@ def test_any_number_of_tiles_may_be_kept(kept, method, platform):
 
 
 def kept_logits(method, keep_bytes):
-    """Elements of the logits that all devices' forward passes hand to their backward passes."""
+    """Returns how many logits all devices' forward passes keep for their backward passes."""
 
     def pull(*args):
         def loss(*args):
@@ -71,13 +71,13 @@ def kept_logits(method, keep_bytes):
 
 @pytest.mark.parametrize("method", ["stream", "ring"])
 def test_the_budget_is_used_and_kept(method):
-    """A device has 16 tiles of 16 x 4 logits, 256 bytes each."""
+    """Each device has 16 tiles of 16 x 4 logits, which take 256 bytes each."""
     for budget, expected in ((0, 0), (256, 0), (512, 2), (1300, 5), (4096, 16), (10**9, 16)):
         assert kept_logits(method, budget) == 4 * expected * 64, budget
 
 
 def out_of_range(case):
-    """Features whose logits do not stay near the positive pairs', at a scale of 100 or 1,000."""
+    """Returns features with logits far from those of the positive pairs, at scale 100 or 1,000."""
     image, text = features(16, 8, seed=3)
     if case == "one opposite pair":
         text[13] = -image[13]
@@ -96,7 +96,10 @@ CASES = ("one opposite pair", "opposite pairs", "identical rows", "long rows", "
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", ["stream", "ring"])
 def test_references_out_of_range_give_way_to_maxima_on_all_devices(method, case, monkeypatch):
-    """One device's pair is enough: were any to use its references, the loss would be NaN."""
+    """A single pair on one device is enough to make all devices use maxima.
+
+    If any device used its references, the poisoned sums would make the loss NaN.
+    """
     real = softmax.sums_with_references
 
     def poisoned(*args):
@@ -106,7 +109,7 @@ def test_references_out_of_range_give_way_to_maxima_on_all_devices(method, case,
     args = out_of_range(case)
     got = value_and_grads(lambda *a: contrastive_loss(*a, mesh=mesh_of(8), method=method), args)
     check(got, args)
-    args = (*features(16, 8), jnp.float32(14.0))  # these are in range
+    args = (*features(16, 8), jnp.float32(14.0))  # references in range, which are used
     assert np.isnan(contrastive_loss(*args, mesh=mesh_of(8), method=method))
 
 
@@ -119,7 +122,7 @@ def test_references_out_of_range_give_way_to_maxima_on_all_devices(method, case,
     seed=st.integers(0, 99),
 )
 def test_references_lose_nothing_where_they_are_used(method, scale, spread, flipped, seed):
-    """Pairs from equal to opposite: in range, at its edge and out of it."""
+    """Pairs vary from equal to opposite, so references are in range, at its edge, or out of it."""
     image, noise = features(16, 6, seed)
     text = image + spread * noise
     text[:flipped] *= -1
@@ -129,14 +132,14 @@ def test_references_lose_nothing_where_they_are_used(method, scale, spread, flip
 
 
 def check(got, args):
-    """Gradients are sums of terms of up to `scale` that may cancel to nothing."""
+    """Gradients are sums of terms as large as `scale`, which may cancel to zero."""
     scale = float(args[2])
     for a, b, size in zip(got, dense("softmax", args), (1.0, scale, scale, 1.0), strict=True):
         assert np.max(np.abs(a - b)) <= 1e-5 * max(np.max(np.abs(b)), size)
 
 
 def plan(rows, batch, platform, keep=KEEP_BYTES):
-    """The method, and the pass of the default, for features `[rows, 512]` per device."""
+    """Returns the method and the plan of `default` for features `[rows, 512]` per device."""
     mesh = AbstractMesh((batch // rows,), ("data",))
     found = []
 
@@ -166,7 +169,7 @@ def test_the_default_suits_platform_and_size():
 
 
 def test_an_abstract_mesh_will_do():
-    """As `jax.sharding.get_abstract_mesh()` returns it under `jax.set_mesh`."""
+    """Uses the mesh that `jax.sharding.get_abstract_mesh()` returns under `jax.set_mesh`."""
     args = arguments("softmax", 16)
     with jax.set_mesh(mesh_of(4)):
         mesh = jax.sharding.get_abstract_mesh()

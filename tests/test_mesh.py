@@ -1,4 +1,4 @@
-"""Meshes of devices that stand in for clusters: GPU hosts, TPU slices of every shape, several."""
+"""Tests meshes of stand-in devices: GPU hosts, TPU slices of every shape, and several slices."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from disco_jax.plan.accelerators import ACCELERATORS, tpu_grid
 
 @dataclass(frozen=True)
 class Device:
-    """What a mesh looks at of a device, and no more."""
+    """A stand-in device with only the attributes that a mesh reads."""
 
     id: int
     process_index: int
@@ -33,7 +33,7 @@ class Chip(Device):
 
 
 def gpus(hosts: int, each: int, processes_a_host: int = 1) -> list[Device]:
-    """As XLA numbers them: every host, told by its boot id, is a slice of its own."""
+    """GPUs as XLA numbers them: every host, identified by its boot ID, is a separate slice."""
     per_process = each // processes_a_host
     return [
         Device(id=i, process_index=i // per_process, slice_index=i // each)
@@ -44,7 +44,7 @@ def gpus(hosts: int, each: int, processes_a_host: int = 1) -> list[Device]:
 def tpu(
     sides: tuple[int, ...], cores: int = 1, slice_index: int = 0, kind: str = "x"
 ) -> list[Chip]:
-    """A slice whose hosts have 2 x 2 chips each, numbered along x first, as libtpu does."""
+    """A TPU slice whose hosts have 2 x 2 chips each, numbered along x first as by libtpu."""
     x, y, z = (*sides, 1, 1)[:3]
     hosts_x, hosts_y = -(-x // 2), -(-y // 2)
     first_id = slice_index * x * y * z * cores
@@ -66,7 +66,7 @@ def tpu(
 
 
 def hops(devices: list[Chip]) -> list[int]:
-    """Links between each device and the next one, and from the last to the first."""
+    """Returns the number of links from each device to the next, and from the last to the first."""
     pairs = zip(devices, [*devices[1:], devices[0]], strict=True)
     return [
         sum(abs(p - q) for p, q in zip(a.coords, b.coords, strict=True))
@@ -77,7 +77,7 @@ def hops(devices: list[Chip]) -> list[int]:
 
 @pytest.mark.parametrize(("hosts", "each", "fsdp"), [(1, 8, 1), (2, 8, 1), (8, 8, 8), (3, 4, 2)])
 def test_every_gpu_host_is_a_slice_and_stays_together(hosts, each, fsdp):
-    """`jax.make_mesh` raises for more than one: "does not support multi-slice topologies"."""
+    """`jax.make_mesh` raises for several hosts: "does not support multi-slice topologies"."""
     devices = gpus(hosts, each)
     mesh = make_mesh(devices[::-1], fsdp)
     assert mesh.axis_names == BATCH_AXES
@@ -134,7 +134,7 @@ def test_several_slices_follow_one_another():
 
 
 def test_a_part_of_a_slice_is_taken_by_number():
-    """Seven chips of eight: no grid, so no ring; and no error."""
+    """Seven of eight chips form no grid, so there is no ring, but also no error."""
     devices = tpu((2, 4))[:7]
     by_host = sorted(devices, key=lambda d: (d.process_index, d.id))
     assert list(make_mesh(devices[::-1]).devices.flat) == by_host
@@ -142,7 +142,7 @@ def test_a_part_of_a_slice_is_taken_by_number():
 
 @pytest.mark.parametrize("devices", [tpu((4, 4)), tpu((4, 4, 4)), gpus(2, 4, 4)])
 def test_each_row_of_a_batch_is_fed_by_one_process(devices, monkeypatch):
-    """By the process whose device holds it, in ascending order; a process's rows may interleave."""
+    """Rows are fed in ascending order by the process that holds them, and interleave on TPUs."""
     mesh, batch = make_mesh(devices), 3 * len(devices)
     held = [device.process_index for device in mesh.devices.flat for _ in range(3)]
     feeders = np.full(batch, -1)

@@ -1,4 +1,4 @@
-"""Microbatches: the loss and the gradients of the whole batch, whatever is dropped at random."""
+"""Tests that microbatches give the loss and gradients of the whole batch, also with dropout."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ from tests import small_run
 from tests.conftest import mesh_of
 
 BATCH = 32
-# devices, devices of one copy of the state, samples a device in a microbatch, mode
+# devices, devices per copy of the state, samples per device in a microbatch, mode
 DIVISIONS = [
     (2, 1, 4, "host"),
     (8, 1, 2, "scan"),
@@ -44,13 +44,13 @@ DIVISIONS = [
 
 @pytest.fixture(autouse=True, scope="module")
 def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 def small(kind="softmax", method="ring", microbatch=0, drop=(0.5, 0.1), **model):
-    """A config that drops patches and more, and a model small enough to compile often."""
+    """Returns a config with both kinds of dropout, and a model small enough to compile often."""
     config = default()
     config.batch_size, config.microbatch, config.num_steps = BATCH, microbatch, 20
     config.loss.kind, config.loss.method = kind, method
@@ -82,19 +82,19 @@ def random_batch(seed=0):
 
 @functools.cache
 def initial_state(kind):
-    """Made once: compiling it takes as long as a test."""
+    """Returns an initial state; cached, because compiling it takes as long as a test."""
     config, model = small(kind)
     return init_state(model, make_optimizer(config), mesh_of(1), seed=0)
 
 
 def first_state(config, model, mesh):
-    """What `init_state` gives, on any mesh, for a run of its own: a step donates it."""
+    """Returns a copy of the initial state on any mesh, because a step donates its state."""
     state = jax.tree.map(np.asarray, initial_state(config.loss.kind))
     return jax.device_put(state, state_shardings(config, model, mesh))
 
 
 def loss_and_gradients(config, model, devices, fsdp=1, mode="scan"):
-    """As NumPy arrays, the loss among them."""
+    """Returns the loss and the gradients as NumPy arrays."""
     mesh = mesh_of(devices, fsdp)
     state = first_state(config, model, mesh)
     if mode == "host":
@@ -110,14 +110,14 @@ def loss_and_gradients(config, model, devices, fsdp=1, mode="scan"):
 
 
 def difference(a, b):
-    """The largest of all arrays, each relative to its own largest number."""
+    """Returns the largest difference of all arrays, each relative to its largest entry in `b`."""
     relative = jax.tree.map(lambda x, y: np.abs(x - y).max() / np.abs(y).max(), a, b)
     return max(jax.tree.leaves(relative))
 
 
 @functools.cache
 def whole(kind):
-    """One device, the dense loss, the whole batch at once."""
+    """Returns loss and gradients of the whole batch at once, with the dense loss on one device."""
     config, model = small(kind, "reference")
     return loss_and_gradients(config, model, 1)
 
@@ -137,7 +137,7 @@ def test_sigmoid_gradients_are_the_whole_batchs():
 
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_the_devices_gradients_are_summed_in_fp32(fsdp):
-    """256 and seven times 1 are 256 in bf16, whose numbers there are 2 apart."""
+    """In bf16, adding seven times 1 to 256 gives 256, because numbers there are 2 apart."""
     mesh = mesh_of(8, fsdp)
     own = {
         "split": jnp.ones((8, 3, 16), jnp.bfloat16).at[0].set(256),
@@ -162,7 +162,7 @@ def test_gradients_cross_devices_once_in_the_dtype_asked_for(dtype, microbatch):
     jaxpr = jax.make_jaxpr(gradient)(params, random_batch(), jnp.int32(0))
     short = {"float32": "f32", "bfloat16": "bf16"}
     sums = re.findall(r":(\w+)\[[\d,]*\](?:\{[^}]*\})? = psum\w*\[", str(jaxpr))
-    # One of each parameter of the towers; the others are the loss's.
+    # One sum for each parameter of the towers. The others are the loss's.
     assert sums.count(short[dtype]) >= len(jax.tree.leaves(split(params)[0]))
     if dtype == "float32":
         assert "bf16" not in sums
@@ -171,13 +171,13 @@ def test_gradients_cross_devices_once_in_the_dtype_asked_for(dtype, microbatch):
 
 
 def test_a_loss_of_global_arrays_takes_microbatches():
-    """All other methods run in shard_map, as `ring` does in the tests above."""
+    """All methods but `auto` run in shard_map, as `ring` does in the tests above."""
     config, model = small("softmax", "auto", 8)
     assert difference(loss_and_gradients(config, model, 2), whole("softmax")) < 1e-5
 
 
 def test_both_passes_must_draw_the_same(monkeypatch):
-    """With other keys in the second pass the gradients are visibly others."""
+    """With other dropout keys in the second pass, the gradients are clearly different."""
     real = gradients.pullback
 
     def other_keys(fns, model, towers):
@@ -230,12 +230,12 @@ def test_patch_dropout_keeps_the_class_token_and_as_many_patches():
     for row, whole in zip(np.asarray(kept[:, 1:, 0]), np.asarray(x[:, 1:, 0]), strict=True):
         assert len(set(row)) == 4
         assert set(row) <= set(whole)
-    alone = drop_patches(x[1:2], keys[1:2], 0.75, kept_first=1)  # a sample's choice is its own
+    alone = drop_patches(x[1:2], keys[1:2], 0.75, kept_first=1)  # does not depend on other samples
     np.testing.assert_array_equal(alone, kept[1:2])
 
 
 def test_the_loss_is_computed_once():
-    """FLOPs of microbatches: the whole batch's, and the towers' forward pass once more."""
+    """Microbatches cost the FLOPs of the whole batch plus another forward pass of the towers."""
     counts = {}
     config, model = small(drop=(0.0, 0.0), microbatch=4)
     mesh = mesh_of(2)
@@ -255,7 +255,7 @@ def test_the_loss_is_computed_once():
 
 
 def test_parameters_are_cast_once():
-    """In bfloat16: one conversion of a kernel, before the loops, and none of the norms'."""
+    """In bfloat16, kernels are converted once, before the loops, and norms are not converted."""
     config, model = small(drop=(0.0, 0.0), dtype="bfloat16", microbatch=4)
     mesh = mesh_of(2)
     fns = make_model_fns(config, model, mesh)
@@ -275,10 +275,10 @@ def test_parameters_are_cast_once():
 
 @pytest.mark.parametrize("microbatch", [0, 4])
 def test_cudnns_attention_can_be_trained_with(microbatch, monkeypatch):
-    """What every A100 takes in bf16, lowered for CUDA; only the checks for a GPU are replaced.
+    """Lowers for CUDA the attention that every A100 uses in bf16; only GPU checks are replaced.
 
-    The images' 17 tokens are odd, which JAX refuses for gradients: XLA's attention takes their
-    place. The texts' 8 are cuDNN's.
+    For the images' 17 tokens, an odd number, JAX refuses gradients with cuDNN, so XLA's attention
+    is used instead. The texts' 8 tokens use cuDNN.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -291,7 +291,7 @@ def test_cudnns_attention_can_be_trained_with(microbatch, monkeypatch):
     params = jax.eval_shape(lambda: initial_state("softmax").params)
     traced = gradient.trace(params, random_batch(), jnp.int32(0))
     calls = re.findall(r"__cudnn\$fmha\w+", traced.lower(lowering_platforms=("cuda",)).as_text())
-    assert calls.count("__cudnn$fmhaSoftmax") == (2 if microbatch else 1)  # encoded twice
+    assert calls.count("__cudnn$fmhaSoftmax") == (2 if microbatch else 1)  # texts are encoded twice
     assert calls.count("__cudnn$fmhaSoftmaxBackward") == 1
 
 
@@ -320,30 +320,30 @@ def test_the_hosts_loop_compiles_once_and_donates_its_state():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"microbatch": 3}, "microbatch 3 does not divide a device's share of the batch, 8 sampl"),
         ({"batch_size": 30}, "batch_size 30 is not divisible by the 4 devices; 28 or 32 would be"),
         ({"fsdp": 3}, "fsdp 3 does not divide the 4 devices"),
     ],
 )  # fmt: skip
-def test_what_does_not_divide_is_told(changes, says):
+def test_what_does_not_divide_is_told(changes, message):
     config = default()
     config.batch_size = 32
     config.update(changes)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         check_division(config, devices=4)
 
 
 @pytest.mark.parametrize(("microbatch", "batches"), [(0, 2), (2, 1)])
 def test_batches_on_the_devices(microbatch, batches, tmp_path, monkeypatch):
-    """As many as the planner counts: those of steps not yet waited for, and the one placed."""
+    """The planner counts the batches of steps not yet waited for, and the one being placed."""
     held, seen, see = [], [], Health.see
 
     def place(batch, mesh):
         placed = place_batch(batch, mesh)
         arrays = [x for x in jax.live_arrays() if x.shape == placed["images"].shape]
-        assert len(arrays) == 1  # the loop's own: what a step in flight holds is not listed
+        assert len(arrays) == 1  # the loop's own; those held by steps in flight are not listed
         held.append(1 + len(held) - len(seen))
         return placed
 

@@ -1,4 +1,4 @@
-"""The towers against OpenCLIP's outputs, and their initial values against CLIP's code."""
+"""Tests the towers against OpenCLIP's outputs and their initial values against CLIP's code."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def openclip_config(spec: dict, **changes) -> CLIPConfig:
 
 
 def openclip_params(weights: dict[str, np.ndarray], layers: dict[str, int]) -> dict:
-    """OpenCLIP's state dict in the shape of ours: transposed kernels, layers stacked."""
+    """Converts OpenCLIP's state dict to our parameters: kernels transposed, layers stacked."""
 
     def norm(name):
         return {"scale": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]}
@@ -119,7 +119,7 @@ def test_features_equal_openclips(name, changes, golden):
 
 
 def test_gelu_and_its_gradient():
-    """`x Φ(x)` by math.erf, and the slope by central differences in float64."""
+    """Compares with `x Φ(x)` by math.erf, and the gradient with central differences in float64."""
     from math import erf, sqrt
 
     x = np.linspace(-6, 6, 101)
@@ -165,7 +165,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
 
 
 def test_a_norms_gain_keeps_its_digits_in_bfloat16():
-    """1.0 and 1.0019 are one number in bf16; rounding comes after the norm, once."""
+    """1.0 and 1.0019 are equal in bf16. The result is rounded only once, after the norm."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.bfloat16)
     norm = LayerNorm(tiny().vision, rngs=nnx.Rngs(0))
     norm.bias[...] = jnp.full(32, 1e-3, jnp.float32)
@@ -177,7 +177,7 @@ def test_a_norms_gain_keeps_its_digits_in_bfloat16():
         got = norm(x)
         assert got.dtype == jnp.bfloat16
         rounded = (exact + 1e-3).astype(jnp.bfloat16)
-        assert np.mean(np.asarray(got) == rounded) > 0.999  # but for ties that fp32 broke
+        assert np.mean(np.asarray(got) == rounded) > 0.999  # except for ties that fp32 broke
 
 
 def test_remat_gives_the_same_gradients_for_less_memory():
@@ -205,7 +205,7 @@ def test_text_is_causal_and_pooled_at_the_end_token():
     clip = CLIP(tiny(), rngs=nnx.Rngs(0))
     tokens = np.array([[62, 5, 6, 63, 0, 0, 0, 0]], np.int32)
     changed = tokens.copy()
-    changed[0, 4:] = [7, 8, 9, 10]  # after the end token, the highest id: nothing may see it
+    changed[0, 4:] = [7, 8, 9, 10]  # after the end token (the highest id): no effect
     np.testing.assert_array_equal(clip.encode_text(tokens), clip.encode_text(changed))
     changed[0, 1] = 7
     assert np.abs(clip.encode_text(tokens) - clip.encode_text(changed)).max() > 1e-3
@@ -245,7 +245,7 @@ def test_initial_values_are_clips():
     assert np.exp(params["logit_scale"]) == pytest.approx(1 / 0.07, rel=1e-5)
 
 
-# Millions, of OpenCLIP's models of these names (its model_profile.csv).
+# Millions of parameters of OpenCLIP's models of these names, from its model_profile.csv.
 @pytest.mark.parametrize(
     ("name", "millions"), [("ViT-B-32", 151.28), ("ViT-B-16", 149.62), ("ViT-L-14", 427.62)]
 )
@@ -278,12 +278,12 @@ def test_mistakes_in_sizes_are_named():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_norms_and_scalars_stay_in_fp32(name):
-    """Whatever the towers compute in; `scale` is what Flax calls a norm's gain."""
+    """They are not cast, even if the towers compute in bf16. Flax calls a norm's gain `scale`."""
     config = dataclasses.replace(preset(name), dtype="bfloat16")
     towers, _ = split(abstract_model(config)[1])
     fns = make_model_fns(default(), config, mesh_of(1))
     cast = jax.tree_util.tree_leaves_with_path(jax.eval_shape(fns.cast_params, towers))
     norms = {path[:-1] for path, _ in cast if path[-1].key == "scale"}
-    assert len(norms) == 7  # 2 of each tower's blocks; 2 more of images, 1 of texts
+    assert len(norms) == 7  # 2 in each tower's blocks, 2 more for images, 1 more for texts
     for path, x in cast:
         assert x.dtype == ("float32" if path[:-1] in norms else "bfloat16"), path

@@ -1,4 +1,4 @@
-"""The planner's counts against hand calculations, its search, and its command."""
+"""Tests the planner's counts against hand calculations, its search, and its command."""
 
 import json
 import subprocess
@@ -34,9 +34,9 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the compilers 
     [("auto", 0, 6), ("disco", 0, 12), ("ring", 0, 8), ("ring", 2**29, 6.5)],
 )
 def test_flops_of_the_loss(method, keep, factor):
-    """`factor` B²D, as docs/losses.md derives, over all 4 devices.
+    """All 4 devices together take `factor` B²D, as derived in docs/losses.md.
 
-    In tiles of 6, of the 16 columns of a hop 12 are kept.
+    With tiles of 6, 12 of the 16 columns of each hop are kept in the last case.
     """
     batch, dim = 64, 16
     rows = jnp.zeros((batch, dim))
@@ -66,9 +66,10 @@ def test_flops_of_loops_and_branches():
 @jax.numpy_dtype_promotion("standard")
 @pytest.mark.parametrize(("remat", "groups"), [("none", ""), ("full", ""), ("full", "8:0.5")])
 def test_flops_of_a_step(remat, groups):
-    """Forward once, backward twice; rematerialised, blocks again but for their last matmul.
+    """The backward pass costs twice the forward pass.
 
-    Short texts count as short: with groups, half of them have 8 tokens instead of 32.
+    Rematerialization repeats the blocks except for their last matmul. With groups, half of the
+    texts have 8 tokens instead of 32.
     """
     config = tiny_config(remat)
     config.model.text_groups = groups
@@ -84,7 +85,7 @@ def test_flops_of_a_step(remat, groups):
             blocks += tower.layers * (weights + attention)
             last += tower.layers * 2 * rows * width**2 * tower.mlp_ratio
         projections += 2 * batch * width * model.embed_dim
-    patches = 2 * batch * 9 * (16 * 16 * 3) * model.vision.width  # no gradient of the images
+    patches = 2 * batch * 9 * (16 * 16 * 3) * model.vision.width  # no gradients of the images
     loss = 6 * batch**2 * model.embed_dim  # all logits are kept
     expected = 3 * (blocks + projections) + 2 * patches + loss
     if remat == "full":
@@ -96,7 +97,7 @@ def test_flops_of_a_step(remat, groups):
 
 @jax.numpy_dtype_promotion("standard")
 def test_bytes_of_the_state():
-    """fp32 parameters, and Adam's two moments of each; a batch split over 4 devices."""
+    """fp32 parameters with Adam's two moments of each, and a batch split over 4 devices."""
     config = tiny_config("none")
     job = step_job(config, mesh_of(4))
     count = sum(x.size for x in jax.tree.leaves(job.parts["param"]))
@@ -138,7 +139,7 @@ def test_topologies():
 
 
 @pytest.mark.parametrize(
-    ("text", "hosts", "says"),
+    ("text", "hosts", "message"),
     [
         ("a100-40g:8", None, "did you mean a100-40gb"),
         ("a100-40gb:none", None, "a100-40gb:8"),
@@ -148,15 +149,15 @@ def test_topologies():
         ("v5p:8", 1, "on each"),
     ],
 )
-def test_bad_topologies_are_told(text, hosts, says):
-    with pytest.raises(UserError, match=says):
+def test_bad_topologies_are_told(text, hosts, message):
+    with pytest.raises(UserError, match=message):
         parse_topology(text, hosts)
 
 
 @pytest.mark.parametrize("devices", [1, 6, 8])
 @pytest.mark.parametrize("usable", [3, 999, 40_000, 10**6])
 def test_search_finds_the_largest_batch(devices, usable):
-    """Memory of a fixed part and one growing with the batch, not quite in a line."""
+    """Memory has a fixed part and a part that grows not quite linearly with the batch."""
 
     def row(batch):
         peak = 10 + batch + batch**2 // 10**7
@@ -176,7 +177,7 @@ def test_search_finds_the_largest_batch(devices, usable):
 
 
 def test_command_ends_in_rows(tmp_path):
-    """The loss alone on fake CPU devices: a table, a chart, and JSON as the last line."""
+    """The loss alone on fake CPU devices gives a table, a chart, and JSON as the last line."""
     command = "-m disco_jax.plan --loss_only --topology=cpu:2 --dim=16 --json"
     chart = tmp_path / "chart.png"
     done = run(*command.split(), "--compare=disco,ring", "--batch_size=64,128", f"--chart={chart}")
@@ -195,7 +196,7 @@ def test_command_ends_in_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         ("--loss_only --topology=a100", "--topology: 'a100' is not one of"),
         ("--loss_only --topology=cpu:8 --batch_size=100", "is not divisible by the 8 devices"),
@@ -209,10 +210,10 @@ def test_command_ends_in_rows(tmp_path):
         ("--topology=cpu:8", "--config=FILE is missing"),
     ],
 )
-def test_mistakes_end_in_one_line(flags, says):
+def test_mistakes_end_in_one_line(flags, message):
     done = run("-m", "disco_jax.plan", *flags.split())
     assert done.returncode == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -227,14 +228,14 @@ def test_mistakes_end_in_one_line(flags, says):
     ],
 )
 def test_the_wheels_change_no_ordinary_start(start):
-    """JAX says nothing, and takes the CPU, though plug-ins for absent devices are installed."""
+    """JAX uses the CPU and prints nothing, though plug-ins for absent devices are installed."""
     done = run("-c", f"from disco_jax import mesh\n{start}", env=ENV)
     assert "'data': " in done.stdout
     assert done.stderr == ""
 
 
 def test_the_users_flags_for_xla_are_kept(monkeypatch):
-    """Training compiles with them as well; without any there are the planner's alone."""
+    """Training compiles with the user's flags too. Without any, only the planner's are used."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=true")
     assert environment()["XLA_FLAGS"].split() == [
         "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -250,11 +251,11 @@ def test_what_fits_leaves_room_inside_jaxs_pool():
 
 @jax.numpy_dtype_promotion("standard")
 def test_measures_agree_with_the_compiler():
-    """Arguments by shapes are the arguments that XLA counts."""
+    """The bytes of the arguments, counted from their shapes, equal those that XLA reports."""
     job = step_job(tiny_config("none"), mesh_of(4))
     row = measure(job, rates_of(parse_topology("cpu:8")))
     parts = row["param_bytes"] + row["optimizer_bytes"] + row["batch_bytes"]
-    assert row["argument_bytes"] - parts == 4  # the step's number
+    assert row["argument_bytes"] - parts == 4  # the step number
 
 
 def tiny_config(remat):

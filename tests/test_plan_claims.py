@@ -1,4 +1,4 @@
-"""The README's claims about memory and traffic, compiled for hardware that is not there."""
+"""Tests the README's claims about memory and traffic by compiling for absent accelerators."""
 
 import re
 
@@ -16,14 +16,14 @@ from tests.test_plan import GIB, MIB, needs_linux, run
 
 @pytest.fixture(scope="module", autouse=True)
 def ordinary_environment():
-    """The compiling process is a user's: Optax's Adam does not bear strict promotion."""
+    """Gives the compiling process a user's environment: strict promotion breaks Optax's Adam."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION", "JAX_PLATFORMS"):
             patch.delenv(name, raising=False)
         yield
 
 
-# devices, batch, method, and the largest part of `auto`'s estimated time and temporaries
+# devices, batch, method, and the largest allowed ratios to `auto` in estimated time and temporaries
 LOSS_CLAIMS = [
     (8, 32_768, "default", 1.0, 0.75),
     (8, 65_536, "default", 1.0, 0.75),
@@ -36,7 +36,7 @@ LOSS_CLAIMS = [
 @needs_linux
 @pytest.mark.parametrize("devices", [8, 64])
 def test_the_default_loss_beside_a_plain_jit_on_a100s(devices):
-    """Loss and gradients, D = 512, fp32."""
+    """Compares the loss and its gradients at D = 512 in fp32."""
     with Compiler(parse_topology(f"a100-40gb:{devices}")) as compiler:
         for batch in sorted({claim[1] for claim in LOSS_CLAIMS if claim[0] == devices}):
             auto = compile_loss(compiler, "auto", batch)
@@ -48,7 +48,7 @@ def test_the_default_loss_beside_a_plain_jit_on_a100s(devices):
 
 @needs_linux
 def test_a_million_pairs_on_64_a100s():
-    """Where `auto` would need 130 GiB: the time against the matmuls alone, 8 bBD, at 80 %."""
+    """Compares the time with the matmuls alone, 8 bBD, at 80 %. `auto` would need 130 GiB."""
     batch, devices = 1_048_576, 64
     with Compiler(parse_topology(f"a100-40gb:{devices}")) as compiler:
         row = compile_loss(compiler, "default", batch)
@@ -62,7 +62,7 @@ def test_a_million_pairs_on_64_a100s():
 
 @needs_linux
 def test_losses_by_name_keep_what_they_may():
-    """Temporaries of `ring` in MiB, without and with kept logits of 512 MiB."""
+    """Temporaries of `ring` in MiB, without kept logits and with 512 MiB of them."""
     with Compiler(parse_topology("a100-40gb:8")) as compiler:
         linear = compile_loss(compiler, "ring_linear", 32_768)["temp_bytes"]
         kept = compile_loss(compiler, "ring", 32_768)["temp_bytes"]
@@ -85,7 +85,7 @@ print(job.function.lower(*job.arguments).compile().as_text())
 
 @needs_linux
 def test_ring_sends_while_it_computes(monkeypatch):
-    """In all loops over hops, XLA can put the loop over the tiles between start and end."""
+    """In every loop over hops, XLA can run the loop over tiles while the features are sent."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=true")
     done = run("-c", SCHEDULE, env=environment())
     assert done.returncode == 0, done.stderr
@@ -97,15 +97,15 @@ def test_ring_sends_while_it_computes(monkeypatch):
         if order[:1] == ["collective-permute-start"] and len(order) == 3:
             assert order == ["collective-permute-start", "while", "collective-permute-done"]
             hops += 1
-    assert hops == 3  # forward, with references and with maxima, and backward
+    assert hops == 3  # forward with references, forward with maxima, and backward
 
 
 @needs_linux
 def test_step_memory_on_a100s():
-    """ViT-B/32, bf16, full remat, 65,536 on 8 GPUs: twice the batch for which the paper took 8."""
+    """ViT-B/32, bf16, full remat, and 65,536 on 8 GPUs, twice the paper's largest batch for 8."""
     config = get_config()
     config.batch_size = 65_536
-    config.model.text_groups = ""  # all texts at full length, for the time to compile
+    config.model.text_groups = ""  # all texts at full length, which compiles faster
     with Compiler(parse_topology("a100-40gb:8")) as compiler:
         row = compiler.compile(config)
     assert row["peak_bytes"] <= 40 * (1 - MARGIN) * GIB
@@ -115,9 +115,10 @@ def test_step_memory_on_a100s():
 
 @needs_linux
 def test_microbatches_reduce_each_gradient_once_in_fp32():
-    """1,048,576 by 1,024 on 8 A100s, 2 copies of a small model's state, each on 4 GPUs.
+    """A batch of 1,048,576 in microbatches of 1,024 per GPU on 8 A100s.
 
-    0.1 reduced them in bf16 in every one of 128 microbatches.
+    The state of a small model has 2 copies, each on 4 GPUs. Version 0.1 reduced the gradients in
+    bf16 in each of the 128 microbatches.
     """
     config = get_config()
     config.batch_size, config.microbatch, config.fsdp = 1_048_576, 1024, 4
@@ -128,11 +129,11 @@ def test_microbatches_reduce_each_gradient_once_in_fp32():
         moved = compiler.compile(config)["collectives"]
     _, params = abstract_model(preset("tiny"))
     count = sum(x.size for x in jax.tree.leaves(params))
-    # Scattered over a copy's GPUs, then each part summed over the copies.
+    # Gradients are scattered over the GPUs of a copy, then each part is summed over the copies.
     assert 4 * count * 0.99 < moved["reduce-scatter"]["bytes"] < 4 * count * 1.001
     assert count * 0.99 < moved["all-reduce"]["bytes"] < count * 1.02
     assert moved["all-reduce"]["count"] < 20
-    # Parameters are gathered once, in bf16 but for the norms.
+    # Parameters are gathered once, in bf16 except those of the norms.
     assert 2 * count * 0.99 < moved["all-gather"]["bytes"] < 2 * count * 1.02
 
 

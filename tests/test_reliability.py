@@ -1,4 +1,4 @@
-"""Runs that are stopped, moved to other devices, fed what is not finite, or short of disk."""
+"""Tests runs that stop, move to other devices, meet non-finite values, or lack disk space."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ from tests.test_microbatch import random_batch, small
 
 @pytest.fixture(autouse=True, scope="module")
 def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -51,7 +51,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def calm(made, tmp_path_factory) -> Path:
-    """An undisturbed run of 8 steps, on this process's 8 devices."""
+    """The workdir of an undisturbed run of 8 steps on this process's 8 devices."""
     workdir = tmp_path_factory.mktemp("calm")
     train(config_of(made, profile_steps="2:3", checkpoint_every=4), workdir)
     return workdir
@@ -92,7 +92,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(made, tmp_path):
 
 
 def test_a_run_that_stops_is_saved_before_it_is_evaluated(made, tmp_path, monkeypatch):
-    """Whoever asked it to stop may kill it before an evaluation ends."""
+    """A run that is asked to stop may be killed before an evaluation ends."""
 
     def killed(self, params):
         raise KeyboardInterrupt
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tm
     newest = workdir / "checkpoints" / "8"
     for data in newest.glob("state/d/*"):
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    # In a process of its own: Orbax leaves its other reads to fail when the first has.
+    # In a separate process, because Orbax lets its other reads fail after the first one has.
     job = start(*command(made, workdir, "--config.fake_devices=1", "--config.checkpoint_every=4"))
     _, err = job.communicate()
     assert job.returncode == 2, err
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(made, calm, tm
 
 
 def test_a_flipped_bit_is_noticed(made, calm, tmp_path, monkeypatch):
-    """The digest: does not depend on the devices, changes with anything, and is looked at."""
+    """The digest is the same on all devices, changes with any bit or order, and is checked."""
     a, b = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
     state, data = {"a": a, "b": b, "n": np.int32(3)}, {"samples_seen": 64, "bad": {"x": 1}}
     honest = checkpoint.digest(state, data)
@@ -205,7 +205,7 @@ def test_a_flipped_bit_is_noticed(made, calm, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_0_1_is_held_to_its_checksum(tmp_path):
-    """The sum of its words; its data had no digest."""
+    """Version 0.1 stored a checksum, the sum of the state's words, instead of a digest."""
     state = {"a": jax.numpy.arange(12.0).reshape(4, 3), "n": jax.numpy.int32(3)}
     words = sum(np.asarray(x).view(np.uint32).sum(dtype=np.uint32) for x in state.values())
     for step, checksum in ((1, int(words) % 2**32), (2, 7)):
@@ -224,7 +224,7 @@ def test_a_checkpoint_of_0_1_is_held_to_its_checksum(tmp_path):
 
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (8, 4)])
 def test_a_checkpoint_goes_on_elsewhere(devices, fsdp, made, calm):
-    """Other devices, another (data, fsdp) shape: the same loss from there on."""
+    """The losses continue unchanged on other devices, with another (data, fsdp) shape."""
     config = config_of(made)
     model, mesh = model_config(config), mesh_of(devices, fsdp)
     checkpoints = Checkpoints(calm)
@@ -273,7 +273,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 def test_the_learning_rate_follows_the_steps_past_those_left_out():
-    """By Lion, whose update of a bias is the learning rate itself, or its opposite."""
+    """With Lion, each entry of a bias moves by exactly the learning rate, up or down."""
     config, model = small(drop=(0.0, 0.0))
     config.optimizer.name = "lion"
     state = init_state(model, make_optimizer(config), mesh_of(1), seed=0)
@@ -318,7 +318,7 @@ def test_a_run_that_blows_up_stops_and_keeps_its_checkpoints(made, tmp_path):
 
 
 def test_a_spike_is_told_and_counted(tmp_path):
-    """200 losses around 2 with a deviation of 0.1, and one of 3 among them."""
+    """200 losses around 2 with a standard deviation of 0.1, except for one loss of 3."""
     rng = np.random.default_rng(0)
     health = Health(tmp_path, 10, 0, {})
     values = rng.normal(2, 0.1, 200)
@@ -334,7 +334,7 @@ def test_a_spike_is_told_and_counted(tmp_path):
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(made, tmp_path):
-    """No file can grow past 40 kB, which the system reports as it does a full disk."""
+    """Limits files to 40 kB. A write past the limit fails in the same way as on a full disk."""
     args = command(made, tmp_path, "--config.fake_devices=1")
     job = subprocess.run(
         ["bash", "-c", f"ulimit -f 40; exec {shlex.join(args)}"],
@@ -376,8 +376,8 @@ def test_a_folder_that_cannot_be_written_is_named(made):
 def test_two_runs_cannot_write_one_folder(made, tmp_path):
     with locked(tmp_path):
         job = start(*command(made, tmp_path, "--config.fake_devices=1"))
-        _, told = job.communicate(timeout=60)
+        _, err = job.communicate(timeout=60)
     assert job.returncode == 2
-    assert told == (
+    assert err == (
         f"error: workdir {tmp_path} is in use by another run; wait for it or choose another\n"
     )

@@ -1,4 +1,4 @@
-"""Runs side by side: epochs, the paper's numbers where they belong, and a page that is whole."""
+"""Tests reports on several runs: their epochs, the paper's numbers and the HTML page."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def test_evaluations_made_later_are_taken(runs):
 
 
 class Page(HTMLParser):
-    """What is in a page: its cells, and tags that were opened and not closed."""
+    """Parses a page into its table cells and the tags that were opened but not closed."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -102,7 +102,7 @@ def test_a_stored_config_has_its_labelled_sets(runs):
 
 
 def test_the_papers_numbers():
-    """Table of batch sizes: ImageNet, V2, R, Sketch."""
+    """The paper's table of batch sizes, with columns ImageNet, V2, R and Sketch."""
     assert PAPER == {
         8192: (48.76, 41.28, 56.67, 36.65),
         16384: (50.95, 43.07, 59.24, 38.74),
@@ -114,7 +114,7 @@ def test_the_papers_numbers():
 
 @pytest.mark.parametrize("batch", vit_b32_laion100m.BATCHES)
 def test_the_papers_steps_are_those_of_its_epochs(batch):
-    """200K, 100K, 50K and 25K steps, as the paper rounds them."""
+    """The paper rounds its steps to 200K, 100K, 50K and 25K."""
     config = vit_b32_laion100m.get_config(str(batch))
     assert problems_of(config) == []
     papers = {8_192: 200_000, 16_384: 100_000, 32_768: 50_000, 65_536: 25_000}[batch]

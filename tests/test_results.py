@@ -1,4 +1,4 @@
-"""What docs/results holds is what its commands give: a small part of it is made again."""
+"""Tests that the commands in docs/results give the results there, for a small part of them."""
 
 import json
 import shlex
@@ -47,7 +47,7 @@ def test_equivalence_begins_as_it_was_written():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the compilers are Linux wheels")
 def test_memory_is_as_it_was_written(monkeypatch):
-    """Another version of XLA may need less, but not more."""
+    """Other versions of XLA may need less memory, but not more."""
     for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION", "JAX_PLATFORMS"):
         monkeypatch.delenv(name, raising=False)
     rows = {(row["method"], row["batch_size"]): row for row in result("memory")["rows"]}

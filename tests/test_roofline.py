@@ -1,4 +1,4 @@
-"""The estimate of a program's time, against sums by hand over a small program's text."""
+"""Tests the estimated time of a small HLO program against sums worked out by hand."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from disco_jax.plan.hlo import Program
 from disco_jax.plan.rates import LAUNCH, Rates, rates_of
 from disco_jax.plan.roofline import estimate
 
-# Launches of 1 s, 1 byte/s of memory, 10 FLOP/s in bf16 and 5 in fp32, 2 bytes/s between devices of
-# a host and 1 between hosts of 4.
+# A launch takes 1 s. A device moves 1 byte/s from or to its memory, 2 bytes/s within a host of 4
+# devices and 1 byte/s between hosts, and computes 10 FLOP/s in bf16 and 5 in fp32.
 RATES = Rates(launch=1.0, bandwidth=1.0, bf16=10.0, fp32=5.0, link=2.0, network=1.0, host=4)
 
 PROGRAM = """HloModule jit_f, is_scheduled=true, num_partitions=4
@@ -102,7 +102,7 @@ def test_a_matmul_takes_its_flops_if_these_take_longer(line):
 
 
 def test_a_loop_counts_its_turns_and_a_slice_what_it_reads():
-    """10 turns: 16 bytes and the index read, 16 written; 16 and the index read, 16 updated."""
+    """Each of 10 turns runs two kernels, which both read 16 bytes and the index and write 16."""
     cost = seconds(
         "%state.9 = (s32[], f32[10,4]{1,0}) tuple(%zero.9, %rows.9)",
         "%loop = (s32[], f32[10,4]{1,0}) while(%state.9), condition=%condition, body=%body, "
@@ -139,7 +139,7 @@ def test_rates_of_links():
     assert RATES.collective("all-reduce", 80, 4) == 1 + 2 * 80 * 3 / 4 / 2
     assert RATES.collective("all-gather", 80, 8) == 1 + 80 * 7 / 8 / 2  # 4 adapters beat a link
     assert RATES.collective("collective-permute", 80, 4) == 1 + 80 / 2
-    assert RATES.collective("collective-permute", 80, 8) == 1 + 80 / 1  # one of a host crosses
+    assert RATES.collective("collective-permute", 80, 8) == 1 + 80 / 1  # one per host crosses
     rates = rates_of(parse_topology("a100-40gb:16"))
     assert (rates.launch, rates.host) == (LAUNCH, 8)
     assert rates.matmul("bf16") == 0.8 * ACCELERATORS["a100-40gb"].bf16_rate

@@ -1,4 +1,4 @@
-"""SigLIP in and out: transformers' outputs, OpenCLIP's names, a tokenizer of its own."""
+"""Tests SigLIP: import, export, its tokenizer, and features against those of transformers."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def write_tokenizer(path: Path, words=WORDS) -> Path:
 
 @pytest.fixture
 def theirs(golden, tmp_path) -> Path:
-    """A folder as transformers' hub repositories are."""
+    """A folder laid out like a hub repository of a transformers model."""
     folder = tmp_path / "theirs"
     shutil.copytree(golden / "siglip_tiny", folder)
     write_tokenizer(folder / "tokenizer.json")
@@ -80,7 +80,7 @@ def test_out_and_in_again_is_bitwise_the_same(theirs, tmp_path):
 
 
 def test_openclips_names_are_all_known(golden):
-    """Names and shapes of OpenCLIP's ViT-B-16-SigLIP, against the table and our shapes."""
+    """Checks our table and shapes against the names and shapes of OpenCLIP's ViT-B-16-SigLIP."""
     theirs = json.loads((golden / "siglip_b16_openclip_shapes.json").read_text())
     config = PRESETS["ViT-B-16-SigLIP"]
     ours, seen = shapes_of(config), set()
@@ -95,7 +95,7 @@ def test_openclips_names_are_all_known(golden):
 
 
 def test_openclips_form_goes_out_and_in(golden, tmp_path, monkeypatch):
-    """A B/16 of random numbers: split and joined queries, keys and values are put back.
+    """A random B/16, whose joined queries, keys and values are split and joined again.
 
     Two blocks of each tower stand for all twelve.
     """
@@ -134,7 +134,7 @@ def test_openclips_form_goes_out_and_in(golden, tmp_path, monkeypatch):
 
 
 def test_texts_are_cleaned_ended_and_padded(tmp_path):
-    """`</s>` ends and fills, also where a text is cut; case and punctuation are gone."""
+    """`</s>` ends every text, even a cut one, and pads it. Case and punctuation are removed."""
     tokenizer = FileTokenizer(write_tokenizer(tmp_path / "t.json"), 5)
     got = tokenizer(["A photo, of a DOG!", "cat", "a_dog  zebra"])
     assert got.tolist() == [[3, 4, 5, 3, 1], [7, 1, 1, 1, 1], [3, 6, 2, 1, 1]]
@@ -163,7 +163,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(theirs, tmp_path):
 
 
 def test_a_siglip_is_used_and_trained_on(theirs, tmp_path):
-    """load() takes its tokenizer, mean and resizing; a run begins from it with its sizes."""
+    """`load` uses its tokenizer, mean and resizing, and a run can start from it with its sizes."""
     import_model(str(theirs), "hf", tmp_path / "ours", image_size=32)
     model = disco_jax.load(tmp_path / "ours", batch_size=8)
     picture = Image.fromarray(np.arange(40 * 20 * 3, dtype=np.uint8).reshape(20, 40, 3))
@@ -197,13 +197,13 @@ def test_a_siglip_is_used_and_trained_on(theirs, tmp_path):
     ],
 )
 def test_presets_have_openclips_sizes(name, millions):
-    """Parameters as OpenCLIP's model profile counts them (`docs/model_profile.csv`)."""
+    """Parameter counts are from OpenCLIP's model profile (`docs/model_profile.csv`)."""
     count = sum(math.prod(shape) for shape in shapes_of(PRESETS[name]).values())
     assert count / 1e6 == pytest.approx(millions, abs=0.01)
 
 
 def test_a_models_folder_copies_no_file_but_its_tokenizer(theirs, tmp_path):
-    """Folders are downloaded: `../secret.txt` came out of `export` as tokenizer.json."""
+    """Folders are downloaded. `export` used to copy `../secret.txt` as tokenizer.json."""
     secret = tmp_path / "secret.txt"
     secret.write_text("a secret")
     folder = tmp_path / "model"

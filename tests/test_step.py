@@ -1,4 +1,4 @@
-"""The training step: the same curve however it is distributed, compiled once."""
+"""Tests that the training step compiles once and gives the same curve on any devices."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from tests.test_microbatch import first_state, random_batch, small
 
 @pytest.fixture(autouse=True, scope="module")
 def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -39,13 +39,13 @@ def reference_curve() -> np.ndarray:
 
 
 def test_curves_agree_step_by_step(reference_curve):
-    """8 devices with `disco`, and one with the dense loss: to fp32 rounding."""
+    """8 devices with `disco` agree with one device and the dense loss up to fp32 rounding."""
     np.testing.assert_allclose(curve("disco", 8), reference_curve, rtol=2e-5)
     assert reference_curve[-1] < reference_curve[0]
 
 
 def test_the_sigmoid_loss_trains_as_well():
-    """SigLIP's, with its bias: 8 devices with `ring`, and one with the dense loss."""
+    """SigLIP's loss with its bias: 8 devices with `ring` agree with one with the dense loss."""
     expected = curve("reference", 1, steps=8, kind="sigmoid")
     np.testing.assert_allclose(curve("ring", 8, steps=8, kind="sigmoid"), expected, rtol=2e-5)
     assert expected[-1] < expected[0]
@@ -70,7 +70,7 @@ def test_compiles_once_and_donates_its_state():
         for batch in batches[1:]:
             state, _ = step(state, batch)
         assert compilations == []
-        jax.jit(lambda x: x + 1)(1.0)  # the listener does hear of compilations
+        jax.jit(lambda x: x + 1)(1.0)  # the listener does notice compilations
         assert len(compilations) == 1
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
@@ -129,7 +129,7 @@ def test_schedule_warms_up_and_ends_at_zero():
     config.optimizer.warmup_steps = 5
     schedule = make_schedule(config)
     peak = config.optimizer.learning_rate
-    # OpenCLIP's: lr (n + 1) / warmup before update n = warmup, then the cosine (scheduler.py).
+    # As in OpenCLIP's scheduler.py: lr (n + 1) / warmup before update n = warmup, then a cosine.
     for n in range(5):
         assert float(schedule(n)) == pytest.approx(peak * (n + 1) / 5)
     assert float(schedule(5)) == pytest.approx(peak)
@@ -139,7 +139,7 @@ def test_schedule_warms_up_and_ends_at_zero():
 
 @pytest.mark.parametrize(("warmup", "first"), [(0, 1.0), (1, 1.0), (2, 0.5), (40, 1 / 40)])
 def test_the_first_update_is_one(warmup, first):
-    """No warm-up, one of a single update, and one that is longer than the run."""
+    """Covers no warm-up, warm-ups of one and two updates, and one that is longer than the run."""
     config, _ = small()
     config.optimizer.warmup_steps = warmup
     rate = make_schedule(config)(jnp.int32(0))
@@ -147,7 +147,7 @@ def test_the_first_update_is_one(warmup, first):
 
 
 def test_clipping_bounds_the_update():
-    """With plain gradients ten thousand times as large, a clipped AdamW step is the same."""
+    """A clipped AdamW step does not change if the gradients are ten thousand times as large."""
     config, _ = small()
     config.optimizer.grad_clip_norm = 1.0
     optimizer = make_optimizer(config)

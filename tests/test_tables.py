@@ -1,4 +1,4 @@
-"""Tables as people have them: encodings, separators, quotes, column names, images in Parquet."""
+"""Tests the encodings, separators, quotes and column names of tables, and images in Parquet."""
 
 import csv
 import io
@@ -26,7 +26,10 @@ CAPTIONS = ["plain", 'a "quoted" word', "one, two; three | four", '5" pipe', "na
 
 
 def paths_and_captions(source) -> list[tuple[str, str]]:
-    """What a table holds whose images are not there: the samples' keys are their paths."""
+    """Returns the file names and captions of a table whose images are missing.
+
+    The keys of its bad samples are the paths of the images.
+    """
     found = []
     for i in range(len(source)):
         with pytest.raises(BadSample) as bad:
@@ -110,7 +113,7 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(header, message,
         open_table(tmp_path / "t.csv", caption_key="caption")
 
 
-# The lines of a table of an image and a caption, and the captions that they hold.
+# Lines of a table of images and captions, and the captions that they hold.
 QUOTES = {
     "open": (['0.jpg\t"zero', "1.jpg\tone", '2.jpg\t"two"'], ['"zero', "one", "two"]),
     "open, closed later": (['0.jpg\t"zero', "1.jpg\tone", '2.jpg\ttwo"'], ['"zero', "one", 'two"']),
@@ -185,7 +188,7 @@ def mutated(rng: np.random.Generator, text: str, separator: str) -> str:
 
 
 def test_mutated_tables_lose_no_row(tmp_path):
-    """Every line is a row, reported as broken, or part of a value; whole rows are always read."""
+    """Every line is read, reported as broken, or part of a value; whole rows are always read."""
     rng = np.random.default_rng(0)
     outcomes: Counter[str] = Counter()
     for trial in range(1200):
@@ -203,7 +206,7 @@ def test_mutated_tables_lose_no_row(tmp_path):
             quoting=quoting,
             lineterminator="\n",
         )
-        if trial % 3 == 0:  # as written by joining, without quotes
+        if trial % 3 == 0:  # joined without quotes
             whole = "\n".join(separator.join(row) for row in rows if "\n" not in row[1])
         text = mutated(rng, whole, separator)
         raw = text.encode(encoding)
@@ -242,7 +245,7 @@ def bad_key(source, index: int) -> str:
 
 
 def is_whole(line: str, separator: str) -> bool:
-    """Whether a line is a row by itself."""
+    """Returns whether a line is a row by itself."""
     reader = csv.reader(iter([line, "x"]), delimiter=separator)
     return len(next(reader)) == 2 and reader.line_num == 1
 
@@ -319,7 +322,7 @@ def test_tables_without_rows_are_errors(captions, tmp_path):
 
 
 def test_damaged_parquet_is_an_error_or_bad_samples(tmp_path):
-    """Cut short anywhere, or with bytes changed before the footer."""
+    """The file is cut short anywhere, or bytes before its footer are changed."""
     rng = np.random.default_rng(0)
     images = [{"bytes": picture(i), "path": f"{i}.jpg"} for i in range(6)]
     captions = [["", f"número {i}"] for i in range(6)]
@@ -356,7 +359,7 @@ def test_several_tables_are_one_source(tmp_path):
         (tmp_path / name).write_text(f"image,caption\n{rows}")
     source = open_table(tmp_path / "*.csv")
     assert len(source) == 5
-    assert len(source.sources) == 1  # one weight of data.weights
+    assert len(source.sources) == 1  # so they share one weight of data.weights
     keys = [bad_key(source, i) for i in range(5)]
     assert keys == [str(tmp_path / f"{i}.jpg") for i in range(5)]
     assert source.fingerprint.startswith("3 tables, 5 rows, ")

@@ -1,4 +1,4 @@
-"""Tar shards: their format against `tarfile`, their index, and patterns of names."""
+"""Tests the tar parser against `tarfile`, the index of shards, and file name patterns."""
 
 import io
 import os
@@ -57,11 +57,11 @@ def test_sizes_past_octal_are_read():
     header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 256)
     with pytest.raises(DamagedTar) as error:
         list(members(bytes(header) + bytes(1024)))
-    assert error.value.kind == "truncated_shard"  # nine GiB are not there
+    assert error.value.kind == "truncated_shard"  # the nine GiB are missing
 
 
 def test_what_follows_an_early_end_is_not_lost_silently(tmp_path):
-    """A header of zeros ends a tar: more after it, or no end at all, means that some is lost."""
+    """A block of zeros ends a tar. Data after it, or a missing end, means that members are lost."""
     data = bytearray(shard(tmp_path / "0.tar", range(2)).read_bytes())
     whole = list(members(bytes(data)))
     for end, kind in ((whole[4].offset + 512, "truncated_shard"), (len(data), "damaged_shard")):
@@ -86,7 +86,7 @@ def test_samples_are_found_in_any_shard_and_in_other_processes(tmp_path):
             assert sample.image == picture(i)
             assert sample.captions == f"picture number {i}".encode()
     assert TarSource(paths, "title")[5].captions == "title 5"
-    assert len(pickle.dumps(source)) < 10_000  # workers map the index, it is not sent to them
+    assert len(pickle.dumps(source)) < 10_000  # workers map the index instead of receiving it
 
 
 def test_an_index_is_kept_and_only_what_changed_is_read_again(tmp_path, monkeypatch):
@@ -105,15 +105,15 @@ def test_an_index_is_kept_and_only_what_changed_is_read_again(tmp_path, monkeypa
     numbers = [*range(3), *range(100, 105), *range(6, 9)]
     assert [source[i].image for i in range(len(source))] == [picture(n) for n in numbers]
     index = next(tmp_path.glob(".disco_jax_*.index"))
-    index.write_bytes(index.read_bytes()[:-20])  # a broken index is made anew
+    index.write_bytes(index.read_bytes()[:-20])  # a broken index is rebuilt
     assert len(TarSource(paths, "txt")) == 11
     assert scanned == ["1.tar", "0.tar", "1.tar", "2.tar"]
 
 
 def test_rows_of_another_index_are_never_taken(tmp_path):
-    """A run keeps what it has mapped; a process that maps later is told, and misled by nothing.
+    """A run keeps the index that it has mapped; a process that maps a changed one gets an error.
 
-    An index of the same content is the same index, whoever has written it and when.
+    An index with the same content counts as the same index, no matter who wrote it and when.
     """
     paths = [shard(tmp_path / f"{i}.tar", range(3 * i, 3 * i + 3)) for i in range(3)]
     run = TarSource(paths, "txt")
@@ -140,7 +140,10 @@ for line in sys.stdin:
 
 
 def test_starts_at_the_same_moment_share_one_index(tmp_path):
-    """One died with "made anew by another process", though nothing had changed. Twenty times."""
+    """One start used to fail with "made anew by another process", though nothing had changed.
+
+    Repeats the race twenty times.
+    """
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", STARTS],
@@ -154,7 +157,7 @@ def test_starts_at_the_same_moment_share_one_index(tmp_path):
         folder = tmp_path / str(race)
         folder.mkdir()
         paths = [shard(folder / f"{i}.tar", range(3 * i, 3 * i + 3)) for i in range(3)]
-        if race % 2:  # both bring an index up to date
+        if race % 2:  # both update an existing index
             TarSource(paths, "txt")
             shard(paths[1], range(50, 54))
         for run in runs:
@@ -173,7 +176,7 @@ def test_beside_read_only_shards_the_index_goes_to_the_cache(tmp_path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real = tar_index._write
 
-    def refuse(file, *args):  # the tests may run as root, whom no permission stops
+    def refuse(file, *args):  # tests may run as root, which ignores permissions
         if file.parent == tmp_path:
             raise PermissionError(13, "Permission denied")
         return real(file, *args)

@@ -1,4 +1,4 @@
-"""Samples of tar shards, all that can be wrong with them, and the order they come in."""
+"""Tests samples of tar shards, their possible defects, and the order in which they are read."""
 
 import io
 import json
@@ -39,8 +39,8 @@ def load_of(paths, **fields) -> Load:
 
 
 def test_captions_come_from_a_list_by_seed_and_labels_from_cls(tmp_path):
-    told = json.dumps({"captions": ["one", "two", "three"]}).encode()
-    members = {"k.seg.png": b"?", "k.PNG": picture(1, "PNG"), "k.json": told, "k.cls": b"7\n"}
+    metadata = json.dumps({"captions": ["one", "two", "three"]}).encode()
+    members = {"k.seg.png": b"?", "k.PNG": picture(1, "PNG"), "k.json": metadata, "k.cls": b"7\n"}
     load = load_of([write(tmp_path / "t.tar", members)], caption_key="captions")
     drawn = [load.train(position, 0) for position in range(60)]
     counts = Counter(sample.captions[0] for sample in drawn)
@@ -121,10 +121,10 @@ JSON = {
 def test_a_bad_sample_is_named_and_replaced_and_moves_no_other(kind, tmp_path):
     fields = {}
     if kind.startswith("json"):
-        told = JSON.get(kind[5:], b'{"c": [[3]]}')
+        metadata = JSON.get(kind[5:], b'{"c": [[3]]}')
         kind = kind[5:] if kind[5:] in JSON else "broken_caption"
         fields = {"caption_key": "c"}
-        bad = {"x.jpg": picture(1), "x.json": told}
+        bad = {"x.jpg": picture(1), "x.json": metadata}
         good = {
             f"{i}.{e}": c
             for i in range(9)
@@ -177,7 +177,7 @@ def test_a_label_that_is_no_class_matters_to_a_labeled_set_alone(text, tmp_path)
 
 
 def test_threads_may_share_what_is_open(tmp_path, monkeypatch):
-    """With fewer files open than shards: none is closed, or mistaken, while it is read."""
+    """Fewer files stay open than there are shards. None may be closed or confused while in use."""
     paths = [shard(tmp_path / f"{i}.tar", range(4 * i, 4 * i + 4)) for i in range(6)]
     monkeypatch.setattr(tar_source, "_open", lru_cache(2)(tar_source._OpenShard))
     source = TarSource(paths, "txt")
@@ -231,7 +231,7 @@ def test_counts_go_on_and_too_many_stop_the_run(tmp_path):
 
 
 def test_a_thousand_mutations_end_in_counted_samples(tmp_path):
-    """Bytes changed, cut out, doubled and cut off: never a crash, a hang or a lost count."""
+    """Bytes are changed, removed, doubled or cut off, without a crash, a hang or a lost count."""
     path = shard(tmp_path / "0.tar", range(3))
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -250,7 +250,7 @@ def test_a_thousand_mutations_end_in_counted_samples(tmp_path):
                     mutated[at:at] = mutated[at : at + length]
                 case 3:
                     del mutated[max(at, 600) :]
-                case 4:  # in a header, with a checksum that is right
+                case 4:  # in a header, with a valid checksum
                     block = at // 512 * 512
                     field = mutated[block : block + 512]
                     if len(field) == 512:
@@ -281,7 +281,7 @@ def test_a_thousand_mutations_end_in_counted_samples(tmp_path):
 
 
 def test_workers_restarts_and_processes_see_the_same_samples(tmp_path):
-    """Bad samples and random crops included."""
+    """The samples include bad ones and random crops."""
     for i in range(4):
         shard(tmp_path / f"{i}.tar", range(5 * i, 5 * i + 5))
     write(tmp_path / "4.tar", {"x.jpg": b"", "x.txt": b"t", "y.jpg": b"?", "y.txt": b"t"})
@@ -326,7 +326,7 @@ def test_workers_restarts_and_processes_see_the_same_samples(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
 def test_bad_counts_are_shared_out_among_the_processes(processes):
-    """As much each, so that the share of bad samples is right in every one; none is lost."""
+    """Every process gets an equal share, so its fraction of bad samples is right; none is lost."""
     counts = {"broken_image": 20, "empty_caption": 1}
     shares = [own_share(counts, i, processes) for i in range(processes)]
     for kind, total in counts.items():

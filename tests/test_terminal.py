@@ -1,4 +1,4 @@
-"""Hostile texts through every place where a user's text meets a terminal, a log, HTML or a plot."""
+"""Tests hostile text wherever a user's text reaches a terminal, a log, a table, HTML or a plot."""
 
 import argparse
 import io
@@ -98,7 +98,7 @@ def test_plots_draw_any_text(text, tmp_path):
 
 
 def test_importing_the_package_changes_nothing_global():
-    """In any library: limits, backends, levels and filters are the user's."""
+    """Limits, environment variables, log levels and backends are left to the user."""
     code = """
 import json, logging, os, sys
 import PIL.Image

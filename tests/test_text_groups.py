@@ -1,4 +1,4 @@
-"""Texts in groups by length: features, loss and gradients are those at full length."""
+"""Tests that texts grouped by length have the features, loss and gradients of full length."""
 
 import contextlib
 import dataclasses
@@ -43,14 +43,14 @@ from tests.conftest import mesh_of
 from tests.test_microbatch import difference
 
 BATCH, CONTEXT, END = 16, 8, 63
-GROUPS = "4:0.75"  # the rest has 8 tokens
-SHORT = [2, 3, 4, 8]  # fit four, and any multiple
+GROUPS = "4:0.75"  # the rest have 8 tokens
+SHORT = [2, 3, 4, 8]  # fits four texts or any multiple
 TOO_LONG = [
     (SHORT * 4, 0),
     ([2] * 4 + [8] * 4 + [2] * 8, 1 / 4),
     ([2, 2, 2, 8] * 2 + [8] * 8, 2 / 4),
 ]
-# devices, devices of one copy of the state, samples a device in a microbatch, mode
+# devices, devices per copy of the state, samples per device in a microbatch, mode
 DIVISIONS = [(4, 2, 0, "scan"), (2, 1, 4, "scan"), (1, 1, 8, "host")]
 MODEL = CLIPConfig(
     embed_dim=12,
@@ -63,13 +63,13 @@ MODEL = CLIPConfig(
 
 @pytest.fixture(autouse=True, scope="module")
 def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 def texts(lengths, context=CONTEXT, seed=0):
-    """Random tokens that end where `lengths` say, and random ones behind the end."""
+    """Returns random texts that end after `lengths` tokens, with random tokens after their ends."""
     tokens = np.random.default_rng(seed).integers(1, END, (len(lengths), context))
     tokens[np.arange(len(lengths)), np.array(lengths) - 1] = END
     return tokens.astype(np.int32)
@@ -89,7 +89,7 @@ def config_of(microbatch=0, groups=GROUPS):
 
 
 def random_params(model):
-    """Of sizes like those of a model in training; initializing one takes longer to compile."""
+    """Returns parameters as large as in training, which compile faster than an initialization."""
     rng = np.random.default_rng(2)
     _, shapes = abstract_model(model)
 
@@ -114,7 +114,7 @@ def host_step():
 
 @contextlib.contextmanager
 def compilations():
-    """A list of the programs compiled meanwhile."""
+    """Context manager that yields a list, to which every compilation appends its duration."""
     compiled = []
 
     def listener(event, duration, **kwargs):
@@ -130,7 +130,7 @@ def compilations():
 
 @functools.cache
 def gradient_fn(devices, fsdp, microbatch, mode, groups=GROUPS):
-    """Compiled once for all batches: (batch) -> loss and gradients."""
+    """Returns (batch) -> loss and gradients, compiled once for all batches."""
     config, mesh = config_of(microbatch, groups), mesh_of(devices, fsdp)
     state = state_on(mesh)
     if mode == "host":
@@ -147,7 +147,7 @@ def gradient_fn(devices, fsdp, microbatch, mode, groups=GROUPS):
     return lambda batch: gradient(state.params, place_batch(batch, mesh), state.step)
 
 
-# Half of the batches fit. The others are of any lengths, and most do not.
+# Half of the batches fit. The others have any lengths, and most of them do not fit.
 any_lengths = st.lists(st.integers(2, CONTEXT), min_size=BATCH, max_size=BATCH)
 fitting = st.permutations(SHORT * (BATCH // 4)) | st.permutations([2] * (BATCH - 1) + [CONTEXT])
 
@@ -156,7 +156,7 @@ fitting = st.permutations(SHORT * (BATCH // 4)) | st.permutations([2] * (BATCH -
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(lengths=fitting | any_lengths)
 def test_gradients_are_those_at_full_length(division, lengths):
-    """On any devices, in both modes, with the same dropout; texts that fit and that don't."""
+    """Dropout is also the same on any devices, in both modes, for texts that fit and that don't."""
     batch = batch_of(lengths)
     got = jax.tree.map(np.asarray, gradient_fn(*division)(batch))
     full = jax.tree.map(np.asarray, gradient_fn(1, 1, 0, "scan", "")(batch))
@@ -164,7 +164,7 @@ def test_gradients_are_those_at_full_length(division, lengths):
 
 
 def test_texts_that_do_not_fit_are_counted():
-    """Two devices with two microbatches each: none are too long, those of one, those of two."""
+    """Two devices have two microbatches each, of which none, one or two don't fit."""
     groups, mesh = groups_of(GROUPS, 4, MODEL.text), mesh_of(2)
     share = jax.jit(lambda batch: share_too_long(groups, batch, mesh))
     for lengths, expected in TOO_LONG:
@@ -172,7 +172,7 @@ def test_texts_that_do_not_fit_are_counted():
 
 
 def test_the_hosts_loop_counts_and_compiles_once():
-    """The same number, from one device with two microbatches of eight."""
+    """The count is the same on one device with two microbatches of eight."""
     step, state = host_step(), state_on(mesh_of(1))
     step.gradients(state, batch_of(SHORT * 4))
     with compilations() as compiled:
@@ -192,7 +192,7 @@ def test_the_share_is_among_the_metrics_where_there_are_groups(groups, counted):
 
 @pytest.mark.parametrize("trained", [-1, 0, 1])
 def test_frozen_blocks_cost_no_gradients(trained):
-    """Groups of 7 and 8 tokens take nearly the work of 8, whatever is trained."""
+    """Groups of 7 and 8 tokens cost nearly as much as 8 tokens, whichever blocks are trained."""
     model = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, trained_blocks=trained))
     counts = []
     for groups in ("", "7:0.5"):
@@ -204,7 +204,7 @@ def test_frozen_blocks_cost_no_gradients(trained):
 
 
 def test_memory_falls_though_any_batch_may_be_long():
-    """The program holds the rare path too: texts at full length, in pieces."""
+    """The program also contains the rare path, texts at full length in pieces."""
     sizes = TextConfig(context_length=64, vocab_size=64, width=64, layers=3, heads=1)
     model = dataclasses.replace(MODEL, text=sizes)
     graph, params = abstract_model(model)
@@ -226,7 +226,7 @@ def test_memory_falls_though_any_batch_may_be_long():
     count=st.integers(1, 300),
 )
 def test_any_number_of_texts_is_divided(pairs, count):
-    """By what was asked for: no short group holds more than its fraction, nothing is lost."""
+    """No short group holds more than the fraction asked for, and no text is lost."""
     fractions = sorted(set(pairs.values()))
     setting = ",".join(f"{n}:{f!r}" for n, f in zip(sorted(pairs), fractions, strict=False))
     groups = groups_of(setting, count, TextConfig())
@@ -271,7 +271,7 @@ def test_typical_lengths_are_as_documented():
 
 
 class Captions:
-    """A source of captions; None is a bad sample."""
+    """A source of captions, in which None is a bad sample."""
 
     fingerprint, problems = "captions", {}
 
@@ -335,21 +335,21 @@ def test_mistakes_in_groups_are_told(wrong):
 
 
 @pytest.mark.parametrize(
-    ("name", "groups", "says"),
+    ("name", "groups", "message"),
     [
         ("ViT-B-32", "16:0.5,77:0.9", "lengths must be less than the model's 77 tokens"),
         ("ViT-B-16-SigLIP", "16:0.5", "attends to its padding, so it must be auto or empty"),
     ],
 )
-def test_groups_that_do_not_suit_the_model_are_told(name, groups, says):
+def test_groups_that_do_not_suit_the_model_are_told(name, groups, message):
     config = default()
     config.model.name, config.model.text_groups = name, groups
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         model_config(config)
 
 
 def test_short_texts_are_evaluated_short(monkeypatch):
-    """Texts of any lengths, over several batches, have the features of full length, in order."""
+    """Texts of all lengths, over several batches, get the features of full length, in order."""
     sizes = TextConfig(context_length=77, vocab_size=64, width=16, layers=1, heads=2)
     model = dataclasses.replace(MODEL, text=sizes)
     params = random_params(model)

@@ -1,4 +1,4 @@
-"""Token ids against OpenCLIP's."""
+"""Tests the token ids of the CLIP tokenizer against OpenCLIP's."""
 
 import html
 import json
@@ -27,7 +27,7 @@ def test_padding_and_cutting():
     tokens = tokenizer(["a cat", "one two three four five six seven", ""])
     assert tokens.dtype == np.int32
     np.testing.assert_array_equal(tokens[0], [49406, 320, 2368, 49407, 0, 0])
-    np.testing.assert_array_equal(tokens[1, [0, 5]], [49406, 49407])  # cut, and still ended
+    np.testing.assert_array_equal(tokens[1, [0, 5]], [49406, 49407])  # cut, but still ended
     np.testing.assert_array_equal(tokens[2], [49406, 49407, 0, 0, 0, 0])
     assert tokenizer.vocab_size == 49408
 
@@ -73,7 +73,7 @@ def test_cleaning_by_lines_is_cleaning_the_whole():
 
 
 def test_a_book_is_cut_as_if_all_of_it_had_been_read():
-    """And in moments: ftfy takes seven seconds for a megabyte of short lines."""
+    """Long texts must also be fast: ftfy takes seven seconds for a megabyte of short lines."""
     tokenizer = CLIPTokenizer()
     draw = random.Random(0)
     for _ in range(20):

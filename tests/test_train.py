@@ -1,4 +1,4 @@
-"""Training and evaluation as a user runs them: commands, files, interruption, mistakes."""
+"""Tests train.py and eval.py as a user runs them: files, interruptions and mistakes."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """A small `shapes`, built once by the real builder."""
+    """The folder of a small `shapes` data set, built once by the real builder."""
     folder = tmp_path_factory.mktemp("data")
     code = (
         "from disco_jax.data.shapes import builder\n"
@@ -60,7 +60,10 @@ def run(*args: str) -> subprocess.CompletedProcess:
 
 
 def rows(workdir: Path) -> list[dict]:
-    """Metrics without what is measured in seconds, and retrieval, which the shards lack."""
+    """Returns the metrics without those that depend on time and without retrieval.
+
+    The run on shards has no retrieval.
+    """
     return [
         {
             k: v
@@ -77,7 +80,7 @@ def lines_of(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, data_dir) -> Path:
-    """An undisturbed run, on 4 devices."""
+    """The workdir of an undisturbed run on 4 devices."""
     workdir = tmp_path_factory.mktemp("run")
     result = run(*command("train.py", workdir, data_dir, "--config.fake_devices=4"))
     assert result.returncode == 0, result.stderr
@@ -98,7 +101,7 @@ def test_a_run_leaves_its_files(finished):
 
 
 def test_all_checkpoints_are_evaluated_and_watching_ends_with_the_last(finished, data_dir):
-    """The same parameters, on 2 devices instead of 4, give what training logged."""
+    """Evaluation on 2 devices gives the same accuracy as training logged on 4."""
     result = run(*command("eval.py", finished, data_dir, "--all", "--watch"))
     assert result.returncode == 0, result.stderr
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
@@ -118,7 +121,7 @@ def test_all_checkpoints_are_evaluated_and_watching_ends_with_the_last(finished,
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, data_dir) -> str:
-    """The same samples as tar shards, one of them a duplicate that the index leaves out."""
+    """Tar shards of the same samples and a duplicate, which the index leaves out."""
     folder = tmp_path_factory.mktemp("tars")
     module = "disco_jax.data.make_tars"
     options = (f"--dir={data_dir}", f"--out={folder}", "--samples=64")
@@ -131,9 +134,9 @@ def shards(tmp_path_factory, data_dir) -> str:
 
 
 def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, data_dir, shards):
-    """Kill -9 in mid-run, on shards; the same command, with other workers, ends the same.
+    """A run on shards is killed with SIGKILL and resumed with a different number of workers.
 
-    And as the undisturbed run on the TFDS form.
+    Its metrics equal those of the undisturbed run on the same samples from TFDS.
     """
     args = command("train.py", tmp_path, data_dir, "--config.fake_devices=4", config="tars")
     args += [f"--config.data.name={shards}", "--config.data.record_keys"]
@@ -160,7 +163,7 @@ def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, 
     keys = lines_of(tmp_path / "keys.jsonl")
     assert [row["step"] for row in keys] == [1, 2, 3, 4, 5, 6]
     seen = [int(key.rsplit("/", 1)[1]) for row in keys for key in row["keys"]]
-    assert len(set(seen)) == 96  # less than an epoch: none twice
+    assert len(set(seen)) == 96  # less than an epoch, so no sample repeats
     expected = grain.MapDataset.range(300).shuffle(seed=0)
     assert seen == [expected[i] for i in range(96)]
     assert "left out of the index: 1 duplicate_key" in result.stdout

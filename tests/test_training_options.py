@@ -1,4 +1,4 @@
-"""Sharded state, a locked image tower, optimisers by name."""
+"""Tests sharded state, frozen towers and blocks, and the optimizers."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ from tests.test_microbatch import first_state, random_batch, small
 
 @pytest.fixture(autouse=True, scope="module")
 def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -39,7 +39,7 @@ def curve(fsdp, **options):
 
 
 def test_sharded_state_gives_the_same_curve():
-    """`(data, fsdp)` of 8 x 1 and 1 x 8, over 8 steps; each device holds its share."""
+    """`(data, fsdp)` meshes of 8 x 1 and 1 x 8 agree over 8 steps; each device holds its share."""
     expected, whole = curve(1)
     assert expected[-1] < expected[0]
 
@@ -82,7 +82,7 @@ def last_blocks(model, count):
 
 
 def test_the_last_blocks_alone_are_trained():
-    """Their gradients are those of the whole model, for less work; the rest stays as it is."""
+    """Their gradients equal those of the whole model, for less work. The rest does not change."""
     config, model = small(microbatch=4, drop=(0.0, 0.0))
     mesh, part = mesh_of(2), last_blocks(model, 1)
     params = init_state(model, make_optimizer(config), mesh, seed=0).params
@@ -123,7 +123,10 @@ def test_the_last_blocks_alone_are_trained():
 
 
 def updates_of(name):
-    """One update with no decay, of a stack of two layers' kernels and of a bias."""
+    """Returns gradients, updates and state after one update of two layers' kernels and biases.
+
+    There is no weight decay.
+    """
     config = default()
     config.optimizer.name, config.optimizer.warmup_steps = name, 0
     config.optimizer.weight_decay, config.optimizer.learning_rate = 0.0, 1.0
@@ -141,19 +144,20 @@ def test_lion_moves_by_signs():
 
 
 def test_muon_orthogonalises_each_layers_matrix():
-    """All singular values alike (Newton and Schulz's are within about 0.7 to 1.2 of each other)."""
+    """All singular values are similar: Newton-Schulz brings them to about 0.7 to 1.2."""
     grads, updates, _ = updates_of("muon")
     for layer in np.asarray(updates["kernel"]):
         values = np.linalg.svd(layer, compute_uv=False)
         assert values.max() / values.min() < 2
-        # RMS as AdamW's updates have, 0.2 (Liu et al., 2025): spread over the longer side.
+        # Scaled by the root of the longer side, the RMS is that of AdamW's updates, 0.2 (Liu et
+        # al., 2025).
         assert np.sqrt(np.mean(layer**2)) == pytest.approx(0.2, rel=0.25)
     np.testing.assert_array_equal(np.sign(updates["bias"]), -np.sign(grads["bias"]))
-    assert np.ptp(np.abs(updates["bias"])) < 1e-3  # Adam's first step is as large everywhere
+    assert np.ptp(np.abs(updates["bias"])) < 1e-3  # Adam's first step is equal in size everywhere
 
 
 def test_adafactor_keeps_factors_alone():
-    """A second moment of 256 x 256 is kept as a row and a column."""
+    """The second moment of a 256 x 256 matrix is stored as a row and a column."""
     config = default()
     config.optimizer.name = "adafactor"
     params = {"kernel": jnp.ones((256, 256))}

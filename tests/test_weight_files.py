@@ -1,4 +1,4 @@
-"""Files of weights as other libraries, trainers and wrappers leave them, and hostile ones."""
+"""Tests weight files from other libraries, trainers and wrappers, and hostile ones."""
 
 import json
 import os
@@ -17,10 +17,10 @@ NUMBERS = np.arange(24, dtype=np.float32)
 
 
 def test_a_training_checkpoint_of_torch_is_read_without_it(golden):
-    """Written by torch 2.14 with DDP's prefix; its optimizer holds NumPy scalars."""
+    """The file is from torch 2.14, with DDP's prefix. Its optimizer state holds NumPy scalars."""
     expected = {
         "whole": NUMBERS[:6].reshape(2, 3),
-        "view": NUMBERS[4:16].reshape(3, 4).T,  # into the middle of a storage, transposed
+        "view": NUMBERS[4:16].reshape(3, 4).T,  # from the middle of a storage, transposed
         "half": np.array([0.5, -2]),
         "bfloat16": np.array([1.5, -3]),
         "double": np.array(7.25),
@@ -32,7 +32,10 @@ def test_a_training_checkpoint_of_torch_is_read_without_it(golden):
 
 
 def test_torchscript_is_read_without_its_code(golden):
-    """Written by torch 2.14: half precision, a buffer, nested modules, as OpenAI's files have."""
+    """The file is from torch 2.14.
+
+    Like OpenAI's files, it has half precision, a buffer and nested modules.
+    """
     weight, count = NUMBERS[:6].reshape(2, 3), np.array(4)
     expected = {f"{name}.weight": weight for name in ("visual", "blocks.0")}
     expected |= {f"{name}.count": count for name in ("visual", "blocks.0")}
@@ -63,7 +66,7 @@ def archive(path: Path, described: bytes, **storages: bytes) -> Path:
 
 
 def test_nothing_in_an_archive_is_run(tmp_path):
-    """Whatever a pickle calls, is not called: it is left out, or the file is refused."""
+    """No function that a pickle names is called, and the file is refused."""
     mark = tmp_path / "ran"
     call = Calls(Path.touch, mark)
     for content in (
@@ -81,7 +84,7 @@ def test_nothing_in_an_archive_is_run(tmp_path):
 
 
 def describe(offset, shape, strides, storage="FloatStorage", count=6) -> bytes:
-    """The pickle of `{"a": tensor}`, in opcodes: torch's names can't be imported here."""
+    """Returns the pickle of `{"a": tensor}`, built from opcodes because torch isn't available."""
     dumped = [pickle.dumps(x, protocol=2)[2:-1] for x in (offset, shape, strides, count)]
     offset, shape, strides, count = dumped
     stored = b"(X\x07\x00\x00\x00storagectorch\n" + storage.encode()
@@ -116,9 +119,9 @@ def test_a_damaged_archive_is_refused_in_one_line(name, golden, tmp_path):
     damaged = [whole[:length] for length in range(0, len(whole), 97)]
     for place in rng.integers(0, len(whole), 100):
         damaged.append(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
-    told = [refusal(path, content) for content in damaged]
-    assert all(one.startswith(str(path)) and "\n" not in one for one in told if one)
-    assert all(told[: len(whole) // 97])
+    refusals = [refusal(path, content) for content in damaged]
+    assert all(one.startswith(str(path)) and "\n" not in one for one in refusals if one)
+    assert all(refusals[: len(whole) // 97])
 
 
 def refusal(path: Path, content: bytes) -> str:
@@ -139,7 +142,7 @@ def refusal(path: Path, content: bytes) -> str:
         "module._orig_mod.{}",
         "_orig_mod.module.{}",
         "module.module.{}",
-        "visual._orig_mod.",  # one tower compiled
+        "visual._orig_mod.",  # only one tower is compiled
         "_orig_mod.visual._fsdp_wrapped_module.",
     ],
 )
@@ -186,7 +189,7 @@ def test_a_single_checkpoint_in_a_folder_is_taken(tmp_path):
 
 
 def shards(folder: Path, golden: Path, kind: str) -> tuple[Path, dict[str, np.ndarray]]:
-    """An index of two shards, safetensors or torch's, and what they hold."""
+    """Writes two shards, safetensors or torch's; returns their index and their tensors."""
     if kind == "safetensors":
         tensors = {name: NUMBERS[i:] for i, name in enumerate("abc")}
         parts = {"1.safetensors": "ab", "2.safetensors": "c"}
@@ -198,7 +201,7 @@ def shards(folder: Path, golden: Path, kind: str) -> tuple[Path, dict[str, np.nd
             held = read_weights(golden / file)
             (folder / f"{file}.bin").write_bytes((golden / file).read_bytes())
             parts[f"{file}.bin"], tensors = list(held), tensors | held
-    # The index names what the shards hold, prefixes included.
+    # The index holds the names as in the shards, with prefixes.
     of = {name: file for file, names in parts.items() for name in names}
     if kind != "safetensors":
         of = {f"module.{k}" if "checkpoint" in v else k: v for k, v in of.items()}
@@ -214,7 +217,7 @@ def test_shards_are_joined(kind, golden, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weight_map", "says"),
+    ("weight_map", "message"),
     [
         (None, "weight_map must map the names of parameters to files"),
         (["1.safetensors"], "weight_map must map"),
@@ -224,9 +227,9 @@ def test_shards_are_joined(kind, golden, tmp_path):
         ({"a": "1.safetensors", "d": "2.safetensors"}, r"2\.safetensors lacks d, which the index"),
     ],
 )
-def test_what_is_wrong_with_shards_is_named(weight_map, says, golden, tmp_path):
+def test_what_is_wrong_with_shards_is_named(weight_map, message, golden, tmp_path):
     index, _ = shards(tmp_path, golden, "safetensors")
     save_file({"a": NUMBERS}, tmp_path.parent / "1.safetensors")
     index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         read_weights(index)

@@ -1,4 +1,4 @@
-"""Data workers that die or get stuck, and shared memory that nobody is left to remove."""
+"""Tests data workers that die or hang, and shared memory that a killed run leaves behind."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from tests.conftest import ENV
 from tests.small_run import command, losses, make, start
 
 BEGAN = time.time()
-DUMP = {"PYTHONFAULTHANDLER": "1"}  # a run that is aborted prints where all its threads are
+DUMP = {"PYTHONFAULTHANDLER": "1"}  # an aborted run prints the stacks of all its threads
 WORKERS = ("--config.data.num_workers=1", "--config.num_steps=100000", "--config.log_every=1")
 
 
@@ -31,10 +31,10 @@ def segments() -> set[str]:
 
 
 def workers_of(pid: int) -> list[int]:
-    """Grain's, which multiprocessing has spawned."""
+    """Returns the pids of Grain's workers, which multiprocessing has spawned."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it may have ended meanwhile
+        with contextlib.suppress(OSError):  # the process may have ended meanwhile
             parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == pid and b"spawn_main" in (place / "cmdline").read_bytes():
                 found.append(int(place.name))
@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def job(folder, tmp_path):
-    """A run with two workers, in its third step or later; the process and its workdir."""
+    """The process of a run with one data worker, which has taken three steps or more."""
     process = start(*command(folder, tmp_path / "run", *WORKERS), env=DUMP, new_group=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -61,13 +61,13 @@ def job(folder, tmp_path):
 
 
 def end_of(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
-    """Its exit code and what it said, within so many seconds."""
+    """Returns the exit code and standard error of a process; fails if it takes longer."""
     try:
         errors = process.communicate(timeout=seconds)[1]
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # Python then prints where all threads are
+        process.send_signal(signal.SIGABRT)  # Python then prints the stacks of all threads
         process.wait()
-        os.killpg(process.pid, signal.SIGKILL)  # its workers hold the pipe open
+        os.killpg(process.pid, signal.SIGKILL)  # its workers keep the pipe open
         pytest.fail(f"still running after {seconds} s: {process.communicate()[1]}")
     return process.returncode, errors
 
@@ -85,7 +85,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(job):
 def test_stuck_workers_do_not_keep_a_run_from_stopping(job, folder, tmp_path):
     for worker in workers_of(job.pid):
         os.kill(worker, signal.SIGSTOP)
-    time.sleep(2)  # the batches that are there are used up
+    time.sleep(2)  # until all loaded batches are used up
     job.send_signal(signal.SIGTERM)
     code, errors = end_of(job, 30)
     assert code == 75, errors
@@ -95,7 +95,7 @@ def test_stuck_workers_do_not_keep_a_run_from_stopping(job, folder, tmp_path):
 
 
 def test_one_ctrl_c_is_enough(job):
-    """The terminal sends it to the whole group."""
+    """A terminal sends the signal to the whole process group."""
     for worker in workers_of(job.pid):
         os.kill(worker, signal.SIGSTOP)
     time.sleep(2)
@@ -106,7 +106,7 @@ def test_one_ctrl_c_is_enough(job):
 
 
 def test_data_that_do_not_come_end_the_run():
-    """A reader stuck in the process itself, which nothing can end."""
+    """The reader hangs in the process itself, where nothing can end it."""
     never = threading.Event()
 
     def stuck(timeout: float) -> Batches:
@@ -127,7 +127,7 @@ def test_what_a_killed_run_leaves_is_removed_at_the_next_start(job):
     time.sleep(1)
     remove_left_behind()
     left = segments() & names
-    held = {path.stem for path in FOLDER.glob("disco_jax-*.lock")}  # of runs beside this one
+    held = {path.stem for path in FOLDER.glob("disco_jax-*.lock")}  # of other runs at the same time
     assert not {name for name in left if not any(run in name for run in held)}
     assert len(left) < len(names)
 
@@ -146,7 +146,7 @@ def test_only_what_nobody_holds_is_removed():
     held = {name for name in segments() if own._run in name}
     dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     left = dead.stdout.strip().lstrip("/")
-    time.sleep(0.5)  # Python's tracker of resources may be the one to remove it
+    time.sleep(0.5)  # Python's resource tracker may remove it
     (FOLDER / left).write_bytes(b"x")
     remove_left_behind()
     assert left not in segments()
@@ -157,7 +157,7 @@ def test_only_what_nobody_holds_is_removed():
 
 
 def test_a_device_without_memory_is_told_in_one_line(capsys):
-    """The allocation is real: 256 TiB."""
+    """The allocation of 256 TiB is really tried."""
 
     def main() -> None:
         with cli._telling_memory():
@@ -166,6 +166,6 @@ def test_a_device_without_memory_is_told_in_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.guard(main)
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: a device is out of memory (RESOURCE_EXHAUSTED")
-    assert told.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: a device is out of memory (RESOURCE_EXHAUSTED")
+    assert errors.count("\n") == 1

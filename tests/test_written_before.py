@@ -1,7 +1,8 @@
-"""What 0.1 wrote is resumed, evaluated and loaded, with the numbers that 0.1 got.
+"""Tests that a run and a model written by 0.1 can be resumed, evaluated and loaded.
 
-The archive holds a model folder, and a run of eight steps of which the checkpoint of step 4 is
-kept, both written before modules were renamed in 0.2, with the features that both then had.
+The numbers must match those of 0.1. The archive holds a model folder and a run of eight steps, with
+the checkpoint of step 4. Both were written before modules were renamed in 0.2. It also holds the
+features that both computed at that time.
 """
 
 import tarfile
@@ -20,8 +21,8 @@ from tests.small_run import config_of
 def written(golden, tmp_path, monkeypatch):
     with tarfile.open(golden / "written_before_0_2.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
-    monkeypatch.chdir(tmp_path)  # its config names files beside it
-    workdir = tmp_path / "r[" / "a]"  # would be markup, were it printed as such
+    monkeypatch.chdir(tmp_path)  # the config names files in this folder
+    workdir = tmp_path / "r[" / "a]"  # a name that could be mistaken for Rich markup
     workdir.parent.mkdir()
     return (tmp_path / "run").rename(workdir)
 

@@ -1,4 +1,4 @@
-"""The paper's labelled sets in every layout they come in, drawn small, with a known accuracy."""
+"""Tests the paper's labeled sets in all their layouts, as small sets with known accuracy."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from tests.conftest import ENV, mesh_of
 from tests.tars import write
 
 ROOT = Path(__file__).parent.parent
-# Of ImageNet-R's 200; as texts, their numbers have another order.
+# Classes of ImageNet-R's 200. Their numbers sort differently as text.
 CLASSES = (1, 4, 9, 22, 105, 113, 281, 988)
 IMAGENET = load_classes("imagenet")
 # From eval.py of github.com/hendrycks/imagenet-r, `imagenet_r_indices`.
@@ -58,12 +58,12 @@ def png(label: int) -> bytes:
     return encoded.getvalue()
 
 
-# 27 images of eight classes: (label, bytes). Six of them show another class than they say.
+# (label, bytes) of 27 images of eight classes. Six of them show a class other than their label.
 IMAGES = [(CLASSES[i % 8], png(CLASSES[(i + (i % 9 in (2, 5))) % 8])) for i in range(27)]
 
 
 class MiniImagenet(tfds.core.GeneratorBasedBuilder):
-    """As TFDS's ImageNet builders: labels are WordNet ids in their usual order."""
+    """Labels are WordNet ids in their usual order, as in TFDS's ImageNet builders."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -84,7 +84,7 @@ def make_folder(root: Path, names: dict[int, str]) -> str:
     for i, (label, image) in enumerate(IMAGES):
         folder = root / names[label]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i}.JPEG").write_bytes(image)  # as ImageNet's; what is inside is looked at
+        (folder / f"{i}.JPEG").write_bytes(image)  # PNGs named as in ImageNet: the content counts
     (root / "LICENSE.txt").write_text("beside the classes")
     return str(root)
 
@@ -125,7 +125,7 @@ def evaluate(config, devices: int) -> dict[str, float]:
     params = init_state(model, optax.sgd(0.1), mesh, 0).params
     evaluator = Evaluator(config, model, mesh)
     encoder = evaluator._encoder
-    # Every class looks as its own picture; tench, which is none of the 200, as the class after it.
+    # Each class embeds as its picture. Tench, not one of the 200, embeds as the class after it.
     shown = {label: np.asarray(Image.open(io.BytesIO(png(label)))) for label in CLASSES}
     pictures = np.stack([shown[label][:, 6:54] for label in CLASSES])
     features = encoder.encode_all(encoder.image, params, pictures)
@@ -136,8 +136,8 @@ def evaluate(config, devices: int) -> dict[str, float]:
     return evaluator.run(params)
 
 
-# By hand: 27 images, 21 right. Class 1 has images 0, 8, 16 and 24, of which 0, 16 and 24 are right;
-# over all classes tench comes first there.
+# By hand: 21 of 27 images are right. Over all 1,000 classes, the four images of class 1 (0, 8, 16
+# and 24) are wrong too, because tench comes first there.
 WRONG = [i for i in range(27) if i % 9 in (2, 5)]
 EXPECTED = {"mini/top1": 21 / 27, "mini/top1_of_all_1000": 17 / 27}
 
@@ -201,7 +201,7 @@ print(json.dumps([evaluate(config, 4), embed(folder)]))
 
 
 def embed(folder: Path) -> list[list[list[float]]]:
-    """What `load` and `embed` give of images and texts."""
+    """Returns features of images and texts from `Model`."""
     params = nnx.to_pure_dict(nnx.state(CLIP(PRESETS["tiny"], rngs=nnx.Rngs(0)), nnx.Param))
     model = Model(PRESETS["tiny"], jax.tree.map(np.asarray, params), batch_size=4)
     images = [folder / f"{i}.png" for i in (3, 1, 4, 1, 5, 9)]
@@ -210,9 +210,9 @@ def embed(folder: Path) -> list[list[list[float]]]:
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    """Zero-shot, embeddings, and retrieval of 20 rows that name 11 images, one of which is bad.
+    """Zero-shot accuracy, features, and retrieval on 20 rows that name 11 images, one of them bad.
 
-    The processes' devices interleave in the mesh, as they do on a TPU.
+    The devices of the processes interleave in the mesh, as they do on a TPU.
     """
     source = make_source("wnid folders", tmp_path)
     rows = ["image,caption"]
@@ -243,7 +243,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
         for got, wanted in zip(features, embed(tmp_path), strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-6)
     assert expected["mini/top1"] == pytest.approx(21 / 27)
-    # 18 captions are of images that can be read: each recall is a number of eighteenths, or tenths.
+    # 18 captions belong to readable images, so each recall is a multiple of 1/18, or of 1/10.
     assert expected["retrieval/text_to_image_recall@10"] == 1
     assert expected["retrieval/text_to_image_recall@5"] * 18 % 1 == pytest.approx(0, abs=1e-9)
 
