@@ -20,6 +20,7 @@ from disco_jax.models import (
     abstract_model,
     preset,
 )
+from disco_jax.models.attention import TOKEN_MULTIPLE
 from disco_jax.models.transformer import LayerNorm, gelu
 from disco_jax.models.vision import normalize_pixels
 from disco_jax.step.gradients import make_model_fns, split
@@ -199,6 +200,58 @@ def test_remat_gives_the_same_gradients_for_less_memory():
         assert used < share * most, remat
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_padding_for_attention_changes_nothing(tower, monkeypatch):
+    """cuDNN needs an even number of tokens, which XLA's attention stands in for here.
+
+    It may leave anything in the gradients of padded keys and values, here NaN.
+    """
+    inputs = {
+        "image": np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8),
+        "text": np.array([[62, 5, 6, 63, 0], [62, 63, 0, 0, 0], [62, 5, 6, 7, 63]], np.int32),
+    }[tower]
+    graph, params = nnx.split(CLIP(tiny(), rngs=nnx.Rngs(0)), nnx.Param)
+
+    def total(p):
+        model = nnx.merge(graph, p)
+        return jnp.sum(jnp.sin(9 * getattr(model, f"encode_{tower}")(inputs)))
+
+    expected = jax.value_and_grad(total)(params)
+    seen = []
+
+    def attention(q, k, v, *, key_value_seq_lengths, implementation, **options):
+        seen.append(q.shape[1])
+        assert implementation == "xla"
+        causal = options["is_causal"]
+        lengths = None if causal else key_value_seq_lengths
+        if not causal:
+            k, v = (nan_gradient_beyond(x, lengths) for x in (k, v))
+        return known(q, k, v, key_value_seq_lengths=lengths, **options)
+
+    known = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    monkeypatch.setitem(TOKEN_MULTIPLE, "xla", 2)
+    got = jax.value_and_grad(total)(params)
+    assert set(seen) == {{"image": 6, "text": 6}[tower]}
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@jax.custom_vjp
+def nan_gradient_beyond(x, lengths):
+    """Identity on `[b, n, heads, head_dim]`, with NaN gradients beyond each sample's length."""
+    del lengths
+    return x
+
+
+def _nan_backward(lengths, g):
+    beyond = jnp.arange(g.shape[1])[None] >= lengths[:, None]
+    return jnp.where(beyond[:, :, None, None], jnp.nan, g), None
+
+
+nan_gradient_beyond.defvjp(lambda x, lengths: (x, lengths), _nan_backward)
 
 
 def test_text_is_causal_and_pooled_at_the_end_token():

@@ -5,7 +5,7 @@ import pytest
 from disco_jax.plan.accelerators import ACCELERATORS, parse_topology
 from disco_jax.plan.hlo import Program
 from disco_jax.plan.rates import LAUNCH, Rates, rates_of
-from disco_jax.plan.roofline import estimate
+from disco_jax.plan.roofline import cudnn_workspace, estimate
 
 # A launch takes 1 s. A device moves 1 byte/s from or to its memory, 2 bytes/s within a host of 4
 # devices and 1 byte/s between hosts, and computes 10 FLOP/s in bf16 and 5 in fp32.
@@ -99,6 +99,28 @@ def test_a_matmul_takes_its_flops_if_these_take_longer(line):
     assert cost.flops == {"bf16": 2 * 8 * 8 * 3}
     assert cost.bytes == 2 * 48 + 256  # without the workspace
     assert cost.seconds == 1 + max(cost.bytes, 2 * 8 * 8 * 3 / 10)
+
+
+@pytest.mark.parametrize(
+    ("call", "matmuls", "workspace"),
+    [("fmhaSoftmax", 2, 0), ("fmhaSoftmaxBackward", 5, 4 * 2 * 6 * 3 * 8)],
+)
+def test_cudnns_attention_reads_no_logits(call, matmuls, workspace):
+    """2 samples, 3 heads, 6 tokens and 8 dimensions per head."""
+    array = "bf16[2,6,3,8]{3,2,1,0}"
+    lines = [f"%{name} = {array} parameter({i})" for name, i in (("q", 4), ("k", 5), ("v", 6))]
+    config = '{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","3","6","6"]}}'
+    program = Program(
+        PROGRAM
+        + "\n".join(f"  {line}" for line in (*HEAD, *lines))
+        + f"\n  ROOT %o = ({array}, f32[2,3,6]{{2,1,0}}, u8[0]{{0}}) custom-call(%q, %k, %v), "
+        f'custom_call_target="__cudnn${call}", backend_config={config}\n}}\n'
+    )
+    cost = estimate(program, RATES)
+    size = 2 * 6 * 3 * 8
+    assert cost.flops == {"bf16": matmuls * 2 * size * 6}
+    assert cost.bytes == 4 * 2 * size + 4 * 2 * 3 * 6
+    assert cudnn_workspace(program) == workspace
 
 
 def test_a_loop_counts_its_turns_and_a_slice_what_it_reads():

@@ -3,12 +3,13 @@
 Blocks operate on flattened tokens `[b*n, width]` and use the shape `[b, n, heads, head_dim]` only
 for attention. Weight gradients are then plain matrix products, which XLA's CPU backend runs twice
 as fast as contractions of two dimensions. On other backends this costs nothing. It also lets one
-stack process samples of several lengths at once (`Shapes`), with the weights read only once.
+stack process samples of several lengths at once (`Piece`), with the weights read only once.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,27 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, normal, variance_scaling, xavier_uniform, zeros
 
+from disco_jax.models.attention import attend, padding_for, project
 from disco_jax.models.config import CLIPConfig, TowerConfig
 
 Array = jax.Array
-# The samples and the tokens of each sample, `(b, n)`, in consecutive ranges of flattened rows.
-Shapes = Sequence[tuple[int, int]]
 
 BLOCK_INPUT = "block_input"
 # What the backward pass recomputes instead of saving, from least to most.
 REMAT = ("none", "dots", "full", "offload")
+
+
+class Piece(NamedTuple):
+    """A range of flattened rows: the tokens of some samples, one sample after the other."""
+
+    samples: int
+    tokens: int  # per sample, including padding
+    padding: int = 0  # tokens at the end of each sample that no other token attends to
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return self.samples * self.tokens
 
 
 def rematerialize(function: Callable, remat: str) -> Callable:
@@ -203,13 +216,13 @@ class Block(nnx.Module):
         self.mlp_in = linear(width, tower.mlp_width, init.mlp_in, init.mlp_in_bias)
         self.mlp_out = linear(tower.mlp_width, width, init.mlp_out, init.mlp_out_bias)
 
-    def __call__(self, x: Array, shapes: Shapes, keys: Array | None) -> Array:
+    def __call__(self, x: Array, pieces: Sequence[Piece], keys: Array | None) -> Array:
         """Maps `[rows, width]` to the same shape. `keys`, one per sample, enable dropout."""
-        x = x + self._drop(self._attention(self.ln_1(x), shapes), shapes, keys, 1)
+        x = x + self._drop(self._attention(self.ln_1(x), pieces), pieces, keys, 1)
         mixed = self.mlp_out(self.activation(self.mlp_in(self.ln_2(x))))
-        return x + self._drop(mixed, shapes, keys, 2)
+        return x + self._drop(mixed, pieces, keys, 2)
 
-    def _drop(self, branch: Array, shapes: Shapes, keys: Array | None, use: int) -> Array:
+    def _drop(self, branch: Array, pieces: Sequence[Piece], keys: Array | None, use: int) -> Array:
         """Applies dropout to `[rows, width]`, scaling what remains to preserve the mean."""
         if keys is None or not self.dropout:
             return branch
@@ -223,26 +236,28 @@ class Block(nnx.Module):
             )
             return draw(keys).reshape(-1, width)
 
-        parts = jax.lax.split(keys, [b for b, _ in shapes])
-        kept = jnp.concatenate([drawn(part, n) for part, (_, n) in zip(parts, shapes, strict=True)])
+        parts = jax.lax.split(keys, [piece.samples for piece in pieces])
+        kept = jnp.concatenate(
+            [drawn(part, piece.tokens) for part, piece in zip(parts, pieces, strict=True)]
+        )
         return jnp.where(kept, branch / keep, 0).astype(branch.dtype)
 
-    def _attention(self, x: Array, shapes: Shapes) -> Array:
-        parts = jax.lax.split(self.in_proj(x), [b * n for b, n in shapes])
-        mixed = [self._mix(part, n) for part, (_, n) in zip(parts, shapes, strict=True)]
+    def _attention(self, x: Array, pieces: Sequence[Piece]) -> Array:
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.in_proj.kernel, self.in_proj.bias))
+        rows = [piece.rows for piece in pieces]
+        qkv = (jax.lax.split(y, rows) for y in project(x, kernel, bias, self.attention))
+        mixed = [
+            attend(
+                *of_piece,
+                tokens=piece.tokens,
+                padding=piece.padding,
+                heads=self.heads,
+                causal=self.causal,
+                attention=self.attention,
+            )
+            for piece, *of_piece in zip(pieces, *qkv, strict=True)
+        ]
         return self.out_proj(jnp.concatenate(mixed))
-
-    def _mix(self, qkv: Array, tokens: int) -> Array:
-        """Maps queries, keys and values, `[b*n, 3*width]`, of n tokens to `[b*n, width]`."""
-        width = qkv.shape[-1] // 3
-        qkv = qkv.reshape(-1, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        # JAX can't differentiate cuDNN's attention for an odd number of tokens, e.g. CLIP's 77.
-        implementation = self.attention if tokens % 2 == 0 else "xla"
-        mixed = jax.nn.dot_product_attention(
-            q, k, v, is_causal=self.causal, implementation=implementation
-        )
-        return mixed.reshape(-1, width)
 
 
 class Transformer(nnx.Module):
@@ -265,6 +280,7 @@ class Transformer(nnx.Module):
             raise ValueError(f"trained_blocks is {trained}; it must be at most {layers}, the depth")
         self.remat, self.unroll = tower.remat, config.unroll
         self.layers, self.frozen = layers, layers - trained if trained > 0 else 0
+        self.attention = config.attention
 
         @nnx.split_rngs(splits=layers)
         @nnx.vmap
@@ -276,22 +292,25 @@ class Transformer(nnx.Module):
     def __call__(self, x: Array, keys: Array | None = None) -> Array:
         """Maps `[b, n, width]` to the same shape; `keys` `[b]` enable dropout."""
         b, n, width = x.shape
-        return self.flat(x.reshape(b * n, width), ((b, n),), keys).reshape(b, n, width)
+        return self.flat(x.reshape(b * n, width), [(b, n)], keys).reshape(b, n, width)
 
-    def flat(self, x: Array, shapes: Shapes, keys: Array | None = None) -> Array:
+    def flat(self, x: Array, shapes: Sequence[tuple[int, int]], keys: Array | None = None) -> Array:
         """Maps flattened tokens `[rows, width]` to the same shape.
 
         Args:
           x: the tokens of all samples, in order.
-          shapes: the numbers of samples and of tokens in consecutive ranges of rows.
+          shapes: the samples and the tokens per sample of consecutive ranges of rows, `(b, n)`.
           keys: one per sample; they enable dropout.
         """
+        added = [padding_for(n, self.attention) for _, n in shapes]
+        pieces = [Piece(b, n + p, p) for (b, n), p in zip(shapes, added, strict=True)]
+        x = _resize(x, shapes, [(piece.samples, piece.tokens) for piece in pieces])
         graph, stacked = nnx.split(self.blocks)
 
         def layer(x: Array, block: tuple[nnx.State, Array]) -> tuple[Array, None]:
             params, index = block
             own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-            return nnx.merge(graph, params)(checkpoint_name(x, BLOCK_INPUT), shapes, own), None
+            return nnx.merge(graph, params)(checkpoint_name(x, BLOCK_INPUT), pieces, own), None
 
         layer = rematerialize(layer, self.remat)
         blocks = (stacked, jnp.arange(1, self.layers + 1, dtype=jnp.int32))
@@ -299,10 +318,25 @@ class Transformer(nnx.Module):
             front, blocks = (jax.tree.map(cut, blocks) for cut in (self._front, self._end))
             x, _ = jax.lax.scan(layer, x, jax.lax.stop_gradient(front), unroll=self.unroll)
         x, _ = jax.lax.scan(layer, x, blocks, unroll=self.unroll)
-        return x
+        return _resize(x, [(piece.samples, piece.tokens) for piece in pieces], shapes)
 
     def _front(self, stacked: Array) -> Array:
         return stacked[: self.frozen]
 
     def _end(self, stacked: Array) -> Array:
         return stacked[self.frozen :]
+
+
+def _resize(x: Array, shapes: Sequence[tuple[int, int]], new: Sequence[tuple[int, int]]) -> Array:
+    """Cuts or zero-pads every sample in flattened tokens `[rows, width]` at its end."""
+    if list(shapes) == list(new):
+        return x
+    width = x.shape[1]
+    parts = jax.lax.split(x, [b * n for b, n in shapes])
+    resized = [
+        jax.lax.pad(
+            part.reshape(b, n, width), jnp.zeros((), x.dtype), ((0, 0, 0), (0, m - n, 0), (0, 0, 0))
+        )
+        for part, (b, n), (_, m) in zip(parts, shapes, new, strict=True)
+    ]
+    return jnp.concatenate([part.reshape(-1, width) for part in resized])

@@ -4,10 +4,16 @@ XLA's own cost analysis misses calls to GPU matmul libraries, and counts a loop 
 """
 
 import math
+import re
 from collections import Counter
 from typing import Any
 
 from jax.extend import core
+
+# JAX's primitives for cuDNN's attention, which contain no program of their own.
+CUDNN = re.compile(r"dot_product_attention_(fwd|bwd)")
+# Matmuls of flash attention: logits and output; backward, the logits again and four gradients.
+ATTENTION_MATMULS = {"fwd": 2, "bwd": 5}
 
 
 def matmul_flops(jaxpr: Any) -> dict[str, int]:
@@ -21,6 +27,9 @@ def matmul_flops(jaxpr: Any) -> dict[str, int]:
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if eqn.primitive.name == "dot_general":
             total[str(eqn.invars[0].aval.dtype)] += _dot_flops(eqn)
+            continue
+        if match := CUDNN.match(eqn.primitive.name):
+            total[str(eqn.invars[0].aval.dtype)] += _attention_flops(eqn, match[1])
             continue
         inner = [matmul_flops(j) for j in _subprograms(eqn)]
         if eqn.primitive.name == "cond" and inner:
@@ -37,6 +46,12 @@ def _dot_flops(eqn: Any) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     lhs = eqn.invars[0].aval.shape
     return 2 * eqn.outvars[0].aval.size * math.prod(lhs[axis] for axis in contracted)
+
+
+def _attention_flops(eqn: Any, direction: str) -> int:
+    """Returns the FLOPs of cuDNN's attention on queries and keys `[b, n, heads, head_dim]`."""
+    (b, n, heads, dim), (_, keys, _, _) = (x.aval.shape for x in eqn.invars[:2])
+    return ATTENTION_MATMULS[direction] * 2 * b * heads * n * keys * dim
 
 
 def _repeats(eqn: Any) -> int:

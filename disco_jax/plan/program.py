@@ -17,7 +17,7 @@ from disco_jax.models.build import model_config
 from disco_jax.plan.flops import matmul_flops
 from disco_jax.plan.hlo import Collective, Program, collectives
 from disco_jax.plan.rates import Rates
-from disco_jax.plan.roofline import estimate
+from disco_jax.plan.roofline import cudnn_workspace, estimate
 from disco_jax.step.host_step import HostStep
 from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import abstract_batch, abstract_state
@@ -140,10 +140,11 @@ def measure(job: Job, rates: Rates) -> dict[str, Any]:
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     held += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    workspace = cudnn_workspace(parsed)
     return known | {
         # XLA allocates temporaries as one arena, so all of it is in use throughout the program.
-        "peak_bytes": max(held, memory.peak_memory_in_bytes),
-        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": max(held, memory.peak_memory_in_bytes) + workspace,
+        "temp_bytes": memory.temp_size_in_bytes + workspace,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "collectives": collectives(parsed),

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from disco_jax.plan.flops import ATTENTION_MATMULS
 from disco_jax.plan.hlo import Instruction, Program
 from disco_jax.plan.rates import Rates
 
@@ -35,7 +36,7 @@ FREE = frozenset(
     ]
 )
 SLICES = ("dynamic-slice", "slice", "gather")
-MATMULS = re.compile(r"__cublas|__onednn|\$matmul|\$gemm|__cudnn\$fmha")
+MATMULS = re.compile(r"__cublas|__onednn|\$matmul|\$gemm")
 
 
 @dataclass
@@ -179,6 +180,10 @@ class _Walk:
             for name in self.program.called(instruction):
                 for inner in self.program.computations[name].values():
                     total += self._flops(inner, name)
+        elif (logits := _logits_of_cudnn(instruction)) is not None:
+            queries = self.program.computations[scope][instruction.operands[0]].arrays[0]
+            way = "bwd" if "Backward" in instruction.text else "fwd"
+            total[queries.dtype] += 2 * ATTENTION_MATMULS[way] * logits * queries.dims[-1]
         elif instruction.opcode in ("dot", "convolution") or _is_matmul(instruction):
             first, second = (
                 self.program.computations[scope][name] for name in instruction.operands[:2]
@@ -186,6 +191,31 @@ class _Walk:
             result = math.prod(instruction.arrays[0].dims)
             total[first.arrays[0].dtype] += 2 * result * _contracted(instruction, first, second)
         return total
+
+
+def _logits_of_cudnn(instruction: Instruction) -> int | None:
+    """Returns the number of logits of a call of cuDNN's attention, which never stores them."""
+    if "__cudnn$fmha" not in instruction.text:
+        return None
+    shape = re.search(
+        r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[(.*?)\]', instruction.text
+    )
+    return math.prod(map(int, re.findall(r"\d+", shape[1]))) if shape else None
+
+
+def cudnn_workspace(program: Program) -> int:
+    """Returns the bytes per device that cuDNN's attention needs besides what XLA allocates.
+
+    Its backward pass accumulates the queries' gradients in fp32. Without a device, XLA cannot ask
+    cuDNN how much that is.
+    """
+    sizes = [
+        4 * math.prod(instruction.arrays[0].dims)
+        for body in program.computations.values()
+        for instruction in body.values()
+        if "__cudnn$fmhaSoftmaxBackward" in instruction.text
+    ]
+    return max(sizes, default=0)
 
 
 def _is_matmul(instruction: Instruction) -> bool:

@@ -18,9 +18,11 @@ from disco_jax.models.build import model_config
 from disco_jax.models.group_choice import groups_of
 from disco_jax.plan.accelerators import Topology, gpu_target_config, tpu_grid
 from disco_jax.plan.program import loss_job, measure, measure_step
-from disco_jax.plan.rates import Rates, rates_of
+from disco_jax.plan.rates import rates_of
 from disco_jax.processes.backend import use_fake_devices
 from disco_jax.step.gradients import texts_at_once
+
+CUDNN_VERSION = 91_000  # 9.10; the programs do not depend on it
 
 
 def devices_of(topology: Topology) -> list[Any]:
@@ -49,14 +51,37 @@ def devices_of(topology: Topology) -> list[Any]:
     return list(description.devices)
 
 
-def answer(request: dict[str, Any], mesh: Mesh, rates: Rates) -> dict[str, Any]:
+def answer(request: dict[str, Any], topology: Topology, mesh: Mesh) -> dict[str, Any]:
     """Measures the job that a request describes, and its loss on its own."""
     config = ConfigDict(request["config"])
+    config.model.attention = _attention(config, topology)
     dim = request["dim"] or model_config(config).embed_dim
+    rates = rates_of(topology)
     loss = measure(loss_job(config, mesh, dim), rates)
     whole = loss if request["loss_only"] else measure_step(config, mesh, rates)
     groups = [] if request["loss_only"] else _groups(config, mesh)
     return whole | {"loss_temp_bytes": loss["temp_bytes"], "text_groups": groups}
+
+
+def _attention(config: ConfigDict, topology: Topology) -> str:
+    """Resolves `model.attention` as training on these devices does (models/build.py)."""
+    wanted = config.model.attention
+    if topology.platform != "cuda":
+        return "xla" if wanted == "auto" else wanted
+    if wanted == "auto":  # all known GPUs are of the Ampere generation or later
+        wanted = "cudnn" if config.model.dtype == "bfloat16" else "xla"
+    if wanted == "cudnn":
+        _assume_cudnn()
+    return wanted
+
+
+def _assume_cudnn() -> None:
+    """Makes JAX lower cuDNN's attention although neither the library nor a GPU is here."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    cudnn.check_cudnn_version = lambda: CUDNN_VERSION
+    cudnn.check_compute_capability = lambda capability: True
+    cudnn.is_cuda_compute_capability_equal = lambda capability: False
 
 
 def _groups(config: ConfigDict, mesh: Mesh) -> list[tuple[int, int]]:
@@ -75,7 +100,7 @@ def main() -> None:
             if devices is None:
                 devices = devices_of(topology)
             mesh = make_mesh(devices, request["config"]["fsdp"])
-            result = answer(request, mesh, rates_of(topology))
+            result = answer(request, topology, mesh)
         except Exception as error:  # the parent reports it to the user
             result = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(result), flush=True)
