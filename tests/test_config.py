@@ -10,7 +10,9 @@ import pytest
 
 from disco_jax import losses
 from disco_jax.config import default, flatten, zeroshot_set
+from disco_jax.config.remat import REMAT
 from disco_jax.config.validation import CHOICES, problems_of
+from disco_jax.models.remat import rematerialize
 from disco_jax.models.transformer import ACTIVATIONS
 from disco_jax.step.optimizer import make_optimizer
 from tests.conftest import ENV
@@ -62,8 +64,11 @@ CASES = [
     ("model.dtype=bfloat", "did you mean bfloat16?"),
     ("model.attention=flash", "model.attention is 'flash'; it must be one of auto, xla, cudnn"),
     ("model.activation=relu", "model.activation is 'relu'; it must be one of"),
-    ("model.image_remat=all", "model.image_remat is 'all'; it must be one of none, dots, full"),
-    ("model.text_remat=fulll", "model.text_remat is 'fulll'; it must be one of"),
+    ("model.image_remat=all", "model.image_remat is all; it must be one of none, dots, branches"),
+    ("model.text_remat=fulll", "model.text_remat is fulll; it must be one of"),
+    ("model.text_remat=full:2", "model.text_remat is full:2; it must be one of"),
+    ("model.image_remat=dots:0", "model.image_remat is dots:0; it must be one of"),
+    ("model.image_remat=dots:x", "model.image_remat is dots:x; it must be one of"),
     ("model.patch_dropout=1", "model.patch_dropout is 1.0; it must be at least 0 and less than 1"),
     ("model.dropout=-0.1", "model.dropout is -0.1; it must be at least 0 and less than 1"),
     ("model.image_trained_blocks=-2", "model.image_trained_blocks is -2; it must be at least -1"),
@@ -204,6 +209,8 @@ def test_choices_are_those_of_the_code():
     assert CHOICES["loss.precision"] == losses.contrastive.PRECISIONS
     assert CHOICES["loss.kind"] == losses.KINDS
     assert set(CHOICES["model.activation"]) == {"", *ACTIVATIONS}
+    for remat in REMAT:
+        rematerialize(abs, remat)
     config = default()
     for name in CHOICES["optimizer.name"]:
         config.optimizer.name = name

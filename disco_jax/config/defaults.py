@@ -41,8 +41,10 @@ def default() -> ConfigDict:
     c.model.tokenizer = ""  # a tokenizer.json, for SigLIP models; "": the model's own, or CLIP's
     c.model.dtype = "bfloat16"  # compute dtype of the towers: bfloat16 or float32
     # Rematerialization: what the backward pass recomputes to save memory. From least to most:
-    # `none`, `dots` (keeps the outputs of matmuls with weights), `full` (keeps each block's input),
-    # `offload` (as `full`, with the inputs in host memory).
+    # `none`, `dots` (keeps the outputs of matmuls with weights and of cuDNN's attention),
+    # `branches` (keeps the outputs of attention and the MLP's hidden layer), `full` (keeps each
+    # block's input), `offload` (as `full`, with the inputs in host memory). `dots:4` is `dots` in
+    # the last 4 blocks and `full` in those before, likewise for `none` and `branches`.
     c.model.image_remat = "none"
     c.model.text_remat = "none"
     # Lengths at which shares of each device's (micro)batch of texts are processed, without changing

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 from PIL import ImageColor
 
 from disco_jax.config import default, flatten, zeroshot_set
+from disco_jax.config.remat import REMAT, parse_remat
 from disco_jax.config.text_groups import AUTO, parse_text_groups
 from disco_jax.errors import UserError
 
 METHODS = ("default", "auto", "reference", "disco", "stream", "ring")
-REMAT = ("none", "dots", "full", "offload")
 
 CHOICES: dict[str, Sequence[str]] = {
     "loss.kind": ("softmax", "sigmoid"),
@@ -25,8 +25,6 @@ CHOICES: dict[str, Sequence[str]] = {
     "model.activation": ("", "gelu", "quick_gelu", "gelu_tanh"),
     "model.attention": ("auto", "xla", "cudnn"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.image_remat": REMAT,
-    "model.text_remat": REMAT,
     "reduce_dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "lion", "adafactor", "muon"),
 }
@@ -147,6 +145,11 @@ def _form(field: str, text: str) -> str:
             "data.encoding": "text encoding",
         }
         return f"the name of a {kinds[field]}"
+    if field in ("model.image_remat", "model.text_remat"):
+        try:
+            parse_remat(text)
+        except ValueError:
+            return f"one of {', '.join(REMAT)}, or e.g. dots:4 for dots in the last 4 blocks only"
     single = len(text) == 1 and text.isascii() and text not in "\r\n"
     if field in ("data.quote", "data.separator") and text not in ("", r"\t") and not single:
         return "a single ASCII character"

@@ -4,8 +4,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from disco_jax.models.config import Attention
+from disco_jax.models.remat import ATTENDED
 
 Array = jax.Array
 
@@ -70,7 +72,9 @@ def attend(
     mixed = jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=attention
     )
-    return mixed.reshape(-1, width)
+    mixed = mixed.reshape(-1, width)
+    # The outputs of cuDNN's attention are saved as a whole (remat.py).
+    return mixed if attention == "cudnn" else checkpoint_name(mixed, ATTENDED)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

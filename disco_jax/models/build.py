@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from disco_jax.config.remat import parse_remat
 from disco_jax.config.text_groups import AUTO, parse_text_groups
 from disco_jax.errors import UserError
 from disco_jax.models import CLIPConfig, TextConfig, preset
@@ -18,8 +19,19 @@ INITIAL_LOGIT_BIAS = -10.0  # most pairs are negatives and start as such (SigLIP
 def model_config(config: ConfigDict) -> CLIPConfig:
     """Returns the preset that the config names, with the config's settings applied."""
     base, c = _base(config.model.name), config.model
-    _check_blocks("image", c.image_trained_blocks, base.vision.layers)
-    _check_blocks("text", c.text_trained_blocks, base.text.layers)
+    image_remat, image_blocks = parse_remat(c.image_remat)
+    text_remat, text_blocks = parse_remat(c.text_remat)
+    for field, blocks, tower in (
+        ("image_trained_blocks", c.image_trained_blocks, base.vision),
+        ("text_trained_blocks", c.text_trained_blocks, base.text),
+        ("image_remat", image_blocks, base.vision),
+        ("text_remat", text_blocks, base.text),
+    ):
+        if blocks > tower.layers:
+            raise UserError(
+                f"model.{field} is {c[field]}; it must be at most {tower.layers} blocks, the "
+                "tower's depth"
+            )
     _check_groups(c.text_groups, base.text)
     return dataclasses.replace(
         base,
@@ -28,7 +40,8 @@ def model_config(config: ConfigDict) -> CLIPConfig:
         vision=dataclasses.replace(
             base.vision,
             activation=c.activation or base.vision.activation,
-            remat=c.image_remat,
+            remat=image_remat,
+            remat_blocks=image_blocks,
             patch_dropout=c.patch_dropout,
             dropout=c.dropout,
             trained_blocks=c.image_trained_blocks,
@@ -37,7 +50,8 @@ def model_config(config: ConfigDict) -> CLIPConfig:
             base.text,
             activation=c.activation or base.text.activation,
             tokenizer=c.tokenizer or base.text.tokenizer,
-            remat=c.text_remat,
+            remat=text_remat,
+            remat_blocks=text_blocks,
             dropout=c.dropout,
             trained_blocks=c.text_trained_blocks,
         ),
@@ -53,14 +67,6 @@ def _base(name: str) -> CLIPConfig:
         return preset(name)
     except ValueError as error:
         raise UserError(f"model.name: {error}; or pass a folder with a {MODEL_JSON}") from error
-
-
-def _check_blocks(tower: str, wanted: int, layers: int) -> None:
-    if wanted > layers:
-        raise UserError(
-            f"model.{tower}_trained_blocks is {wanted}; it must be at most {layers}, the "
-            "tower's depth"
-        )
 
 
 def _check_groups(wanted: str, text: TextConfig) -> None:

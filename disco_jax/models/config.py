@@ -26,7 +26,8 @@ class TowerConfig:
     mlp_ratio: float = 4.0
     activation: str = "gelu"  # a key of transformer.ACTIVATIONS
     norm_eps: float = 1e-5
-    remat: str = "none"  # what the backward pass recomputes; one of transformer.REMAT
+    remat: str = "none"  # what the backward pass recomputes: a policy of models/remat.py
+    remat_blocks: int = 0  # the last N follow the policy, those before are recomputed; 0: all
     dropout: float = 0.0  # rate, on the output of each residual branch
     trained_blocks: int = -1  # the last N and the layers after them; -1: all; 0: nothing
 

@@ -19,12 +19,9 @@ from jax.nn.initializers import Initializer, normal, variance_scaling, xavier_un
 
 from disco_jax.models.attention import attend, padding_for, project
 from disco_jax.models.config import CLIPConfig, TowerConfig
+from disco_jax.models.remat import BLOCK_INPUT, HIDDEN, rematerialize
 
 Array = jax.Array
-
-BLOCK_INPUT = "block_input"
-# What the backward pass recomputes instead of saving, from least to most.
-REMAT = ("none", "dots", "full", "offload")
 
 
 class Piece(NamedTuple):
@@ -38,34 +35,6 @@ class Piece(NamedTuple):
     def rows(self) -> int:
         """The number of rows."""
         return self.samples * self.tokens
-
-
-def rematerialize(function: Callable, remat: str) -> Callable:
-    """Wraps `function` so that `remat` decides what is saved for the backward pass.
-
-    Args:
-      function: The body of a scan, e.g. a block. The scan keeps the compiler from undoing this.
-      remat: `none` saves everything; `dots` saves the outputs of matmuls with weights; `full` saves
-        only the block's input; `offload` is like `full`, with the input kept in host memory until
-        it is needed, which pays off on GPUs and TPUs.
-    """
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        return function
-    if remat == "full":
-        return jax.checkpoint(function, prevent_cse=False)
-    if remat == "dots":
-        policy = policies.dots_with_no_batch_dims_saveable
-    elif remat == "offload":
-        policy = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[BLOCK_INPUT],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    else:
-        raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT)}")
-    return jax.checkpoint(function, prevent_cse=False, policy=policy)
 
 
 @dataclass(frozen=True)
@@ -219,7 +188,8 @@ class Block(nnx.Module):
     def __call__(self, x: Array, pieces: Sequence[Piece], keys: Array | None) -> Array:
         """Maps `[rows, width]` to the same shape. `keys`, one per sample, enable dropout."""
         x = x + self._drop(self._attention(self.ln_1(x), pieces), pieces, keys, 1)
-        mixed = self.mlp_out(self.activation(self.mlp_in(self.ln_2(x))))
+        hidden = checkpoint_name(self.mlp_in(self.ln_2(x)), HIDDEN)
+        mixed = self.mlp_out(self.activation(hidden))
         return x + self._drop(mixed, pieces, keys, 2)
 
     def _drop(self, branch: Array, pieces: Sequence[Piece], keys: Array | None, use: int) -> Array:
@@ -278,8 +248,9 @@ class Transformer(nnx.Module):
         trained, layers = tower.trained_blocks, tower.layers
         if trained > layers:
             raise ValueError(f"trained_blocks is {trained}; it must be at most {layers}, the depth")
-        self.remat, self.unroll = tower.remat, config.unroll
+        self.remat, self.remat_blocks = tower.remat, tower.remat_blocks or layers
         self.layers, self.frozen = layers, layers - trained if trained > 0 else 0
+        self.unroll = config.unroll
         self.attention = config.attention
 
         @nnx.split_rngs(splits=layers)
@@ -312,19 +283,23 @@ class Transformer(nnx.Module):
             own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
             return nnx.merge(graph, params)(checkpoint_name(x, BLOCK_INPUT), pieces, own), None
 
-        layer = rematerialize(layer, self.remat)
         blocks = (stacked, jnp.arange(1, self.layers + 1, dtype=jnp.int32))
-        if self.frozen:  # frozen blocks run in their own scan, which is not differentiated
-            front, blocks = (jax.tree.map(cut, blocks) for cut in (self._front, self._end))
-            x, _ = jax.lax.scan(layer, x, jax.lax.stop_gradient(front), unroll=self.unroll)
-        x, _ = jax.lax.scan(layer, x, blocks, unroll=self.unroll)
+        for first, end, remat in self._stretches():
+            part = jax.tree.map(lambda a, first=first, end=end: a[first:end], blocks)
+            if end <= self.frozen:  # in a scan of their own, which is not differentiated
+                part = jax.lax.stop_gradient(part)
+            x, _ = jax.lax.scan(rematerialize(layer, remat), x, part, unroll=self.unroll)
         return _resize(x, [(piece.samples, piece.tokens) for piece in pieces], shapes)
 
-    def _front(self, stacked: Array) -> Array:
-        return stacked[: self.frozen]
-
-    def _end(self, stacked: Array) -> Array:
-        return stacked[self.frozen :]
+    def _stretches(self) -> list[tuple[int, int, str]]:
+        """Returns the first block, the end and the rematerialization of consecutive blocks."""
+        partly = max(self.frozen, self.layers - self.remat_blocks)
+        stretches = [
+            (0, self.frozen, "none"),
+            (self.frozen, partly, "full"),
+            (partly, self.layers, self.remat),
+        ]
+        return [stretch for stretch in stretches if stretch[0] < stretch[1]]
 
 
 def _resize(x: Array, shapes: Sequence[tuple[int, int]], new: Sequence[tuple[int, int]]) -> Array:

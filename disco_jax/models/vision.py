@@ -127,7 +127,10 @@ class VisionTransformer(nnx.Module):
         sample, enable dropout.
         """
         embed = self._embed
-        if self.config.remat != "none":  # saves the bytes for the backward pass, not the patches
+        if (self.config.remat, self.config.remat_blocks) != (
+            "none",
+            0,
+        ):  # saves the bytes for the backward pass, not the patches
             embed = jax.checkpoint(embed)
         x = embed(images)
         b, _, width = x.shape

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
+from disco_jax.config.remat import REMAT
 from disco_jax.plan.accelerators import Topology
 from disco_jax.plan.compiler import Compiler, Row
 from disco_jax.plan.search import largest_batch
@@ -42,7 +43,7 @@ def find_max_batch(
     with which that batch still fits. If no batch fits, the row is the smallest batch tried.
     """
     loss_only = bool(scope.get("loss_only"))
-    *cheaper, least = ("none", "dots", "full", "offload")[: 3 if topology.platform == "cpu" else 4]
+    *cheaper, least = REMAT[:-1] if topology.platform == "cpu" else REMAT
     microbatches = (0,) if loss_only else (0, 256)
     if config.microbatch or config.microbatch_mode == "host":
         microbatches = (config.microbatch or 256,)
