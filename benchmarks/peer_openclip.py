@@ -1,11 +1,14 @@
 """OpenCLIP's losses over gloo, data pipeline and training step, for the other benchmarks."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,7 +95,31 @@ def openclip_batches(pattern: str, batch: int, workers: int) -> Iterator[Any]:
 
 
 def openclip_step(model_name: str, batch: dict[str, np.ndarray]) -> Callable[[], None]:
-    """Returns a function that takes one fp32 step of OpenCLIP's model with torch's AdamW."""
+    """Returns a function that takes one fp32 step of OpenCLIP's model with torch's AdamW.
+
+    It runs in a process of its own, so that each contender has its own memory allocator.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_steps, args=(theirs, model_name, batch), daemon=True).start()
+
+    def run() -> None:
+        ours.send("step")
+        ours.recv()  # raises EOFError if the process failed, which has printed why
+
+    theirs.close()
+    return run
+
+
+def _steps(pipe: Connection, model_name: str, batch: dict[str, np.ndarray]) -> None:
+    step = _local_step(model_name, batch)
+    with contextlib.suppress(EOFError):  # the benchmark has ended
+        while pipe.recv():
+            step()
+            pipe.send("done")
+
+
+def _local_step(model_name: str, batch: dict[str, np.ndarray]) -> Callable[[], None]:
     import open_clip
     import torch
 

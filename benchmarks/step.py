@@ -28,6 +28,7 @@ from disco_jax.config import default
 from disco_jax.mesh import make_mesh, place_batch
 from disco_jax.models.build import model_config
 from disco_jax.models.group_choice import choose_text_groups, typical_lengths
+from disco_jax.processes.allocator import reuse_freed_memory
 from disco_jax.processes.backend import use_fake_devices
 from disco_jax.step.gradients import make_model_fns, split
 from disco_jax.step.host_step import HostStep
@@ -132,9 +133,8 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, Any
         step()  # compiles
     for _ in range(repeats):
         for name, step in steps.items():
-            # Take an untimed step first, because in training steps follow one another. A step that
-            # follows another contender's finds its memory returned to the system, and may take half
-            # as long again.
+            # Take an untimed step first, because in training steps follow one another, while a step
+            # that follows another contender's finds the caches full of its data.
             step()
             start = time.perf_counter()
             step()
@@ -151,6 +151,7 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, Any
 
 def main() -> None:
     arguments = parse_arguments()
+    reuse_freed_memory()  # as training does on CPUs
     use_fake_devices(arguments.devices)
     result = measure(contenders(arguments), arguments.repeats)
     table = Table(

@@ -151,3 +151,23 @@ def test_a_jax_that_keeps_its_test_for_tpus_elsewhere_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax._src.hardware_utils", None)
     with pytest.raises(UserError, match=r"jax .* is not supported by DisCo-JAX .*hardware"):
         backend.has_tpu()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of glibc")
+@pytest.mark.parametrize("reused", [False, True])
+def test_freed_memory_is_reused(reused):
+    """The second of two equal arrays of 64 MiB needs no new pages."""
+    code = f"""
+import resource
+import numpy as np
+from disco_jax.processes.allocator import reuse_freed_memory
+if {reused}:
+    reuse_freed_memory()
+np.ones(2**23)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(2**23)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    faults = int(done.stdout)
+    assert faults < 100 if reused else faults > 100

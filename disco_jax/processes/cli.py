@@ -34,8 +34,9 @@ from disco_jax.errors import (
     says_unwritable,
 )
 from disco_jax.processes import cluster
+from disco_jax.processes.allocator import reuse_freed_memory
 from disco_jax.processes.peers import Watch, watched
-from disco_jax.processes.plugins import ignore_absent_accelerators
+from disco_jax.processes.plugins import ignore_absent_accelerators, only_cpu
 from disco_jax.runs.workdir import locked
 
 # Fraction of a GPU's memory for JAX's pool; JAX's default is 0.75. The planner's limit is 0.03
@@ -130,6 +131,8 @@ def _set_up_jax(config: ConfigDict, launch: cluster.Launch | None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     from disco_jax.processes import backend
 
+    if config.fake_devices or only_cpu():
+        reuse_freed_memory()
     if config.fake_devices:
         backend.use_fake_devices(config.fake_devices)
     if launch:

@@ -35,6 +35,12 @@ def ignore_absent_accelerators() -> None:
         jax.config.update("jax_platforms", jax.config.jax_platforms or "cpu")
 
 
+def only_cpu() -> bool:
+    """Whether JAX can use nothing but the CPU, as far as this is known before it starts."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    return platforms == "cpu" or not (platforms or any(find_spec(name) for name in PLUGINS))
+
+
 def _of_google(vendor: Path) -> bool:
     try:
         return vendor.read_text().strip() == GOOGLE
