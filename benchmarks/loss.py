@@ -4,7 +4,8 @@
     python benchmarks/loss.py --platform gpu --batch 65536 --dim 768 --dtype bfloat16 --kind sigmoid
 
 `default` is the default method, `default_linear` the same with `keep_bytes=0`. With several batches
-(`--batch 2048,4096,8192`), `--chart` plots time and memory against batch.
+(`--batch 2048,4096,8192`), `--chart` plots time and memory against batch. With `--error`, each
+method is also compared with the dense loss in fp32.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -40,10 +42,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("default", "high", "highest"), default=None)
     parser.add_argument("--kind", choices=("softmax", "sigmoid"), default="softmax")
     parser.add_argument("--methods", default="auto,disco,stream,ring,default,default_linear")
+    parser.add_argument("--scale", type=float, default=14.3, help="of the logits; CLIP ends at 100")
     parser.add_argument("--tile", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--peer", choices=("openclip",), help="also time OpenCLIP, which must be installed"
+    )
+    parser.add_argument(
+        "--error", action="store_true", help="also compare with the dense loss of fp32 features"
     )
     parser.add_argument(
         "--chart", type=Path, help="PNG file for a plot of time and memory against batch"
@@ -59,14 +65,25 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def make_inputs(arguments: argparse.Namespace, batch: int, mesh: Mesh, dtype: str) -> list[Any]:
+    """Returns random features, where some negatives are as close as pairs, and the scalars."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2, batch, arguments.dim), np.float32)
+    rows /= np.sqrt(1 + np.arange(arguments.dim, dtype=np.float32))  # few directions dominate
+    rows[1] += rows[0]
+    rows /= np.linalg.norm(rows, axis=2, keepdims=True)
+    inputs = [jax.device_put(x.astype(dtype), batch_sharding(mesh)) for x in rows]
+    return [
+        *inputs,
+        jnp.float32(arguments.scale),
+        *[jnp.float32(-10)] * (arguments.kind == "sigmoid"),
+    ]
+
+
 def compile_methods(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
     """Compiles each method's loss and gradients for `batch`; returns them with their inputs."""
     mesh = make_mesh()
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((2, batch, arguments.dim), np.float32)
-    rows /= np.linalg.norm(rows, axis=2, keepdims=True)
-    inputs = [jax.device_put(x.astype(arguments.dtype), batch_sharding(mesh)) for x in rows]
-    inputs += [jnp.float32(14.3)] + [jnp.float32(-10)] * (arguments.kind == "sigmoid")
+    inputs = make_inputs(arguments, batch, mesh, arguments.dtype)
     programs = {}
     for name in arguments.methods.split(","):
         options = {"method": name.removesuffix(LINEAR)}
@@ -86,6 +103,33 @@ def compile_methods(arguments: argparse.Namespace, batch: int) -> dict[str, Any]
         step = jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs)))))
         programs[name] = step.lower(*inputs).compile()
     return {"programs": programs, "inputs": inputs}
+
+
+def errors(arguments: argparse.Namespace, batch: int, compiled: dict[str, Any]) -> dict[str, Any]:
+    """Returns each method's errors against the dense loss of fp32 features, in full fp32.
+
+    That of the loss is absolute. Those of the gradients are the largest of an entry, relative to
+    the largest entry.
+    """
+    mesh = make_mesh()
+    inputs = make_inputs(arguments, batch, mesh, "float32")
+
+    def dense(*args: Any) -> jax.Array:
+        return contrastive_loss(
+            *args, mesh=mesh, kind=arguments.kind, method="auto", precision="highest"
+        )
+
+    value, gradients = jax.jit(jax.value_and_grad(dense, tuple(range(len(inputs)))))(*inputs)
+    found = {}
+    for name, program in compiled["programs"].items():
+        got, theirs = program(*compiled["inputs"])
+        pairs = zip(("image", "text", "scale", "bias"), theirs, gradients, strict=False)
+        differences = {"loss": float(abs(got - value))} | {
+            key: float(jnp.max(abs(a.astype(jnp.float32) - b)) / jnp.max(abs(b)))
+            for key, a, b in pairs
+        }
+        found[name] = {"loss": float(got), "errors": differences}
+    return found
 
 
 def matmul_limit(batch: int, dim: int, dtype: str) -> Callable[[], float]:
@@ -131,6 +175,9 @@ def measure(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
         }
         for name, times in seconds.items()
     }
+    if arguments.error:
+        for name, found in errors(arguments, batch, compiled).items():
+            methods[name] |= found
     if arguments.peer:
         from peer_openclip import measure_openclip
 
@@ -172,6 +219,12 @@ def show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
         )
     console = Console(width=100)
     console.print(table)
+    for name, row in result["methods"].items():
+        if found := row.get("errors"):
+            shown = ", ".join(f"{key} {error:.1e}" for key, error in found.items())
+            console.print(
+                f"{name}: errors against fp32 {shown}; loss {row['loss']:.4f}", soft_wrap=True
+            )
     if result["peak_bytes"]:
         console.print(
             f"peak memory of a device, all methods: {result['peak_bytes'] / 2**20:.0f} MiB"

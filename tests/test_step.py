@@ -1,12 +1,16 @@
 """Tests that the training step compiles once and gives the same curve on any devices."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from disco_jax.config import default
 from disco_jax.mesh import place_batch
 from disco_jax.models import abstract_model
+from disco_jax.step.gradients import batch_loss
 from disco_jax.step.optimizer import decay_mask, make_optimizer, make_schedule
 from disco_jax.step.state import init_state
 from disco_jax.step.train_step import clamp_logit_scale, make_train_step
@@ -156,3 +160,31 @@ def test_clipping_bounds_the_update():
     updates = [optimizer.update(g, optimizer.init(params), params)[1] for g in (big, bigger)]
     for a, b in zip(*(jax.tree.leaves(u) for u in updates), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_the_loss_can_take_bfloat16_features():
+    """They are sent in bfloat16; the loss and its fp32 gradients are those of rounded features."""
+    config, mesh = default(), mesh_of(4)
+    config.loss.dtype, config.loss.method = "bfloat16", "stream"
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(2, 16, 8)).astype(np.float32)
+    features = tuple(rows / np.linalg.norm(rows, axis=2, keepdims=True))
+    scalars = {"logit_scale": jnp.float32(2.0)}
+
+    def loss(features, mesh=mesh, config=config):
+        return batch_loss(config, mesh, scalars, features)
+
+    program = jax.jit(jax.value_and_grad(loss))
+    gathers = re.findall(
+        r"stablehlo.all_gather.*-> tensor<16x8x(\w+)>", program.lower(features).as_text()
+    )
+    assert gathers == ["bf16"]
+    value, gradients = program(features)
+    rounded = tuple(x.astype(jnp.bfloat16).astype(np.float32) for x in features)
+    dense = default()
+    dense.loss.method = "reference"
+    expected, theirs = jax.value_and_grad(loss)(rounded, mesh_of(1), dense)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for got, exact in zip(gradients, theirs, strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, exact, rtol=0, atol=0.01 * np.abs(exact).max())

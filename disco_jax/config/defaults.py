@@ -70,6 +70,9 @@ def default() -> ConfigDict:
     # Bytes per device for logits that `default`, `stream` and `ring` keep for the backward pass; 0
     # computes them twice, in memory linear in the batch size.
     c.loss.keep_bytes = 512 * 2**20
+    # Dtype of the features that the loss sends and multiplies: float32, or bfloat16 for half the
+    # communication and, on GPUs, half the time. Its error is in docs/losses.md.
+    c.loss.dtype = "float32"
     # Precision of the loss's matmuls: default (fp32 features are multiplied in TF32 on NVIDIA GPUs
     # and in bf16 on TPUs), high or highest.
     c.loss.precision = "default"

@@ -18,6 +18,7 @@ from disco_jax.errors import UserError
 METHODS = ("default", "auto", "reference", "disco", "stream", "ring")
 
 CHOICES: dict[str, Sequence[str]] = {
+    "loss.dtype": ("float32", "bfloat16"),
     "loss.kind": ("softmax", "sigmoid"),
     "loss.method": METHODS,
     "loss.precision": ("default", "high", "highest"),

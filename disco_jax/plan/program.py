@@ -97,9 +97,10 @@ def _with_waiting_batch(config: ConfigDict, row: dict[str, Any]) -> dict[str, An
 
 
 def loss_job(config: ConfigDict, mesh: Mesh, dim: int) -> Job:
-    """Returns the loss of `config` with all its gradients, on fp32 features `[B, dim]`."""
+    """Returns the loss of `config` with all its gradients, on features `[B, dim]`."""
     rows, one = batch_sharding(mesh), replicated(mesh)
-    features = jax.ShapeDtypeStruct((config.batch_size, dim), jnp.float32, sharding=rows)
+    dtype = jnp.dtype(config.loss.dtype)
+    features = jax.ShapeDtypeStruct((config.batch_size, dim), dtype, sharding=rows)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
     kind = config.loss.kind
     scalars = (scalar,) * (2 if kind == "sigmoid" else 1)

@@ -103,8 +103,10 @@ def batch_loss(
     group_ids: Array | None = None,
 ) -> Array:
     """Returns the loss of a whole batch, as `config.loss` says."""
+    image, text = (x.astype(config.loss.dtype) for x in features)
     return contrastive_loss(
-        *features,
+        image,
+        text,
         jnp.exp(scalars["logit_scale"]),
         scalars.get("logit_bias"),
         mesh=mesh,
