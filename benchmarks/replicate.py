@@ -4,9 +4,10 @@
     python benchmarks/replicate.py batch_size     # accuracy against batch size at equal epochs
     python benchmarks/replicate.py memory         # of the losses on 8 A100s, from the planner
     python benchmarks/replicate.py time           # of the losses on this machine
+    python benchmarks/replicate.py step           # estimated time of a step on 8 A100s
 
 Each writes EXPERIMENT.json, which records the command, and EXPERIMENT.png to docs/results, or to
---out=FOLDER. `memory` needs requirements-plan.txt.
+--out=FOLDER. `memory` and `step` need requirements-plan.txt.
 """
 
 import argparse
@@ -32,12 +33,17 @@ METHODS = ("reference", "disco", "stream", "ring")
 DEVICES = (1, 8)
 BATCHES = (32, 64, 128, 256)
 SEEDS = (0, 1, 2)
+STEPS = {
+    "XLA's attention, 77 tokens": ["--config.model.attention=xla", "--config.model.text_groups="],
+    "cuDNN's attention, 77 tokens": ["--config.model.text_groups="],
+    "cuDNN's attention, short captions": [],
+}
 LOSSES = ("auto", "disco", "stream", "ring")  # for `memory` and `time`
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=("equivalence", "batch_size", "memory", "time"))
+    parser.add_argument("experiment", choices=tuple(EXPERIMENTS))
     parser.add_argument("--steps", type=int, default=50, help="steps per curve of `equivalence`")
     parser.add_argument(
         "--every", type=int, default=10, help="steps between evaluations in `equivalence`"
@@ -212,6 +218,13 @@ def time(arguments: argparse.Namespace) -> dict[str, Any]:
     return found if "batches" in found else {"batches": [found]}
 
 
+def step(_: argparse.Namespace) -> dict[str, Any]:
+    """Estimates where a step of ViT-B/32 at 32,768 on 8 A100s spends its time, with the planner."""
+    plan = ["-m", "disco_jax.plan", "--config=configs/vit_b32_laion100m.py:32768"]
+    plan += ["--topology=a100-40gb:8", "--json"]
+    return {name: json_of([*plan, *flags])[0] for name, flags in STEPS.items()}
+
+
 def json_of(command: list[str]) -> Any:
     """Runs a command of this project; parses its last line as JSON and prints the others."""
     lines = []
@@ -280,11 +293,28 @@ def draw_time(found: dict[str, Any], path: Path) -> None:
     draw(found["batches"], path)
 
 
+def draw_step(found: dict[str, Any], path: Path) -> None:
+    from disco_jax.display.plots import subplots
+
+    figure, axis = subplots(figsize=(9, 2.6), layout="constrained")
+    names = [name for name in found if name in STEPS]
+    left = np.zeros(len(names))
+    for kind in ("matmuls", "attention", "elementwise", "loop copies"):
+        seconds = np.array([found[name]["seconds_by_kind"].get(kind, 0) for name in names])
+        axis.barh(names, seconds, left=left, label=kind)
+        left += seconds
+    axis.invert_yaxis()
+    axis.set(xlabel="estimated seconds per step, ViT-B/32, batch 32,768 on 8 A100s")
+    axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.25), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 EXPERIMENTS = {
     "equivalence": (equivalence, draw_equivalence),
     "batch_size": (batch_size, draw_batch_size),
     "memory": (memory, draw_memory),
     "time": (time, draw_time),
+    "step": (step, draw_step),
 }
 
 

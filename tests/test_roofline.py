@@ -123,6 +123,23 @@ def test_cudnns_attention_reads_no_logits(call, matmuls, workspace):
     assert cudnn_workspace(program) == workspace
 
 
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("%g = f32[8,8]{1,0} dot(%y, %y), lhs_contracting_dims={0}", "matmuls"),
+        ('%n = f32[2,3]{1,0} negate(%x), metadata={op_name="jit(f)/mlp/neg"}', "elementwise"),
+        (
+            '%n = f32[2,3]{1,0} negate(%x), metadata={op_name="transpose(jvp(attention))/neg"}',
+            "attention",
+        ),
+        ('%n = f32[2,3] copy(%x), metadata={op_name="while/body/dynamic_slice"}', "loop copies"),
+    ],
+)
+def test_seconds_are_divided_by_kind(line, kind):
+    cost = seconds(line)
+    assert cost.by_kind == {kind: cost.seconds}
+
+
 def test_a_loop_counts_its_turns_and_a_slice_what_it_reads():
     """Each of 10 turns runs two kernels, which both read 16 bytes and the index and write 16."""
     cost = seconds(

@@ -11,6 +11,7 @@ from disco_jax.models.remat import ATTENDED
 
 Array = jax.Array
 
+SCOPE = "attention"  # in the names of its operations, for profiles and the planner
 # JAX can't differentiate cuDNN's attention for an odd number of tokens, such as CLIP's 77 for texts
 # and 197 or 257 for images, so samples are padded to a multiple.
 TOKEN_MULTIPLE: dict[Attention, int] = {"cudnn": 2, "xla": 1}
@@ -37,6 +38,7 @@ def project(x: Array, kernel: Array, bias: Array, attention: Attention) -> tuple
     return tuple(jnp.split(x @ kernel + bias[None], 3, axis=1))
 
 
+@jax.named_scope(SCOPE)
 def attend(
     q: Array,
     k: Array,

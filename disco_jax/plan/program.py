@@ -54,6 +54,7 @@ def measure_step(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]
     total: dict[str, Any] = {"peak_bytes": 0, "step_flops": 0, "compile_seconds": 0.0}
     flops: Counter[str] = Counter()
     moved: dict[str, Collective] = {}
+    by_kind: dict[str, float] = {}
     for name, phase in phases.items():
         row = measure(Job(phase.function, phase.arguments, {}), rates)
         beside = shard_bytes(phase.beside)
@@ -70,6 +71,8 @@ def measure_step(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]
         total["compile_seconds"] += row["compile_seconds"]
         for dtype, count in row["flops_by_dtype"].items():
             flops[dtype] += phase.turns * count
+        for kind, seconds in row["seconds_by_kind"].items():
+            by_kind[kind] = by_kind.get(kind, 0.0) + phase.turns * seconds
         for kind, use in row["collectives"].items():
             known = moved.setdefault(kind, {"count": 0, "bytes": 0})
             known["count"] += phase.turns * use["count"]
@@ -82,6 +85,7 @@ def measure_step(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]
         "batch_bytes": shard_bytes(samples),
         "step_flops": sum(flops.values()),
         "flops_by_dtype": dict(flops),
+        "seconds_by_kind": by_kind,
         "collectives": moved,
     }
 
@@ -151,6 +155,7 @@ def measure(job: Job, rates: Rates) -> dict[str, Any]:
         "collectives": collectives(parsed),
         # Nothing is known of the rates of the CPU here.
         "estimated_seconds": cost.seconds if math.isfinite(rates.bandwidth) else None,
+        "seconds_by_kind": cost.by_kind,
         "collective_seconds": cost.collective_seconds,
         "kernels": cost.kernels,
         "bytes_accessed": cost.bytes,

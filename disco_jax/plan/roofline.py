@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from disco_jax.models.attention import SCOPE
 from disco_jax.plan.flops import ATTENTION_MATMULS
 from disco_jax.plan.hlo import Instruction, Program
 from disco_jax.plan.rates import Rates
@@ -48,6 +49,7 @@ class Cost:
     bytes: int = 0  # read and written in device memory
     collective_seconds: float = 0.0  # whether hidden behind kernels or not
     flops: Counter[str] = field(default_factory=Counter)  # of matmuls, by the operands' dtype
+    by_kind: dict[str, float] = field(default_factory=dict)  # seconds of kernels, see `kind_of`
 
     def add(self, other: "Cost", times: int = 1) -> None:
         """Adds `times` runs of another part."""
@@ -57,11 +59,29 @@ class Cost:
         self.collective_seconds += times * other.collective_seconds
         for dtype, flops in other.flops.items():
             self.flops[dtype] += times * flops
+        for kind, seconds in other.by_kind.items():
+            self.by_kind[kind] = self.by_kind.get(kind, 0.0) + times * seconds
 
 
 def estimate(program: Program, rates: Rates) -> Cost:
     """Returns the cost of one run of a compiled program, per device."""
     return _Walk(program, rates).computation(program.entry)
+
+
+def kind_of(instruction: Instruction, cost: Cost) -> str:
+    """Returns what a kernel does: `attention`, `matmuls`, `loop copies` or `elementwise`.
+
+    Loop copies move a slice of the values that a scan saves for its backward pass.
+    """
+    name = re.search(r'op_name="([^"]*)"', instruction.text)
+    path = name[1] if name else ""
+    if SCOPE in path or "__cudnn$fmha" in instruction.text:
+        return "attention"
+    if cost.flops:
+        return "matmuls"
+    if path.endswith(("dynamic_slice", "dynamic_update_slice")):
+        return "loop copies"
+    return "elementwise"
 
 
 class _Walk:
@@ -123,6 +143,7 @@ class _Walk:
             cost.flops[dtype] += flops
         compute = sum(n / self.rates.matmul(dtype) for dtype, n in cost.flops.items())
         cost.seconds = self.rates.launch + max(cost.bytes / self.rates.bandwidth, compute)
+        cost.by_kind[kind_of(instruction, cost)] = cost.seconds
         return cost
 
     def _written(self, instruction: Instruction, body: dict[str, Instruction] | None) -> int:
