@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_inputs(arguments: argparse.Namespace, batch: int, mesh: Mesh, dtype: str) -> list[Any]:
-    """Returns random features, where some negatives are as close as pairs, and the scalars."""
+    """Returns random features, some of whose negatives are as similar as pairs, and the scalars."""
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((2, batch, arguments.dim), np.float32)
     rows /= np.sqrt(1 + np.arange(arguments.dim, dtype=np.float32))  # few directions dominate
@@ -108,8 +108,8 @@ def compile_methods(arguments: argparse.Namespace, batch: int) -> dict[str, Any]
 def errors(arguments: argparse.Namespace, batch: int, compiled: dict[str, Any]) -> dict[str, Any]:
     """Returns each method's errors against the dense loss of fp32 features, in full fp32.
 
-    That of the loss is absolute. Those of the gradients are the largest of an entry, relative to
-    the largest entry.
+    That of the loss is absolute. For gradients, it is the error of the worst entry, relative to the
+    largest entry.
     """
     mesh = make_mesh()
     inputs = make_inputs(arguments, batch, mesh, "float32")

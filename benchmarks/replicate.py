@@ -299,7 +299,7 @@ def draw_step(found: dict[str, Any], path: Path) -> None:
     figure, axis = subplots(figsize=(9, 2.6), layout="constrained")
     names = [name for name in found if name in STEPS]
     left = np.zeros(len(names))
-    for kind in ("matmuls", "attention", "elementwise", "loop copies"):
+    for kind in ("matmuls", "attention", "other", "loop copies"):
         seconds = np.array([found[name]["seconds_by_kind"].get(kind, 0) for name in names])
         axis.barh(names, seconds, left=left, label=kind)
         left += seconds

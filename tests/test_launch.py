@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from disco_jax.errors import UserError
-from disco_jax.processes import backend
+from disco_jax.processes import backend, plugins
 from disco_jax.processes.cluster import Launch, find
 from tests import small_run
 
@@ -147,7 +147,7 @@ def test_the_batch_script_starts_again_what_may_go_on(code, saves, tries, again,
 
 
 def test_a_jax_that_keeps_its_test_for_tpus_elsewhere_is_named(monkeypatch):
-    """`jax._src.hardware_utils` holds the only private function of JAX that the package uses."""
+    """`jax._src.hardware_utils` holds the only private function of JAX that training uses."""
     monkeypatch.setitem(sys.modules, "jax._src.hardware_utils", None)
     with pytest.raises(UserError, match=r"jax .* is not supported by DisCo-JAX .*hardware"):
         backend.has_tpu()
@@ -171,3 +171,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     faults = int(done.stdout)
     assert faults < 100 if reused else faults > 100
+
+
+@pytest.mark.parametrize(
+    ("platforms", "installed", "expected"),
+    [("", (), True), ("", ("libtpu",), False), ("cpu", ("libtpu",), True), ("cuda", (), False)],
+)
+def test_only_the_cpu_is_there(platforms, installed, expected, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(plugins, "find_spec", lambda name: name in installed or None)
+    assert plugins.only_cpu() == expected

@@ -202,13 +202,17 @@ def test_remat_gives_the_same_gradients_for_less_memory():
         got, used[remat] = gradients_and_bytes(remat)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+    assert used["full"] < used["branches"] < used["dots"] < 0.9 * most
+    assert used["full"] < used["dots:4"] < used["dots"]
+    assert used["full"] < used["none:2"] < 0.6 * most
+    assert used["offload"] < 0.9 * most
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_padding_for_attention_changes_nothing(tower, monkeypatch):
-    """cuDNN needs an even number of tokens, which XLA's attention stands in for here.
+    """cuDNN needs an even number of tokens. XLA's attention stands in for it here.
 
-    It may leave anything in the gradients of padded keys and values, here NaN.
+    cuDNN may leave anything in the gradients of padded keys and values, here NaN.
     """
     inputs = {
         "image": np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8),
@@ -237,6 +241,32 @@ def test_padding_for_attention_changes_nothing(tower, monkeypatch):
     monkeypatch.setitem(TOKEN_MULTIPLE, "xla", 2)
     got = jax.value_and_grad(total)(params)
     assert set(seen) == {{"image": 6, "text": 6}[tower]}
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("remat", ["dots:1", "none:2", "full"])
+@pytest.mark.parametrize("trained", [-1, 2])
+def test_blocks_frozen_padded_or_rematerialized_give_the_same(trained, remat, monkeypatch):
+    """Texts of several lengths, with dropout, in a tower of which some blocks may be frozen."""
+    policy, blocks = parse_remat(remat)
+
+    def value_and_gradients(**fields):
+        text = dataclasses.replace(tiny().text, layers=3, dropout=0.3, **fields)
+        graph, params = nnx.split(CLIP(tiny(text=text), rngs=nnx.Rngs(0)), nnx.Param)
+        keys = jax.random.split(jax.random.key(0), 5)
+
+        def total(p):
+            features = nnx.merge(graph, p).text.of_pieces(pieces, keys)
+            return jnp.sum(jnp.sin(9 * features))
+
+        return jax.jit(jax.value_and_grad(total))(params)
+
+    rows = np.array([[62, 63, 0, 0, 0], [62, 5, 63, 0, 0], [62, 5, 6, 7, 63]], np.int32)
+    pieces = (rows[:2, :3], rows[:3, :5])
+    expected = value_and_gradients(trained_blocks=trained)
+    monkeypatch.setitem(TOKEN_MULTIPLE, "xla", 2)
+    got = value_and_gradients(trained_blocks=trained, remat=policy, remat_blocks=blocks)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 

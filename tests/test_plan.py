@@ -21,6 +21,7 @@ from disco_jax.plan.hlo import Program, collectives
 from disco_jax.plan.program import measure, shard_bytes, step_job
 from disco_jax.plan.rates import rates_of
 from disco_jax.plan.search import largest_batch
+from disco_jax.plan.worker import planned_attention
 from disco_jax.processes import cli
 from tests.conftest import ENV, mesh_of
 
@@ -93,6 +94,32 @@ def test_flops_of_a_step(remat, groups):
     job = step_job(config, mesh_of(4))
     traced = job.function.trace(*job.arguments)
     assert sum(matmul_flops(traced.jaxpr).values()) == expected
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flops_of_cudnns_attention(causal, monkeypatch):
+    """Two matmuls forward; backward, the logits again and four gradients. A mask saves nothing."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    for name in ("check_cudnn_version", "check_compute_capability"):
+        monkeypatch.setattr(cudnn, name, getattr(cudnn, name))  # restored afterwards
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", None)
+    config = default()
+    assert planned_attention(config, parse_topology("cpu:8")) == "xla"
+    assert planned_attention(config, parse_topology("v5e:8")) == "xla"
+    assert planned_attention(config, parse_topology("a100-40gb:8")) == "cudnn"
+    config.model.dtype = "float32"
+    assert planned_attention(config, parse_topology("a100-40gb:8")) == "xla"
+
+    def total(q):
+        return jnp.sum(
+            jax.nn.dot_product_attention(q, q, q, is_causal=causal, implementation="cudnn")
+        )
+
+    one = 2 * (3 * 4 * 6 * 6 * 16)  # samples, heads, queries, keys, dimensions per head
+    q = jax.ShapeDtypeStruct((3, 6, 4, 16), jnp.bfloat16)
+    assert matmul_flops(jax.make_jaxpr(total)(q)) == {"bfloat16": 2 * one}
+    assert matmul_flops(jax.make_jaxpr(jax.grad(total))(q)) == {"bfloat16": 7 * one}
 
 
 @jax.numpy_dtype_promotion("standard")

@@ -127,7 +127,7 @@ def test_cudnns_attention_reads_no_logits(call, matmuls, workspace):
     ("line", "kind"),
     [
         ("%g = f32[8,8]{1,0} dot(%y, %y), lhs_contracting_dims={0}", "matmuls"),
-        ('%n = f32[2,3]{1,0} negate(%x), metadata={op_name="jit(f)/mlp/neg"}', "elementwise"),
+        ('%n = f32[2,3]{1,0} negate(%x), metadata={op_name="jit(f)/mlp/neg"}', "other"),
         (
             '%n = f32[2,3]{1,0} negate(%x), metadata={op_name="transpose(jvp(attention))/neg"}',
             "attention",

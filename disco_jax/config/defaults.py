@@ -53,8 +53,8 @@ def default() -> ConfigDict:
     # tower attends to its padding and is always processed at full length.
     c.model.text_groups = "auto"
     # Attention implementation: `xla`, `cudnn` (flash attention), or `auto`, which is cudnn in
-    # bfloat16 on GPUs that support it and xla elsewhere. A tower with an odd number of tokens, such
-    # as CLIP's text tower with 77, always uses xla.
+    # bfloat16 on GPUs that support it and xla elsewhere. For cudnn, towers with an odd number of
+    # tokens, such as CLIP's text tower with 77, are padded by one.
     c.model.attention = "auto"
     c.model.patch_dropout = 0.0  # fraction of image patches dropped in training (FLIP)
     c.model.dropout = 0.0  # dropout rate on each residual branch, in training
@@ -70,8 +70,8 @@ def default() -> ConfigDict:
     # Bytes per device for logits that `default`, `stream` and `ring` keep for the backward pass; 0
     # computes them twice, in memory linear in the batch size.
     c.loss.keep_bytes = 512 * 2**20
-    # Dtype of the features that the loss sends and multiplies: float32, or bfloat16 for half the
-    # communication and, on GPUs, half the time. Its error is in docs/losses.md.
+    # Dtype of the features that the loss sends and multiplies: float32, or bfloat16, which halves
+    # what is sent of them and, on GPUs, the time of the matmuls. Its error is in docs/losses.md.
     c.loss.dtype = "float32"
     # Precision of the loss's matmuls: default (fp32 features are multiplied in TF32 on NVIDIA GPUs
     # and in bf16 on TPUs), high or highest.

@@ -14,7 +14,7 @@ def parse_remat(text: str) -> tuple[str, int]:
       ValueError: if `text` is not of this form.
     """
     policy, colon, last = text.partition(":")
-    count = int(last) if colon else 0
-    if policy not in (PARTIAL if colon else REMAT) or (colon and count < 1):
+    plain = last.isascii() and last.isdecimal() and int(last) > 0
+    if policy not in (PARTIAL if colon else REMAT) or (colon and not plain):
         raise ValueError(text)
-    return policy, count
+    return policy, int(last) if colon else 0

@@ -150,7 +150,8 @@ def _form(field: str, text: str) -> str:
         try:
             parse_remat(text)
         except ValueError:
-            return f"one of {', '.join(REMAT)}, or e.g. dots:4 for dots in the last 4 blocks only"
+            hint = near(text.partition(":")[0], REMAT)
+            return f"one of {', '.join(REMAT)}, or e.g. dots:4 (in the last 4 blocks){hint}"
     single = len(text) == 1 and text.isascii() and text not in "\r\n"
     if field in ("data.quote", "data.separator") and text not in ("", r"\t") and not single:
         return "a single ASCII character"

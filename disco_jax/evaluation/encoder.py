@@ -6,9 +6,10 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from disco_jax.mesh import batch_sharding, own_rows, place_batch, place_rows, replicated
-from disco_jax.models import CLIPConfig, Params, abstract_model
+from disco_jax.mesh import BATCH_AXES, batch_sharding, own_rows, place_batch, place_rows, replicated
+from disco_jax.models import CLIP, CLIPConfig, Params, abstract_model
 
 EncodeFn = Callable[[Params, jax.Array], jax.Array]
 LENGTHS = (16, 32, 48)  # to which texts are cut
@@ -30,22 +31,30 @@ class Encoder:
     def __init__(self, model: CLIPConfig, mesh: Mesh, batch_size: int):
         graph, _ = abstract_model(model)
         whole = replicated(mesh)
-        # Parameters arrive in any sharding and are replicated inside the jitted functions.
-        inputs = (None, batch_sharding(mesh))
         devices = mesh.devices.size
         self.mesh = mesh
         self.batch_size = -(-batch_size // devices) * devices
 
-        def image(params: Params, images: jax.Array) -> jax.Array:
-            params = jax.lax.with_sharding_constraint(params, whole)
-            return nnx.merge(graph, params).encode_image(images)
+        def jitted(encode: Callable[[CLIP, jax.Array], jax.Array]) -> EncodeFn:
+            """Every device encodes its rows. Parameters arrive in any sharding."""
 
-        def text(params: Params, tokens: jax.Array) -> jax.Array:
-            params = jax.lax.with_sharding_constraint(params, whole)
-            return nnx.merge(graph, params).encode_text(tokens)
+            def on_device(params: Params, rows: jax.Array) -> jax.Array:
+                return encode(nnx.merge(graph, params), rows)
 
-        self.image: EncodeFn = jax.jit(image, in_shardings=inputs, out_shardings=whole)
-        self.text: EncodeFn = jax.jit(text, in_shardings=inputs, out_shardings=whole)
+            specs = P(), P(BATCH_AXES)
+            on_devices = jax.shard_map(
+                on_device, mesh=mesh, in_specs=specs, out_specs=P(BATCH_AXES)
+            )
+            return jax.jit(
+                lambda params, rows: on_devices(
+                    jax.lax.with_sharding_constraint(params, whole), rows
+                ),
+                in_shardings=(None, batch_sharding(mesh)),
+                out_shardings=whole,
+            )
+
+        self.image = jitted(CLIP.encode_image)
+        self.text = jitted(CLIP.encode_text)
 
         context = model.text.context_length
         short = LENGTHS if model.text.pool == "argmax" else ()  # others attend to the padding

@@ -176,6 +176,8 @@ def loop(
         chunks, kept = [], []
         for n, i in enumerate(places):
             carry, (outputs, own) = turn(carry, i, None if given is None else given[n])
+            # Otherwise the compiler may postpone the outputs of all turns, which holds their tiles.
+            carry, outputs = lax.optimization_barrier((carry, outputs))
             chunks.append(outputs)
             kept.append(own)
         return carry, Turns(chunks, kept)

@@ -29,8 +29,9 @@ def project(x: Array, kernel: Array, bias: Array, attention: Attention) -> tuple
       x: `[rows, width]`.
       kernel: `[width, 3*width]`: the kernels of queries, keys and values, side by side.
       bias: `[3*width]`.
-      attention: cuDNN takes its arguments in arrays of their own, so they are computed that way:
-        splitting the output of one matmul would copy them. On CPUs one matmul is faster.
+      attention: cuDNN takes queries, keys and values in three arrays, so there are three matmuls:
+        splitting the output of one would copy them. XLA's attention needs no such copies, and one
+        matmul is faster on CPUs.
     """
     if attention == "cudnn":
         parts = zip(jnp.split(kernel, 3, axis=1), jnp.split(bias, 3), strict=True)

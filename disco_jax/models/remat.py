@@ -50,5 +50,8 @@ def rematerialize(function: Callable, remat: str) -> Callable:
 
 
 def _outputs_of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy that saves the outputs of cuDNN's attention, all that its backward pass needs."""
+    """A policy that saves the output and the softmax statistics of cuDNN's attention.
+
+    Its backward pass then does not run the forward kernel again.
+    """
     return primitive.name.startswith("dot_product_attention_fwd")

@@ -127,11 +127,8 @@ class VisionTransformer(nnx.Module):
         sample, enable dropout.
         """
         embed = self._embed
-        if (self.config.remat, self.config.remat_blocks) != (
-            "none",
-            0,
-        ):  # saves the bytes for the backward pass, not the patches
-            embed = jax.checkpoint(embed)
+        if self.config.remat != "none" or self.config.remat_blocks:
+            embed = jax.checkpoint(embed)  # saves the bytes for the backward pass, not the patches
         x = embed(images)
         b, _, width = x.shape
         by_class = self.config.pool == "class"

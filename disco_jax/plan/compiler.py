@@ -97,8 +97,8 @@ class Compiler:
 
         Args:
           config: Experiment config; its `batch_size` is the global batch size.
-          loss_only: Compile only the loss and its gradients, on fp32 features, without the towers
-            and the optimizer.
+          loss_only: Compile only the loss and its gradients, on features of `loss.dtype`, without
+            the towers and the optimizer.
           dim: Width of those features; defaults to the model's.
 
         Raises:

@@ -39,8 +39,9 @@ def find_max_batch(
 
     Each method gets a row without microbatches and a row with microbatches of 256 samples per
     device. If the config uses microbatches, there is only one row, with the config's. The search
-    uses the rematerialization that takes the least memory; the row then reports the cheapest one
-    with which that batch still fits. If no batch fits, the row is the smallest batch tried.
+    uses the rematerialization that takes the least memory; the row then reports the one that
+    recomputes the least among those with which that batch still fits. If no batch fits, the row is
+    the smallest batch tried.
     """
     loss_only = bool(scope.get("loss_only"))
     *cheaper, least = REMAT[:-1] if topology.platform == "cpu" else REMAT

@@ -155,7 +155,7 @@ def measure(job: Job, rates: Rates) -> dict[str, Any]:
         "collectives": collectives(parsed),
         # Nothing is known of the rates of the CPU here.
         "estimated_seconds": cost.seconds if math.isfinite(rates.bandwidth) else None,
-        "seconds_by_kind": cost.by_kind,
+        "seconds_by_kind": cost.by_kind if math.isfinite(rates.bandwidth) else {},
         "collective_seconds": cost.collective_seconds,
         "kernels": cost.kernels,
         "bytes_accessed": cost.bytes,

@@ -69,9 +69,10 @@ def estimate(program: Program, rates: Rates) -> Cost:
 
 
 def kind_of(instruction: Instruction, cost: Cost) -> str:
-    """Returns what a kernel does: `attention`, `matmuls`, `loop copies` or `elementwise`.
+    """Returns what a kernel does: `attention`, `matmuls`, `loop copies` or `other`.
 
-    Loop copies move a slice of the values that a scan saves for its backward pass.
+    Loop copies move one block's slice of stacked arrays. The others are elementwise kernels,
+    reductions and transposes.
     """
     name = re.search(r'op_name="([^"]*)"', instruction.text)
     path = name[1] if name else ""
@@ -81,7 +82,7 @@ def kind_of(instruction: Instruction, cost: Cost) -> str:
         return "matmuls"
     if path.endswith(("dynamic_slice", "dynamic_update_slice")):
         return "loop copies"
-    return "elementwise"
+    return "other"
 
 
 class _Walk:

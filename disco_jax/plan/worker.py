@@ -13,10 +13,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from disco_jax.errors import UserError
 from disco_jax.mesh import make_mesh
 from disco_jax.models.build import model_config
 from disco_jax.models.group_choice import groups_of
-from disco_jax.plan.accelerators import Topology, gpu_target_config, tpu_grid
+from disco_jax.plan.accelerators import Accelerator, Topology, gpu_target_config, tpu_grid
 from disco_jax.plan.program import loss_job, measure, measure_step
 from disco_jax.plan.rates import rates_of
 from disco_jax.processes.backend import use_fake_devices
@@ -54,7 +55,7 @@ def devices_of(topology: Topology) -> list[Any]:
 def answer(request: dict[str, Any], topology: Topology, mesh: Mesh) -> dict[str, Any]:
     """Measures the job that a request describes, and its loss on its own."""
     config = ConfigDict(request["config"])
-    config.model.attention = _attention(config, topology)
+    config.model.attention = planned_attention(config, topology)
     dim = request["dim"] or model_config(config).embed_dim
     rates = rates_of(topology)
     loss = measure(loss_job(config, mesh, dim), rates)
@@ -63,7 +64,7 @@ def answer(request: dict[str, Any], topology: Topology, mesh: Mesh) -> dict[str,
     return whole | {"loss_temp_bytes": loss["temp_bytes"], "text_groups": groups}
 
 
-def _attention(config: ConfigDict, topology: Topology) -> str:
+def planned_attention(config: ConfigDict, topology: Topology) -> str:
     """Resolves `model.attention` as training on these devices does (models/build.py)."""
     wanted = config.model.attention
     if topology.platform != "cuda":
@@ -71,17 +72,38 @@ def _attention(config: ConfigDict, topology: Topology) -> str:
     if wanted == "auto":  # all known GPUs are of the Ampere generation or later
         wanted = "cudnn" if config.model.dtype == "bfloat16" else "xla"
     if wanted == "cudnn":
-        _assume_cudnn()
+        _assume_cudnn(topology.accelerator)
     return wanted
 
 
-def _assume_cudnn() -> None:
-    """Makes JAX lower cuDNN's attention although neither the library nor a GPU is here."""
+def _assume_cudnn(accelerator: Accelerator) -> None:
+    """Makes JAX lower cuDNN's attention although neither the library nor a GPU is here.
+
+    It replaces three private checks, because no public function lowers it without them.
+
+    Raises:
+      UserError: if this version of JAX does not have the checks.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    cudnn.check_cudnn_version = lambda: CUDNN_VERSION
-    cudnn.check_compute_capability = lambda capability: True
-    cudnn.is_cuda_compute_capability_equal = lambda capability: False
+    assert accelerator.gpu is not None
+    has = accelerator.gpu.compute_capability
+    checks = {
+        "check_cudnn_version": lambda: CUDNN_VERSION,
+        "check_compute_capability": lambda wanted: has >= _numbers(wanted),
+        "is_cuda_compute_capability_equal": lambda wanted: has == _numbers(wanted),
+    }
+    for name, check in checks.items():
+        if not hasattr(cudnn, name):
+            raise UserError(
+                f"jax {jax.__version__} is not supported by the planner (no {name}); install a "
+                "version that requirements.txt allows, or set --config.model.attention=xla"
+            )
+        setattr(cudnn, name, check)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 def _groups(config: ConfigDict, mesh: Mesh) -> list[tuple[int, int]]:

@@ -6,20 +6,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
+GOOGLE = "0x1ae0"  # the vendor of TPUs on the PCI bus
 # Device files of NVIDIA's driver, also visible in containers; /dev/dxg is from WSL.
 GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
-
-
-GOOGLE = "0x1ae0"  # the vendor of TPUs on the PCI bus
 
 
 def ignore_absent_accelerators() -> None:
     """Makes JAX use the CPU if only plug-ins for absent devices are installed.
 
     With the planner's wheels (requirements-plan.txt) and no GPU or TPU, JAX would print stack
-    traces and wait before falling back to the CPU. Must be called before JAX is first used. JAX is
-    not imported unless such a plug-in and a device of Google's are there, so that commands report
-    mistakes at once.
+    traces and wait before falling back to the CPU. Must be called before JAX is first used. It sets
+    `JAX_PLATFORMS`, so that commands report mistakes without importing JAX, which happens here only
+    if such a plug-in is installed and the PCI bus has a device of Google's.
     """
     if sys.platform != "linux" or not any(find_spec(name) for name in PLUGINS):
         return
@@ -30,7 +28,8 @@ def ignore_absent_accelerators() -> None:
 
         if has_tpu():
             return
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if not os.environ.get("JAX_PLATFORMS"):
+        os.environ["JAX_PLATFORMS"] = "cpu"
     if jax := sys.modules.get("jax"):  # it has read the environment already
         jax.config.update("jax_platforms", jax.config.jax_platforms or "cpu")
 
