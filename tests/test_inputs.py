@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import re
+import tarfile
 import types
 import zlib
 
@@ -87,6 +88,22 @@ def test_members_that_are_not_read_are_counted_by_extension(tmp_path):
         TarSource([path], "txt")
 
 
+def test_every_member_that_is_left_out_is_named(tmp_path):
+    members = [*pairs(["0.jpg"]), ("0.jpg", picture(1)), ("1.txt", b"no image")]
+    path = write(tmp_path / "0.tar", [*members, ("3.jpg", picture(3))])
+    whole = TarSource([path], "txt")
+    assert sorted(whole.left_out()) == [
+        ("duplicate_key", f"{path}/0.jpg", ""),
+        ("missing_image", f"{path}/1", ""),
+    ]
+    assert whole.problems == {"duplicate_key": 1, "missing_image": 1}
+    with tarfile.open(path) as tar:
+        inside = tar.getmembers()[2].offset_data + 10
+    cut = tmp_path / "1.tar"
+    cut.write_bytes(path.read_bytes()[:inside])
+    assert TarSource([cut], "txt").left_out() == [("truncated_shard", str(cut), "after 0.txt")]
+
+
 @pytest.mark.parametrize("packed", [gzip.compress, lzma.compress, zlib.compress, lambda _: b""])
 def test_compressed_and_empty_shards_are_told(packed, tmp_path):
     good = shard(tmp_path / "0.tar", range(3))
@@ -96,7 +113,8 @@ def test_compressed_and_empty_shards_are_told(packed, tmp_path):
     source = TarSource([good, tmp_path / "1.tar"], "txt")  # the other shards are used
     assert len(source) == 3
     assert source.problems == {kind: 1}
-    assert source.left_out() == [(kind, f"{tmp_path}/1.tar", "1 in this shard")]
+    detail = "at its start" if kind == "damaged_shard" else ""
+    assert source.left_out() == [(kind, f"{tmp_path}/1.tar", detail)]
     with pytest.raises(UserError, match=f"there is no image in .*1.tar.*; 1 {kind} \\(a shard"):
         TarSource([tmp_path / "1.tar"], "txt")
 

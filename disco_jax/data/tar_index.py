@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from disco_jax.data.building import building
-from disco_jax.data.source import IMAGE_EXTENSIONS
+from disco_jax.data.source import IMAGE_EXTENSIONS, Failure
 from disco_jax.data.tar_format import BLOCK, DamagedTar, members
 from disco_jax.errors import UserError
 
@@ -252,42 +252,58 @@ def scan(path: Path) -> Scan:
                 rows, problems, ignored = _rows_of(data)
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
-    return stat.st_size, stat.st_mtime_ns, rows, dict(problems), dict(_shortened(ignored))
+    counts = dict(Counter(kind for kind, _, _ in problems))
+    return stat.st_size, stat.st_mtime_ns, rows, counts, dict(_shortened(ignored))
 
 
-def _rows_of(data: bytes | mmap.mmap) -> tuple[bytes, Counter[str], Counter[str]]:
+def problems_in(shard: Shard) -> list[Failure]:
+    """Scans a shard again; returns each problem that its index counts.
+
+    A problem's key is the member or sample it concerns, "" for the shard as a whole.
+    """
+    if shard.problems.keys() & {"empty_shard", "compressed_shard"}:
+        return [(kind, "", "") for kind in shard.problems]
+    with (
+        Path(shard.path).open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        return _rows_of(data)[1]
+
+
+def _rows_of(data: bytes | mmap.mmap) -> tuple[bytes, list[Failure], Counter[str]]:
     found: dict[str, list[int]] = {}
     dotted: dict[str, list[str]] = {}  # the extensions of each key that contains a dot
-    problems: Counter[str] = Counter()
+    problems: list[Failure] = []
     ignored: Counter[str] = Counter()
+    name = ""
     try:
         for member in members(data):
+            name = member.name
             key, extension = split_name(member.name)
             column = _EXTENSIONS.get(extension)
             if column is None:
                 ignored[extension] += 1  # never opened
                 continue
             if not member.is_file:
-                problems["not_a_file"] += 1
+                problems.append(("not_a_file", name, ""))
                 continue
             if member.size >= 1 << 32 or member.offset // BLOCK >= 1 << 32:
-                problems["too_large"] += 1
+                problems.append(("too_large", name, ""))
                 continue
             if "." in key:
                 dotted.setdefault(key, []).append(extension)
             row = found.setdefault(key, [0] * 8)
             if row[2 * column]:
-                problems["duplicate_key"] += 1
+                problems.append(("duplicate_key", name, ""))
             else:
                 row[2 * column : 2 * column + 2] = member.offset // BLOCK, member.size
     except DamagedTar as damage:
-        problems[damage.kind] += 1
+        problems.append((damage.kind, "", f"after {name}" if name else "at its start"))
     for key in [key for key in dotted if _accompanies(key, found)]:
         del found[key]
         ignored.update(f"{key.rpartition('.')[2]}.{extension}" for extension in dotted[key])
     whole = [row for row in found.values() if row[2 * IMAGE]]
-    if len(whole) < len(found):
-        problems["missing_image"] += len(found) - len(whole)
+    problems += [("missing_image", key, "") for key, row in found.items() if not row[2 * IMAGE]]
     return np.array(whole, "<u4").tobytes(), problems, ignored
 
 

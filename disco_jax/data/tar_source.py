@@ -24,7 +24,7 @@ from disco_jax.data.source import (
     describe,
 )
 from disco_jax.data.tar_format import BLOCK, read_header
-from disco_jax.data.tar_index import CLASS, IMAGE, JSON, TEXT, open_index, split_name
+from disco_jax.data.tar_index import CLASS, IMAGE, JSON, TEXT, open_index, problems_in, split_name
 from disco_jax.errors import UserError
 
 OPEN_SHARDS = 256  # maximum number of shards that a process keeps open
@@ -78,11 +78,12 @@ class TarSource:
         return self._stops[-1]
 
     def left_out(self) -> list[Failure]:
-        """Returns the problems of each shard: its index has no more than their numbers."""
+        """Returns all problems of the shards, which are scanned again: indexes only count them."""
         return [
-            (kind, shard.path, f"{count} in this shard")
+            (kind, f"{shard.path}/{key}" if key else shard.path, detail)
             for shard in self._index.shards
-            for kind, count in shard.problems.items()
+            if shard.problems
+            for kind, key, detail in problems_in(shard)
         ]
 
     def __getitem__(self, index: int) -> Sample:
