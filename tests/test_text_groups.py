@@ -51,7 +51,7 @@ TOO_LONG = [
     ([2, 2, 2, 8] * 2 + [8] * 8, 2 / 4),
 ]
 # devices, devices per copy of the state, samples per device in a microbatch, mode
-DIVISIONS = [(4, 2, 0, "scan"), (2, 1, 4, "scan"), (1, 1, 8, "host")]
+DIVISIONS = [(8, 2, 0, "scan"), (2, 1, 4, "scan"), (1, 1, 8, "host")]
 MODEL = CLIPConfig(
     embed_dim=12,
     vision=VisionConfig(image_size=8, patch_size=8, width=16, layers=1, heads=2),
