@@ -150,7 +150,35 @@ class Compiler:
             "capacity_bytes": capacity,
             "margin_bytes": int(MARGIN * capacity),
         } | answer
-        return row | self._bound(row)
+        return row | self._bound(row) | self._speed(config, row)
+
+    def _speed(self, config: ConfigDict, row: Row) -> Row:
+        """Returns images/s, the share of the peak rate and a run's duration, if a time is known.
+
+        A run's samples are `num_epochs` passes over `data.num_samples` if both are set, otherwise
+        `num_steps` batches.
+        """
+        seconds = row.get("estimated_seconds")
+        if row["loss_only"] or not seconds:
+            return {}
+        images = config.batch_size / seconds
+        samples = config.num_epochs * config.data.num_samples
+        hours = (samples or config.num_steps * config.batch_size) / images / 3600
+        return {
+            "estimated_images_per_second": images,
+            "estimated_peak_share": self._matmul_seconds(row) / seconds,
+            "estimated_hours": hours or None,
+            "estimated_device_hours": hours * self.topology.devices or None,
+        }
+
+    def _matmul_seconds(self, row: Row) -> float:
+        """Returns the time of a step's matmuls at the devices' peak rates."""
+        accelerator = self.topology.accelerator
+        rates = {"bfloat16": accelerator.bf16_rate, "float32": accelerator.fp32_rate}
+        total = sum(
+            n / rates.get(dtype, rates["float32"]) for dtype, n in row["flops_by_dtype"].items()
+        )
+        return total / self.topology.devices
 
     def _bound(self, row: Row) -> Row:
         """Returns a lower bound on the step time: matmuls at peak rate, or memory traffic.
@@ -158,14 +186,9 @@ class Compiler:
         The memory traffic is reading all arguments once and writing the state back. Neither
         intermediate results nor communication are counted.
         """
-        accelerator = self.topology.accelerator
-        rates = {"bfloat16": accelerator.bf16_rate, "float32": accelerator.fp32_rate}
-        matmul = sum(
-            n / rates.get(dtype, rates["float32"]) for dtype, n in row["flops_by_dtype"].items()
-        )
-        matmul /= self.topology.devices
+        matmul = self._matmul_seconds(row)
         moved = row["argument_bytes"] + row.get("param_bytes", 0) + row.get("optimizer_bytes", 0)
-        memory = moved / accelerator.bandwidth
+        memory = moved / self.topology.accelerator.bandwidth
         return {
             "bound_seconds": max(matmul, memory) or None,
             "bound_by": "matmuls" if matmul >= memory else "memory",

@@ -34,6 +34,16 @@ def show_one(row: Row, console: Console) -> None:
     table.add_row("lower bound on a step's time, not an estimate", bound)
     if estimated := row.get("estimated_seconds"):
         table.add_row("estimated seconds (docs/speed.md), not measured", f"{estimated:.4g}")
+        for kind, spent in sorted(row["seconds_by_kind"].items(), key=lambda item: -item[1]):
+            table.add_row(f"    of which {kind}", f"{spent:.4g}, {spent / estimated:.0%}")
+        if images := row.get("estimated_images_per_second"):
+            share = row["estimated_peak_share"]
+            table.add_row("estimated images/s", f"{images:,.0f}, {share:.0%} of the peak rate")
+        if hours := row.get("estimated_hours"):
+            devices = row["estimated_device_hours"]
+            table.add_row(
+                "estimated hours of the run", f"{hours:,.1f}, {devices:,.0f} device-hours"
+            )
         table.add_row(
             "kernels, and bytes they move", f"{row['kernels']:,}, {size(row['bytes_accessed'])}"
         )
