@@ -50,7 +50,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON on the last line"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.images < 2 * arguments.batch:
+        parser.error(f"--images is {arguments.images}; it must hold two batches, one to warm up")
+    return arguments
 
 
 def photo(rng: np.random.Generator, side: int) -> bytes:
