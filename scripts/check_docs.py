@@ -25,13 +25,19 @@ OPENCLIP = "stand_ins/openclip"
 FILES = f"""
 import io, json, shutil, tarfile
 from pathlib import Path
+import numpy as np
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from disco_jax.interop import export_model, import_model
 golden, folder = Path("tests/golden"), Path("{OPENCLIP}")
 folder.mkdir(parents=True)
 weights, sizes = (golden / f"openclip_tiny_gelu.{{end}}" for end in ("weights.safetensors", "json"))
-shutil.copy(weights, folder / "open_clip_model.safetensors")
-spec = {{"model_cfg": json.loads(sizes.read_text()), "preprocess_cfg": {{}}}}
+tensors, model = load_file(weights), json.loads(sizes.read_text())
+model["text_cfg"]["vocab_size"] = 49408  # CLIP's tokenizer must fit the model
+embedding = tensors["token_embedding.weight"]
+tensors["token_embedding.weight"] = np.resize(embedding, (49408, embedding.shape[1]))
+save_file(tensors, folder / "open_clip_model.safetensors")
+spec = {{"model_cfg": model, "preprocess_cfg": {{}}}}
 (folder / "open_clip_config.json").write_text(json.dumps(spec))
 import_model(str(folder), "openclip", Path("stand_ins/ours"))
 export_model(Path("stand_ins/ours"), "hf", Path("stand_ins/hf"))
