@@ -22,6 +22,7 @@ from disco_jax.evaluation.zeroshot import (
     nearest,
 )
 from disco_jax.models import PRESETS
+from disco_jax.models.attention import TOKEN_MULTIPLE
 from disco_jax.step.optimizer import optax
 from disco_jax.step.state import init_state
 from tests.conftest import mesh_of
@@ -46,6 +47,25 @@ def test_top5_needs_five_classes(classes, subset):
     metrics = Results(np.arange(1), np.array([0]), near).metrics()
     assert metrics.keys() == {"top1", "mean_per_class"} | ({"top5"} if subset >= 5 else set())
     assert metrics.get("top5", 1) == (classes == subset or subset < 5)
+
+
+def test_attention_gets_the_lengths_of_each_devices_samples(monkeypatch):
+    """cuDNN would be given those of all devices if XLA partitioned the tower by itself."""
+    seen = []
+
+    def attention(q, k, v, *, key_value_seq_lengths, **options):
+        seen.append((len(q), key_value_seq_lengths.shape))
+        return known(q, k, v, key_value_seq_lengths=key_value_seq_lengths, **options)
+
+    known = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    monkeypatch.setitem(TOKEN_MULTIPLE, "xla", 4)  # pads the images' 10 tokens
+    encoder = Encoder(PRESETS["tiny"], mesh_of(4), 8)
+    params = jax.eval_shape(lambda: init_state(PRESETS["tiny"], optax.sgd(0.1), mesh_of(1), 0))
+    images = jax.ShapeDtypeStruct((8, 48, 48, 3), jnp.uint8)
+    features = jax.eval_shape(encoder.image, params.params, images)
+    assert features.shape == (8, 128)
+    assert set(seen) == {(2, (2,))}
 
 
 def test_class_scores_take_full_precision():

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from disco_jax.config import default
 from disco_jax.config.remat import parse_remat
+from disco_jax.errors import UserError
 from disco_jax.models import (
     CLIP,
     PRESETS,
@@ -21,7 +22,8 @@ from disco_jax.models import (
     abstract_model,
     preset,
 )
-from disco_jax.models.attention import TOKEN_MULTIPLE
+from disco_jax.models.attention import TOKEN_MULTIPLE, project
+from disco_jax.models.build import model_config
 from disco_jax.models.transformer import LayerNorm, gelu
 from disco_jax.models.vision import normalize_pixels
 from disco_jax.step.gradients import make_model_fns, split
@@ -240,7 +242,7 @@ def test_padding_for_attention_changes_nothing(tower, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
     monkeypatch.setitem(TOKEN_MULTIPLE, "xla", 2)
     got = jax.value_and_grad(total)(params)
-    assert set(seen) == {{"image": 6, "text": 6}[tower]}
+    assert set(seen) == {6}  # 5 tokens and one of padding
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
@@ -269,6 +271,32 @@ def test_blocks_frozen_padded_or_rematerialized_give_the_same(trained, remat, mo
     got = value_and_gradients(trained_blocks=trained, remat=policy, remat_blocks=blocks)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_cudnn_gets_queries_keys_and_values_without_copies():
+    """Three matmuls give what one gives, and no matmul's output is split, forward or backward."""
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (rng.normal(size=s).astype(np.float32) for s in ((6, 4), (4, 12), (12,)))
+
+    def total(attention, x):
+        return sum(jnp.sum(jnp.sin(y)) for y in project(x, kernel, bias, attention))
+
+    gradient = jax.grad(total, 1)
+    np.testing.assert_allclose(gradient("cudnn", x), gradient("xla", x), rtol=1e-5)
+    jaxpr = jax.make_jaxpr(gradient, static_argnums=0)("cudnn", x)
+    results = [e.outvars[0].aval.shape for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert results == [(6, 4)] * 6
+
+
+@pytest.mark.parametrize(
+    "field", ["image_trained_blocks", "text_trained_blocks", "image_remat", "text_remat"]
+)
+def test_more_blocks_than_a_tower_has_are_refused(field):
+    config = default()
+    config.model.name = "ViT-B-32"
+    config.model[field] = "dots:13" if field.endswith("remat") else 13
+    with pytest.raises(UserError, match=rf"model\.{field} is .*13; it must be at most 12 blocks"):
+        model_config(config)
 
 
 @jax.custom_vjp

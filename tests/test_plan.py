@@ -1,5 +1,6 @@
 """Tests the planner's counts against hand calculations, its search, and its command."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from disco_jax.config import default
 from disco_jax.errors import UserError
 from disco_jax.losses import contrastive_loss
 from disco_jax.models import preset
+from disco_jax.plan import plans
 from disco_jax.plan.accelerators import ACCELERATORS, parse_topology, tpu_grid
 from disco_jax.plan.compiler import MARGIN, XLA_FLAGS, environment
 from disco_jax.plan.flops import matmul_flops
@@ -179,6 +181,29 @@ def test_topologies():
 def test_bad_topologies_are_told(text, hosts, message):
     with pytest.raises(UserError, match=message):
         parse_topology(text, hosts)
+
+
+def test_the_largest_batch_is_reported_with_the_least_recomputation(monkeypatch):
+    """The three last settings need the same memory here, and the first of them wins."""
+    cost = {"none": 20, "dots": 10, "branches": 4, "full": 4, "offload": 4}
+    usable = 4 * 4096
+
+    class FakeCompiler(contextlib.nullcontext):
+        def compile(self, config, **_):
+            assert config.model.image_remat == config.model.text_remat
+            peak = cost[config.model.image_remat] * config.batch_size
+            return {
+                "batch_size": config.batch_size,
+                "remat": config.model.image_remat,
+                "fits": peak <= usable,
+                "peak_bytes": peak,
+                "capacity_bytes": usable,
+                "margin_bytes": 0,
+            }
+
+    monkeypatch.setattr(plans, "Compiler", lambda topology: FakeCompiler(FakeCompiler()))
+    found = plans.find_max_batch(default(), parse_topology("a100-40gb:8"), [64], ["ring"])
+    assert [(row["batch_size"], row["remat"]) for row in found] == [(4096, "branches")] * 2
 
 
 @pytest.mark.parametrize("devices", [1, 6, 8])

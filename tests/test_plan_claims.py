@@ -159,8 +159,11 @@ def test_microbatches_reduce_each_gradient_once_in_fp32():
     config.model.name, config.loss.method = "tiny", "ring"
     config.model.text_groups = ""
     config.model.image_remat = config.model.text_remat = "none"  # compiles faster
+    config.num_epochs, config.num_steps = 0.0, 1000
     with Compiler(parse_topology("a100-40gb:8")) as compiler:
-        moved = compiler.compile(config)["collectives"]
+        row = compiler.compile(config)
+    assert row["estimated_hours"] == pytest.approx(1000 * row["estimated_seconds"] / 3600)
+    moved = row["collectives"]
     _, params = abstract_model(preset("tiny"))
     count = sum(x.size for x in jax.tree.leaves(params))
     # Gradients are scattered over the GPUs of a copy, then each part is summed over the copies.

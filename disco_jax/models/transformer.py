@@ -275,7 +275,8 @@ class Transformer(nnx.Module):
         """
         added = [padding_for(n, self.attention) for _, n in shapes]
         pieces = [Piece(b, n + p, p) for (b, n), p in zip(shapes, added, strict=True)]
-        x = _resize(x, shapes, [(piece.samples, piece.tokens) for piece in pieces])
+        padded = [(piece.samples, piece.tokens) for piece in pieces]
+        x = _resize(x, shapes, padded)
         graph, stacked = nnx.split(self.blocks)
 
         def layer(x: Array, block: tuple[nnx.State, Array]) -> tuple[Array, None]:
@@ -289,7 +290,7 @@ class Transformer(nnx.Module):
             if end <= self.frozen:  # in a scan of their own, which is not differentiated
                 part = jax.lax.stop_gradient(part)
             x, _ = jax.lax.scan(rematerialize(layer, remat), x, part, unroll=self.unroll)
-        return _resize(x, [(piece.samples, piece.tokens) for piece in pieces], shapes)
+        return _resize(x, padded, shapes)
 
     def _stretches(self) -> list[tuple[int, int, str]]:
         """Returns the first block, the end and the rematerialization of consecutive blocks."""

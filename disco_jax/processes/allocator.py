@@ -10,10 +10,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 def reuse_freed_memory() -> None:
     """Makes glibc reuse freed memory instead of returning it to the system.
 
-    On CPUs, XLA allocates the temporaries of every step anew. For ViT-B/32 at batch 64 this is
-    5 GB, whose return to the system costs a million page faults per step. Must be called before
-    JAX starts its threads, which otherwise have arenas of their own. Does nothing on systems
-    without glibc.
+    On CPUs, XLA allocates the temporaries of every step anew, and returning them to the system
+    costs a page fault for every page. Must be called before JAX starts its threads, which otherwise
+    have arenas of their own. Does nothing on systems without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
