@@ -15,7 +15,7 @@ from disco_jax.config import default
 from disco_jax.errors import UserError
 from disco_jax.losses import contrastive_loss
 from disco_jax.models import preset
-from disco_jax.plan import plans
+from disco_jax.plan import plans, program
 from disco_jax.plan.accelerators import ACCELERATORS, parse_topology, tpu_grid
 from disco_jax.plan.compiler import MARGIN, XLA_FLAGS, environment
 from disco_jax.plan.flops import matmul_flops
@@ -122,6 +122,30 @@ def test_flops_of_cudnns_attention(causal, monkeypatch):
     q = jax.ShapeDtypeStruct((3, 6, 4, 16), jnp.bfloat16)
     assert matmul_flops(jax.make_jaxpr(total)(q)) == {"bfloat16": 2 * one}
     assert matmul_flops(jax.make_jaxpr(jax.grad(total))(q)) == {"bfloat16": 7 * one}
+
+
+@jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize("temporaries", [None, 10**12])
+def test_a_phase_that_is_too_large_for_the_compiler(temporaries, monkeypatch):
+    """TPU compilers refuse programs that do not fit, and mostly say what they would need."""
+    config = tiny_config("none")
+    config.microbatch, config.microbatch_mode = 2, "host"
+
+    def measure(job, rates):
+        return {
+            "step_flops": 1,
+            "flops_by_dtype": {"float32": 1},
+            "temp_bytes": temporaries,
+            "peak_bytes": temporaries,
+            "argument_bytes": 1,
+        }
+
+    monkeypatch.setattr(program, "measure", measure)
+    row = program.measure_step(config, mesh_of(4), rates_of(parse_topology("cpu:8")))
+    assert row["phase"] == "prepare"
+    assert (row["peak_bytes"] is None) == (temporaries is None)
+    if temporaries:  # beside the optimizer's state
+        assert row["peak_bytes"] > temporaries
 
 
 @jax.numpy_dtype_promotion("standard")

@@ -58,8 +58,9 @@ def measure_step(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]
     for name, phase in phases.items():
         row = measure(Job(phase.function, phase.arguments, {}), rates)
         beside = shard_bytes(phase.beside)
-        if row["peak_bytes"] is None:
-            return row | {"phase": name}
+        if "kernels" not in row:  # the compiler ran out of memory
+            peak = row["peak_bytes"]
+            return row | {"phase": name, "peak_bytes": peak if peak is None else peak + beside}
         for key in ESTIMATES:
             if row[key] is not None:
                 total[key] = total.get(key, 0) + phase.turns * row[key]
