@@ -282,7 +282,7 @@ def draw_batch_size(found: dict[str, Any], path: Path) -> None:
 
 
 def draw_memory(found: dict[str, Any], path: Path) -> None:
-    from disco_jax.plan.show import draw
+    from disco_jax.plan.charts import draw_memory as draw
 
     draw(found["rows"], path)
 

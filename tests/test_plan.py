@@ -282,6 +282,8 @@ def test_command_ends_in_rows(tmp_path):
             "--loss_only=True --topology=cpu:8 --find_max_batch --batch_size=8,16",
             "--find_max_batch starts from one --batch_size",
         ),
+        ("--loss_only --topology=cpu:8 --find_fastest", "--find_fastest plans whole steps"),
+        ("--loss_only --topology=cpu:8 --time_chart=x.png", "no time can be estimated"),
         ("--loss_only", "--topology=NAME:COUNT is missing"),
         ("--topology=cpu:8", "--config=FILE is missing"),
     ],

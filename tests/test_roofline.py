@@ -137,7 +137,7 @@ def test_cudnns_attention_reads_no_logits(call, matmuls, workspace):
 )
 def test_seconds_are_divided_by_kind(line, kind):
     cost = seconds(line)
-    assert cost.by_kind == {kind: cost.seconds}
+    assert cost.spent == {("", kind): cost.seconds}
 
 
 def test_a_loop_counts_its_turns_and_a_slice_what_it_reads():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from types import TracebackType
 from typing import Any
 
@@ -140,6 +141,7 @@ class Compiler:
             "hosts": self.topology.hosts,
             "batch_size": config.batch_size,
             "method": config.loss.method,
+            "keep_bytes": config.loss.keep_bytes,
             "kind": config.loss.kind,
             "image_remat": config.model.image_remat,
             "text_remat": config.model.text_remat,
@@ -150,7 +152,7 @@ class Compiler:
             "capacity_bytes": capacity,
             "margin_bytes": int(MARGIN * capacity),
         } | answer
-        return row | self._bound(row) | self._speed(config, row)
+        return row | self._bound(row) | by_kind(row) | self._speed(config, row)
 
     def _speed(self, config: ConfigDict, row: Row) -> Row:
         """Returns images/s, the share of the peak rate and a run's duration, if a time is known.
@@ -193,3 +195,11 @@ class Compiler:
             "bound_seconds": max(matmul, memory) or None,
             "bound_by": "matmuls" if matmul >= memory else "memory",
         }
+
+
+def by_kind(row: Row) -> Row:
+    """Returns `seconds_by_kind`, the sums of `seconds_by_part` over the parts of the step."""
+    total: Counter[str] = Counter()
+    for kinds in row.get("seconds_by_part", {}).values():
+        total.update(kinds)
+    return {"seconds_by_kind": dict(total)}

@@ -6,11 +6,13 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
+from disco_jax.config.defaults import flatten
 from disco_jax.config.remat import REMAT
 from disco_jax.plan.accelerators import Topology
 from disco_jax.plan.compiler import Compiler, Row
+from disco_jax.plan.fastest import find_fastest, settings_of
 from disco_jax.plan.search import largest_batch
-from disco_jax.plan.show import size, verdict
+from disco_jax.plan.show import seconds, size, verdict
 
 LINEAR = "_linear"  # suffix of a method: without kept logits, in memory linear in the batch
 KEEPING = ("default", "stream", "ring")
@@ -82,6 +84,40 @@ def find_max_batch(
                 progress.update(task, total=1, completed=1)
                 found.append(best)
     return found
+
+
+def plan_fastest(config: ConfigDict, topology: Topology, batch: int) -> list[Row]:
+    """Returns the rows of `find_fastest` on a topology."""
+    with Compiler(topology) as compiler, _progress() as progress:
+        task = progress.add_task("searching", total=None)
+
+        def compile_step(changes: dict[str, Any], loss_only: bool = False) -> Row:
+            trial = with_fields(config, {"batch_size": batch} | changes)
+            row = compiler.compile(trial, loss_only=loss_only)
+            changed = ", ".join(f"{name} {value}" for name, value in changes.items())
+            said = f"{changed}: {seconds(row.get('estimated_seconds'))}, {verdict(row)}"
+            progress.update(task, description=said)
+            return row
+
+        def compile_loss(changes: dict[str, Any]) -> Row:
+            return compile_step(changes, loss_only=True)
+
+        host = topology.devices // topology.hosts
+        return find_fastest(compile_step, compile_loss, batch, topology.devices, host)
+
+
+def flags_of(config: ConfigDict, row: Row) -> str:
+    """Returns the flags that set a row's settings, without those that the config has anyway."""
+    fields = flatten(config)
+    changed = {name: x for name, x in settings_of(row).items() if x != fields[name]}
+    return " ".join(f"--config.{name}={value}" for name, value in changed.items())
+
+
+def with_fields(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """Returns a copy of the config with the fields of these dotted names changed."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(changes)
+    return changed
 
 
 def with_loss(config: ConfigDict, batch: int, method: str) -> ConfigDict:

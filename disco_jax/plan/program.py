@@ -20,6 +20,7 @@ from disco_jax.plan.rates import Rates
 from disco_jax.plan.roofline import cudnn_workspace, estimate
 from disco_jax.step.host_step import HostStep
 from disco_jax.step.optimizer import make_optimizer
+from disco_jax.step.scopes import LOSS
 from disco_jax.step.state import abstract_batch, abstract_state
 from disco_jax.step.train_step import batches_on_devices, make_train_step
 
@@ -54,7 +55,7 @@ def measure_step(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]
     total: dict[str, Any] = {"peak_bytes": 0, "step_flops": 0, "compile_seconds": 0.0}
     flops: Counter[str] = Counter()
     moved: dict[str, Collective] = {}
-    by_kind: dict[str, float] = {}
+    by_part: dict[str, dict[str, float]] = {}
     for name, phase in phases.items():
         row = measure(Job(phase.function, phase.arguments, {}), rates)
         beside = shard_bytes(phase.beside)
@@ -72,8 +73,10 @@ def measure_step(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]
         total["compile_seconds"] += row["compile_seconds"]
         for dtype, count in row["flops_by_dtype"].items():
             flops[dtype] += phase.turns * count
-        for kind, seconds in row["seconds_by_kind"].items():
-            by_kind[kind] = by_kind.get(kind, 0.0) + phase.turns * seconds
+        for part, kinds in row["seconds_by_part"].items():
+            for kind, seconds in kinds.items():
+                of_part = by_part.setdefault(part, {})
+                of_part[kind] = of_part.get(kind, 0.0) + phase.turns * seconds
         for kind, use in row["collectives"].items():
             known = moved.setdefault(kind, {"count": 0, "bytes": 0})
             known["count"] += phase.turns * use["count"]
@@ -86,7 +89,7 @@ def measure_step(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]
         "batch_bytes": shard_bytes(samples),
         "step_flops": sum(flops.values()),
         "flops_by_dtype": dict(flops),
-        "seconds_by_kind": by_kind,
+        "seconds_by_part": by_part,
         "collectives": moved,
     }
 
@@ -110,6 +113,7 @@ def loss_job(config: ConfigDict, mesh: Mesh, dim: int) -> Job:
     kind = config.loss.kind
     scalars = (scalar,) * (2 if kind == "sigmoid" else 1)
 
+    @jax.named_scope(LOSS)
     def loss(*args: jax.Array) -> jax.Array:
         return contrastive_loss(
             *args,
@@ -156,7 +160,7 @@ def measure(job: Job, rates: Rates) -> dict[str, Any]:
         "collectives": collectives(parsed),
         # Nothing is known of the rates of the CPU here.
         "estimated_seconds": cost.seconds if math.isfinite(rates.bandwidth) else None,
-        "seconds_by_kind": cost.by_kind if math.isfinite(rates.bandwidth) else {},
+        "seconds_by_part": cost.by_part() if math.isfinite(rates.bandwidth) else {},
         "collective_seconds": cost.collective_seconds,
         "kernels": cost.kernels,
         "bytes_accessed": cost.bytes,

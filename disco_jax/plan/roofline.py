@@ -10,12 +10,13 @@ whether the usual case holds.
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from disco_jax.models.attention import SCOPE
 from disco_jax.plan.flops import ATTENTION_MATMULS
 from disco_jax.plan.hlo import Instruction, Program
 from disco_jax.plan.rates import Rates
+from disco_jax.step.scopes import PARTS
 
 # Neither a kernel nor a copy.
 FREE = frozenset(
@@ -37,6 +38,8 @@ FREE = frozenset(
     ]
 )
 SLICES = ("dynamic-slice", "slice", "gather")
+COMMUNICATION = "communication"  # time in which a device waits for a collective
+_PART = re.compile(rf"\b({'|'.join(PARTS)})\b")
 MATMULS = re.compile(r"__cublas|__onednn|\$matmul|\$gemm")
 
 
@@ -49,7 +52,8 @@ class Cost:
     bytes: int = 0  # read and written in device memory
     collective_seconds: float = 0.0  # whether hidden behind kernels or not
     flops: Counter[str] = field(default_factory=Counter)  # of matmuls, by the operands' dtype
-    by_kind: dict[str, float] = field(default_factory=dict)  # seconds of kernels, see `kind_of`
+    # The seconds by part of the step (`part_of`) and kind (`kind_of`, or COMMUNICATION).
+    spent: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def add(self, other: "Cost", times: int = 1) -> None:
         """Adds `times` runs of another part."""
@@ -59,8 +63,28 @@ class Cost:
         self.collective_seconds += times * other.collective_seconds
         for dtype, flops in other.flops.items():
             self.flops[dtype] += times * flops
-        for kind, seconds in other.by_kind.items():
-            self.by_kind[kind] = self.by_kind.get(kind, 0.0) + times * seconds
+        for key, seconds in other.spent.items():
+            self.spent[key] = self.spent.get(key, 0.0) + times * seconds
+
+    def spend(self, seconds: float, part: str, kind: str) -> None:
+        """Adds seconds of one part and kind."""
+        self.seconds += seconds
+        self.spent[part, kind] = self.spent.get((part, kind), 0.0) + seconds
+
+    def by_part(self) -> dict[str, dict[str, float]]:
+        """Returns the seconds as `{part: {kind: seconds}}`; what belongs to no part is `rest`."""
+        parts: dict[str, dict[str, float]] = {}
+        for (part, kind), seconds in self.spent.items():
+            parts.setdefault(part or "rest", {})[kind] = seconds
+        return parts
+
+    def within(self, part: str) -> "Cost":
+        """Returns this cost with what belongs to no part assigned to `part`."""
+        spent: dict[tuple[str, str], float] = {}
+        for (own, kind), seconds in self.spent.items():
+            key = own or part, kind
+            spent[key] = spent.get(key, 0.0) + seconds
+        return replace(self, spent=spent)
 
 
 def estimate(program: Program, rates: Rates) -> Cost:
@@ -74,8 +98,7 @@ def kind_of(instruction: Instruction, cost: Cost) -> str:
     Loop copies move one block's slice of stacked arrays. The others are elementwise kernels,
     reductions and transposes.
     """
-    name = re.search(r'op_name="([^"]*)"', instruction.text)
-    path = name[1] if name else ""
+    path = _path(instruction)
     if SCOPE in path or "__cudnn$fmha" in instruction.text:
         return "attention"
     if cost.flops:
@@ -83,6 +106,17 @@ def kind_of(instruction: Instruction, cost: Cost) -> str:
     if path.endswith(("dynamic_slice", "dynamic_update_slice")):
         return "loop copies"
     return "other"
+
+
+def part_of(instruction: Instruction) -> str:
+    """Returns the part of the step that an instruction belongs to, or "" if its name has none."""
+    found = _PART.search(_path(instruction))
+    return found[1] if found else ""
+
+
+def _path(instruction: Instruction) -> str:
+    name = re.search(r'op_name="([^"]*)"', instruction.text)
+    return name[1] if name else ""
 
 
 class _Walk:
@@ -96,7 +130,12 @@ class _Walk:
             return self.known[name]
         total = Cost()
         wire_free = 0.0  # when the links have finished what was started
-        ends: dict[str, float] = {}
+        pending: dict[str, tuple[float, str]] = {}  # when a collective ends, and its part
+
+        def wait(until: float, part: str) -> None:
+            if until > total.seconds:
+                total.spend(until - total.seconds, part, COMMUNICATION)
+
         for instruction in self.program.computations[name].values():
             opcode = instruction.opcode
             collective = self.program.collective(instruction)
@@ -105,11 +144,11 @@ class _Walk:
                 total.collective_seconds += seconds
                 total.kernels += 1
                 wire_free = max(wire_free, total.seconds) + seconds
-                ends[instruction.name] = wire_free
+                pending[instruction.name] = wire_free, part_of(instruction)
                 if not opcode.endswith("-start") or '"is_sync":true' in instruction.text:
-                    total.seconds = wire_free
+                    wait(*pending[instruction.name])
             elif opcode.endswith("-done") and instruction.operands:
-                total.seconds = max(total.seconds, ends.get(instruction.operands[0], 0.0))
+                wait(*pending.get(instruction.operands[0], (0.0, "")))
             elif opcode not in FREE:
                 total.add(self.instruction(instruction, name))
         self.known[name] = total
@@ -117,24 +156,25 @@ class _Walk:
 
     def instruction(self, instruction: Instruction, scope: str) -> Cost:
         """Returns the cost of an instruction that is not a collective."""
-        called = self.program.called(instruction)
-        total = Cost()
+        called, times = self.program.called(instruction), 1
         if instruction.opcode == "while":
-            for name in called:
-                total.add(self.computation(name), self.program.trips(instruction))
+            times = self.program.trips(instruction)
         elif instruction.opcode == "conditional":
-            total.add(self.computation(self.program.usual_branch(instruction)))
-        elif instruction.opcode in ("call", "async-start"):
-            for name in called:
-                total.add(self.computation(name))
-        else:
-            total.add(self.kernel(instruction, scope))
+            called = [self.program.usual_branch(instruction)]
+        elif instruction.opcode not in ("call", "async-start"):
+            return self.kernel(instruction, scope)
+        total = Cost()
+        for name in called:
+            total.add(self.computation(name).within(part_of(instruction)), times)
         return total
 
     def kernel(self, instruction: Instruction, scope: str) -> Cost:
         """Returns the roofline of one kernel."""
         if instruction.opcode == "copy-start":  # between a TPU's memories, or to the host
-            return Cost(instruction.bytes / self.rates.bandwidth, bytes=instruction.bytes)
+            cost = Cost(bytes=instruction.bytes)
+            seconds = instruction.bytes / self.rates.bandwidth
+            cost.spend(seconds, part_of(instruction), kind_of(instruction, cost))
+            return cost
         body = None
         if instruction.opcode == "fusion":
             body = self.program.computations[self.program.called(instruction)[0]]
@@ -143,8 +183,8 @@ class _Walk:
         for dtype, flops in self._flops(instruction, scope).items():
             cost.flops[dtype] += flops
         compute = sum(n / self.rates.matmul(dtype) for dtype, n in cost.flops.items())
-        cost.seconds = self.rates.launch + max(cost.bytes / self.rates.bandwidth, compute)
-        cost.by_kind[kind_of(instruction, cost)] = cost.seconds
+        seconds = self.rates.launch + max(cost.bytes / self.rates.bandwidth, compute)
+        cost.spend(seconds, part_of(instruction), kind_of(instruction, cost))
         return cost
 
     def _written(self, instruction: Instruction, body: dict[str, Instruction] | None) -> int:

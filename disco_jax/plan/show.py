@@ -1,6 +1,5 @@
-"""Shows the planner's rows as tables and as a chart."""
+"""Shows the planner's rows as tables."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -9,9 +8,10 @@ from rich.table import Table
 Row = dict[str, Any]
 
 
-def show_one(row: Row, console: Console) -> None:
+def show_one(rows: list[Row], console: Console) -> None:
     """Prints everything known about one compiled step."""
-    table = Table(show_header=False, title=f"{_title(row)}, batch {row['batch_size']:,}")
+    (row,) = rows
+    table = Table(show_header=False, title=f"{title(row)}, batch {row['batch_size']:,}")
     table.add_column()
     table.add_column(justify="right")
     for label, key in (
@@ -34,8 +34,6 @@ def show_one(row: Row, console: Console) -> None:
     table.add_row("lower bound on a step's time, not an estimate", bound)
     if estimated := row.get("estimated_seconds"):
         table.add_row("estimated seconds (docs/speed.md), not measured", f"{estimated:.4g}")
-        for kind, spent in sorted(row["seconds_by_kind"].items(), key=lambda item: -item[1]):
-            table.add_row(f"    of which {kind}", f"{spent:.4g}, {spent / estimated:.0%}")
         if images := row.get("estimated_images_per_second"):
             share = row["estimated_peak_share"]
             table.add_row("estimated images/s", f"{images:,.0f}, {share:.0%} of the peak rate")
@@ -61,11 +59,37 @@ def show_one(row: Row, console: Console) -> None:
             settings += f"; texts of a device at once: {groups}"
         console.print(settings)
     console.print(table)
+    if row.get("estimated_seconds"):
+        _show_times(row, console)
+
+
+def _show_times(row: Row, console: Console) -> None:
+    """Prints the estimated time by part and kind; the cells add up to the whole."""
+    table = Table(title="Where the estimated time goes, in ms")
+    kinds = by_size(row["seconds_by_kind"])
+    for name in ("", "total", "share", *kinds):
+        table.add_column(name, justify="right" if name else "left")
+    whole = row["estimated_seconds"]
+    sums = {part: sum(of_part.values()) for part, of_part in row["seconds_by_part"].items()}
+    for part in by_size(sums):
+        cells = row["seconds_by_part"][part]
+        times = (f"{1e3 * cells[kind]:,.1f}" if kind in cells else "-" for kind in kinds)
+        label = part.replace("_", " ")
+        table.add_row(label, f"{1e3 * sums[part]:,.1f}", f"{sums[part] / whole:.1%}", *times)
+    table.add_section()
+    times = (f"{1e3 * row['seconds_by_kind'][kind]:,.1f}" for kind in kinds)
+    table.add_row("all", f"{1e3 * whole:,.1f}", "100 %", *times)
+    console.print(table)
+
+
+def by_size(seconds: dict[str, float]) -> list[str]:
+    """Returns the names, the one with the most seconds first."""
+    return sorted(seconds, key=lambda name: -seconds[name])
 
 
 def show_many(rows: list[Row], console: Console) -> None:
     """Prints a table with one line per row."""
-    table = Table(title=f"{_title(rows[0])}; memory per device")
+    table = Table(title=f"{title(rows[0])}; memory per device")
     whole_step = not rows[0]["loss_only"]
     for name in ("batch", "method", *(("remat", "microbatch") if whole_step else ())):
         table.add_column(name, justify="left" if name in ("method", "remat") else "right")
@@ -87,37 +111,34 @@ def show_many(rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Plots peak memory against batch, one line per method, and the device's capacity."""
-    from disco_jax.display.plots import subplots
-
-    figure, axis = subplots(figsize=(7, 4.5), layout="constrained")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    for i, method in enumerate(methods):
-        points = [(r["batch_size"], r["peak_bytes"]) for r in rows if r["method"] == method]
-        known = sorted((batch, peak / 2**30) for batch, peak in points if peak is not None)
-        if known:
-            # Each line is thinner than the previous one, so that coinciding lines stay visible.
-            width = 1.5 + 1.5 * (len(methods) - 1 - i)
-            axis.plot(
-                *zip(*known, strict=True),
-                marker="o",
-                markersize=4 + 1.5 * width,
-                linewidth=width,
-                label=method,
-            )
-    capacity, margin = rows[0]["capacity_bytes"] / 2**30, rows[0]["margin_bytes"] / 2**30
-    axis.axhline(capacity, color="black", linestyle="--", label="capacity")
-    axis.axhspan(capacity - margin, capacity, color="black", alpha=0.1, label="kept free")
-    batches = sorted({row["batch_size"] for row in rows})
-    axis.set(xlabel="global batch", ylabel="peak, GiB per device", xscale="log", yscale="log")
-    axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
-    axis.minorticks_off()
-    axis.set_title(_title(rows[0]))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def show_fastest(rows: list[Row], flags: str, console: Console) -> None:
+    """Prints the settings that were compiled, the best first, and the flags that set these."""
+    table = Table(title=f"{title(rows[0])}, batch {rows[0]['batch_size']:,}")
+    for name in ("images", "texts", "loss", "microbatch", "fsdp", "peak", "estimated", "verdict"):
+        table.add_column(name, justify="left" if name in ("images", "texts", "loss") else "right")
+    for row in rows:
+        table.add_row(
+            row["image_remat"],
+            row["text_remat"],
+            row["method"] + ("" if row["keep_bytes"] else ", keeping nothing"),
+            str(row["microbatch"] or "-"),
+            str(row["fsdp"]),
+            size(row["peak_bytes"]),
+            seconds(row.get("estimated_seconds")),
+            verdict(row),
+        )
+    console.print(table)
+    best, *others = rows
+    if not best["fits"]:
+        console.print("nothing fits; try more devices, or a smaller batch")
+        return
+    console.print(f"fastest by the estimate: {flags or 'the settings of the config'}")
+    for row in (row for row in others if row.get("baseline") and row["fits"]):
+        saved = 1 - best["estimated_seconds"] / row["estimated_seconds"]
+        console.print(
+            f"    {saved:.1%} less time than full rematerialization with microbatch "
+            f"{row['microbatch']}, fsdp {row['fsdp']}"
+        )
 
 
 def size(count: int | None) -> str:
@@ -146,7 +167,8 @@ def verdict(row: Row) -> str:
     return "fits" if row["fits"] else "too large"
 
 
-def _title(row: Row) -> str:
+def title(row: Row) -> str:
+    """Returns the topology and what was compiled."""
     hosts = f" on {row['hosts']} hosts" if row["hosts"] > 1 else ""
     what = "loss and gradients alone" if row["loss_only"] else "training step"
     return f"{row['topology']}{hosts}, {what}"

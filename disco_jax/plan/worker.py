@@ -61,7 +61,11 @@ def answer(request: dict[str, Any], topology: Topology, mesh: Mesh) -> dict[str,
     loss = measure(loss_job(config, mesh, dim), rates)
     whole = loss if request["loss_only"] else measure_step(config, mesh, rates)
     groups = [] if request["loss_only"] else _groups(config, mesh)
-    return whole | {"loss_temp_bytes": loss["temp_bytes"], "text_groups": groups}
+    return whole | {
+        "loss_temp_bytes": loss["temp_bytes"],
+        "text_groups": groups,
+        **_towers(config, groups),
+    }
 
 
 def planned_attention(config: ConfigDict, topology: Topology) -> str:
@@ -110,6 +114,19 @@ def _groups(config: ConfigDict, mesh: Mesh) -> list[tuple[int, int]]:
     """Returns the lengths and numbers of the texts that a device encodes at once."""
     at_once = texts_at_once(config, mesh.devices.size)
     return list(groups_of(config.model.text_groups, at_once, model_config(config).text))
+
+
+def _towers(config: ConfigDict, groups: list[tuple[int, int]]) -> dict[str, list[float]]:
+    """Returns both towers' numbers of blocks, and of the elements of their inputs, per sample."""
+    model = model_config(config)
+    patches = (model.vision.image_size // model.vision.patch_size) ** 2
+    texts = sum(count for _, count in groups)
+    length = sum(n * count for n, count in groups) / texts if texts else model.text.context_length
+    towers = ((model.vision, patches), (model.text, length))
+    return {
+        "blocks": [tower.layers for tower, _ in towers],
+        "block_elements": [tower.layers * tower.width * tokens for tower, tokens in towers],
+    }
 
 
 def main() -> None:

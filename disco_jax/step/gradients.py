@@ -27,6 +27,7 @@ from disco_jax.mesh import BATCH_AXES, batch_sharding, state_sharding
 from disco_jax.models import CLIPConfig, Params, abstract_model
 from disco_jax.models.group_choice import groups_of
 from disco_jax.models.text_groups import Groups, too_long
+from disco_jax.step import scopes
 from disco_jax.step.state import trained, with_trained
 
 Array = jax.Array
@@ -77,17 +78,19 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
     def encode(params: Params, samples: Batch, places: Array, step: Array) -> Features:
         scalars = {name: x for name, x in abstract.items() if name in SCALARS}  # unused here
         clip = nnx.merge(graph, params | scalars)
-        image = clip.encode_image(
-            samples["images"], keys(0, model.vision.trained_blocks, places, step)
-        )
+        with jax.named_scope(scopes.IMAGE_TOWER):
+            image = clip.encode_image(
+                samples["images"], keys(0, model.vision.trained_blocks, places, step)
+            )
         if on_cpu:  # one tower at a time: in parallel they compete for cores and caches
             # Not through frozen parameters: a barrier would differentiate with respect to them.
             image, changing = lax.optimization_barrier((image, trained(model, params)))
             params = with_trained(model, params, changing)
         tokens = samples["tokens"]
-        return image, nnx.merge(graph, params | scalars).encode_text(
-            tokens, keys(1, model.text.trained_blocks, places, step), groups(len(tokens))
-        )
+        with jax.named_scope(scopes.TEXT_TOWER):
+            return image, nnx.merge(graph, params | scalars).encode_text(
+                tokens, keys(1, model.text.trained_blocks, places, step), groups(len(tokens))
+            )
 
     def loss(scalars: Params, features: Features) -> Array:
         return batch_loss(config, mesh, scalars, features)
@@ -95,6 +98,7 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
     return ModelFns(cast_params, encode, loss, groups(texts_at_once(config, mesh.devices.size)))
 
 
+@jax.named_scope(scopes.LOSS)
 def batch_loss(
     config: ConfigDict,
     mesh: Mesh,
@@ -282,6 +286,7 @@ def add(total: Params, gradients: Params) -> Params:
     return jax.tree.map(lambda a, g: a + g.astype(jnp.float32)[None], total, gradients)
 
 
+@jax.named_scope(scopes.GRADIENTS)
 def sum_over_devices(mesh: Mesh, own: Params, dtype: str) -> Params:
     """Sums all devices' gradients `[N, ...]` in `dtype`; returns fp32, sharded like parameters.
 

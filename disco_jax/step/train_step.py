@@ -20,6 +20,7 @@ from disco_jax.step.gradients import (
     whole_batch,
 )
 from disco_jax.step.optimizer import make_optimizer, make_schedule
+from disco_jax.step.scopes import OPTIMIZER
 from disco_jax.step.state import TrainState, abstract_state, trained, with_trained
 
 Array = jax.Array
@@ -83,6 +84,7 @@ def make_update(
     # SigLIP's scale is not clamped: its published models exceed CLIP's bound.
     clamp = clamp_logit_scale if config.loss.kind == "softmax" else lambda params: params
 
+    @jax.named_scope(OPTIMIZER)
     def update(state: TrainState, loss: Array, grads: Params) -> tuple[TrainState, Metrics]:
         changing = trained(model, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, changing)
