@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/shapes
 
-.PHONY: demo test install-highest test-highest lint plan docs-check clean
+.PHONY: demo test install-highest test-highest lint plan gpu-check docs-check clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=configs/shapes.py --workdir=$(RUN)
@@ -39,6 +39,12 @@ plan: $(VENV)/plan.stamp
 	$(PLAN) --batch_size=32768,65536 --compare=disco,ring
 	$(PLAN) --config.microbatch=1024 --batch_size=65536,262144,1048576 \
 		--compare=auto,disco,stream,ring --chart=runs/plan.png
+
+# Whether what the docs claim holds on this machine's accelerators, in at most ten minutes.
+# PLATFORM=cpu runs a small version on the CPU. Install JAX for the accelerator first, e.g. with
+# `.venv/bin/pip install -U "jax[cuda12]"`.
+gpu-check: $(VENV)/run.stamp
+	$(BIN)/python -m disco_jax.accept $(if $(PLATFORM),--platform=$(PLATFORM)) --out=runs/check
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

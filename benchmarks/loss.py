@@ -182,7 +182,12 @@ def measure(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
         from peer_openclip import measure_openclip
 
         methods["openclip"] = measure_openclip(
-            arguments.devices, batch, arguments.dim, arguments.kind, arguments.repeats
+            jax.device_count(),
+            batch,
+            arguments.dim,
+            arguments.kind,
+            arguments.repeats,
+            "cuda" if arguments.platform == "gpu" else "cpu",
         )
     return {
         "batch": batch,

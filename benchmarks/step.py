@@ -3,12 +3,12 @@
     python benchmarks/step.py --batch 64 [--captions=web] [--peer openclip] [--json]
     python benchmarks/step.py --devices 2 --batch 64 --microbatch 8 [--model tiny]
 
-A step is forward, backward and optimizer, in fp32, on random images and texts. The captions fill
-the context (`full`) or are as long as those of web images (`web`: `group_choice.typical_lengths`, a
-median of 13 tokens, 90 % below 30); all steps get the same ones. As in training, ours processes
-them in the groups that suit a sample of such captions, and for `web` it is also timed without. With
-`--microbatch`, both microbatch modes are compared with the plain step and with the forward pass,
-which they take once more than it does.
+A step is forward, backward and optimizer on random images and texts, in fp32 unless
+`--dtype=bfloat16`. The captions fill the context (`full`) or are as long as those of web images
+(`web`: `group_choice.typical_lengths`, a median of 13 tokens, 90 % below 30); all steps get the
+same ones. As in training, ours processes them in the groups that suit a sample of such captions,
+and for `web` it is also timed without. With `--microbatch`, both microbatch modes are compared with
+the plain step and with the forward pass, which they take once more than it does.
 """
 
 import argparse
@@ -39,7 +39,11 @@ from disco_jax.step.train_step import make_train_step
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--platform", default="cpu", help="cpu (fake devices), or gpu or tpu (all of the machine's)"
+    )
     parser.add_argument("--devices", type=int, default=1, help="number of fake CPU devices")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=64, help="global batch size")
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--microbatch", type=int, default=0, help="samples per device")
@@ -58,8 +62,9 @@ def make_config(arguments: argparse.Namespace) -> ConfigDict:
     config = default()
     config.batch_size = arguments.batch
     config.model.name = arguments.model
-    config.model.dtype = "float32"
-    config.loss.method = "ring"
+    config.model.dtype = arguments.dtype
+    if arguments.platform == "cpu":
+        config.loss.method = "ring"
     return config
 
 
@@ -107,7 +112,7 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
         "images": rng.integers(0, 256, (arguments.batch, size, size, 3)).astype(np.uint8),
         "tokens": captions(rng.choice(typical, arguments.batch), length, model.text.vocab_size),
     }
-    at_once = arguments.microbatch or arguments.batch // arguments.devices
+    at_once = arguments.microbatch or arguments.batch // jax.device_count()
     config.model.text_groups = choose_text_groups(typical, at_once, length)
     steps = {"plain": ours(config, batch, None)}
     if config.model.text_groups:
@@ -123,7 +128,9 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
     if arguments.peer:
         from peer_openclip import openclip_step
 
-        steps["openclip"] = openclip_step(arguments.model, batch)
+        steps["openclip"] = openclip_step(
+            arguments.model, batch, arguments.platform, arguments.dtype
+        )
     return steps
 
 
@@ -151,12 +158,15 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, Any
 
 def main() -> None:
     arguments = parse_arguments()
-    reuse_freed_memory()  # as training does on CPUs
-    use_fake_devices(arguments.devices)
+    if arguments.platform == "cpu":
+        reuse_freed_memory()  # as training does on CPUs
+        use_fake_devices(arguments.devices)
+    else:
+        jax.config.update("jax_platforms", arguments.platform)
     result = measure(contenders(arguments), arguments.repeats)
     table = Table(
-        title=f"{arguments.model}, batch {arguments.batch}, fp32, "
-        f"{arguments.devices} CPU devices: one training step"
+        title=f"{arguments.model}, batch {arguments.batch}, {arguments.dtype}, "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}: one training step"
     )
     for column in ("step", "seconds", "min to max", "relative to plain"):
         table.add_column(column, justify="left" if column == "step" else "right")

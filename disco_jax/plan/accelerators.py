@@ -6,7 +6,9 @@ multiprocessor are in the CUDA programming guide's table of compute capabilities
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from disco_jax.config.validation import near
 from disco_jax.errors import UserError
@@ -184,6 +186,29 @@ def parse_topology(text: str, hosts: int | None = None) -> Topology:
             + (f", {' or '.join(map(str, allowed))} on each" if topology.platform == "tpu" else "")
         )
     return topology
+
+
+# By JAX's names of devices (`device_kind`).
+_KINDS = {
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100-80gb",
+    "NVIDIA H200": "h200",
+    "NVIDIA L4": "l4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+def topology_of(devices: Sequence[Any]) -> Topology | None:
+    """Returns the topology of JAX devices, or None if the planner does not know their kind."""
+    name = _KINDS.get(devices[0].device_kind)
+    hosts = len({device.process_index for device in devices})
+    return None if name is None else Topology(name, len(devices), hosts)
 
 
 def tpu_grid(accelerator: Accelerator, chips: int) -> tuple[int, ...]:

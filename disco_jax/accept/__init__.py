@@ -1,0 +1,1 @@
+"""Checks on the devices of this machine what the documentation claims: `make gpu-check`."""
