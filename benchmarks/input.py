@@ -27,6 +27,7 @@ from rich.table import Table
 
 from disco_jax.config import default
 from disco_jax.data.load import Load
+from disco_jax.data.order import make_order
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.sources import open_source
 from disco_jax.data.tokenizer import CLIPTokenizer
@@ -89,10 +90,9 @@ def ours(pattern: str, batch: int, workers: int) -> Iterator[Any]:
     data = default().data
     data.caption_key = "txt"
     source = open_source(data, pattern, "")
-    load, collate = Load(source, data, 224), Collate(CLIPTokenizer())
-    return train_batches(
-        source, load, collate, batch_size=batch, seed=0, start=0, num_workers=workers
-    )
+    order, load = make_order(data, 0, source), Load(source, data, 224)
+    collate = Collate(CLIPTokenizer())
+    return train_batches(order, load, collate, batch_size=batch, start=0, num_workers=workers)
 
 
 def openclip(pattern: str, batch: int, workers: int) -> Iterator[Any]:

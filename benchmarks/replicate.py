@@ -103,6 +103,7 @@ class Trainer:
 def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
     """Yields the arrays of each step, as in train.py."""
     from disco_jax.data.load import Load
+    from disco_jax.data.order import make_order
     from disco_jax.data.pipeline import Collate, train_batches
     from disco_jax.data.sources import open_source
     from disco_jax.data.tokenizer import make_tokenizer
@@ -111,8 +112,9 @@ def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
     model = model_config(config)
     source = open_source(config.data, config.data.name, config.data.split)
     load = Load(source, config.data, model.vision.image_size, config.seed)
-    options = {"batch_size": config.batch_size, "seed": config.seed, "start": 0, "num_workers": 0}
-    for batch in train_batches(source, load, Collate(make_tokenizer(model.text)), **options):
+    order = make_order(config.data, config.seed, source)
+    options = {"batch_size": config.batch_size, "start": 0, "num_workers": 0}
+    for batch in train_batches(order, load, Collate(make_tokenizer(model.text)), **options):
         yield batch.arrays
 
 
