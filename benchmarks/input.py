@@ -2,10 +2,11 @@
 
     python benchmarks/input.py [--images=2000] [--side=512] [--peer openclip] [--json]
     python benchmarks/input.py --index=1000 --entries=10000
+    python benchmarks/input.py --order=400000000
 
 JPEG shards are written to a temporary folder; images are decoded and randomly cropped to 224
 pixels, captions are tokenized. CPU seconds are summed over all threads. `--index=N` instead times
-building and opening the index of N shards.
+building and opening the index of N shards; `--order=N`, finding places in the orders of N samples.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from disco_jax.config import default
+from disco_jax.data.block_order import BlockOrder
 from disco_jax.data.load import Load
+from disco_jax.data.order import GlobalOrder, Order, by_lane, make_order
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.sources import open_source
 from disco_jax.data.tokenizer import CLIPTokenizer
@@ -47,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--index", type=int, help="time the index of this many shards instead")
     parser.add_argument("--entries", type=int, default=10_000, help="samples per indexed shard")
+    parser.add_argument("--order", type=int, help="time the orders of this many samples instead")
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON on the last line"
     )
@@ -89,10 +93,9 @@ def ours(pattern: str, batch: int, workers: int) -> Iterator[Any]:
     data = default().data
     data.caption_key = "txt"
     source = open_source(data, pattern, "")
-    load, collate = Load(source, data, 224), Collate(CLIPTokenizer())
-    return train_batches(
-        source, load, collate, batch_size=batch, seed=0, start=0, num_workers=workers
-    )
+    order, load = make_order(data, 0, source), Load(source, data, 224)
+    collate = Collate(CLIPTokenizer())
+    return train_batches(order, load, collate, batch_size=batch, start=0, num_workers=workers)
 
 
 def openclip(pattern: str, batch: int, workers: int) -> Iterator[Any]:
@@ -178,8 +181,79 @@ def _open(pipe: Any, pattern: str) -> None:
     pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, len(source)))
 
 
+def measure_orders(samples: int) -> dict[str, dict[str, float]]:
+    """Measures both orders, each in its own process."""
+    result = {}
+    for name in ("global", "blocks"):
+        here, there = multiprocessing.get_context("spawn").Pipe()
+        process = multiprocessing.get_context("spawn").Process(
+            target=_measure_order, args=(there, name, samples)
+        )
+        process.start()
+        there.close()
+        result[name] = here.recv()
+        process.join()
+    return result
+
+
+def _measure_order(pipe: Any, name: str, samples: int) -> None:
+    data = default().data
+    sizes = {"block_size": data.block_size, "window": data.window, "lanes": data.lanes}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    order: Order = BlockOrder(samples, 0, **sizes) if name == "blocks" else GlobalOrder(samples, 0)
+    places = np.random.default_rng(0).integers(0, 1_000 * samples, 300)  # of as many epochs
+    seek = _seconds(lambda i: order.indices(places[i : i + 1]), 300)
+    batch = 32_768
+    sort = _seconds(lambda i: by_lane(order, i * batch, batch), 30)
+    rows = by_lane(order, samples // 2, batch)
+    piece = _seconds(lambda i: order.indices(rows[64 * i : 64 * (i + 1)]), 100)
+    found = {
+        "seek_seconds": seek,
+        "sort_batch_seconds": sort,
+        "places_per_second": 64 / piece,
+    }
+    if name == "blocks":
+        windows = order.windows(samples // 2)
+        found["first_window_seconds"] = _seconds(lambda i: next(windows), 1)
+        found["windows_per_second"] = 1 / _seconds(lambda i: next(windows), 1_000)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pipe.send(found | {"bytes": 1024 * (after - before)})
+
+
+def _seconds(function: Callable[[int], Any], times: int) -> float:
+    """Returns the mean seconds of a call with 0, 1, ..."""
+    start = time.perf_counter()
+    for i in range(times):
+        function(i)
+    return (time.perf_counter() - start) / times
+
+
+def show_orders(result: dict[str, dict[str, float]], samples: int) -> None:
+    table = Table(title=f"orders of {samples:,} samples, batches of 32,768")
+    columns = ("order", "ms per seek", "places/s", "ms to sort a batch", "MiB", "windows/s")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "order" else "right")
+    for name, row in result.items():
+        windows = row.get("windows_per_second")
+        table.add_row(
+            name,
+            f"{1000 * row['seek_seconds']:.2f}",
+            f"{row['places_per_second']:,.0f}",
+            f"{1000 * row['sort_batch_seconds']:.1f}",
+            f"{row['bytes'] / 2**20:.1f}",
+            f"{windows:,.0f}" if windows else "-",
+        )
+    Console(width=100).print(table)
+
+
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.order:
+        orders = measure_orders(arguments.order)
+        show_orders(orders, arguments.order)
+        if arguments.json:
+            print(json.dumps(orders))
+        return
     if arguments.index:
         result: dict[str, Any] = measure_index(arguments.index, arguments.entries)
         print(

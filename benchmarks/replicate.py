@@ -100,19 +100,21 @@ class Trainer:
         return {name: value for name, value in found.items() if name.endswith("/top1")}
 
 
-def batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the arrays of each step, as in train.py."""
+def batches(config: Any, source: Any = None) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the arrays of each step, as in train.py, from `source` (default: the config's)."""
     from disco_jax.data.load import Load
+    from disco_jax.data.order import make_order
     from disco_jax.data.pipeline import Collate, train_batches
     from disco_jax.data.sources import open_source
     from disco_jax.data.tokenizer import make_tokenizer
     from disco_jax.models.build import model_config
 
     model = model_config(config)
-    source = open_source(config.data, config.data.name, config.data.split)
+    source = source or open_source(config.data, config.data.name, config.data.split)
     load = Load(source, config.data, model.vision.image_size, config.seed)
-    options = {"batch_size": config.batch_size, "seed": config.seed, "start": 0, "num_workers": 0}
-    for batch in train_batches(source, load, Collate(make_tokenizer(model.text)), **options):
+    order = make_order(config.data, config.seed, source)
+    options = {"batch_size": config.batch_size, "start": 0, "num_workers": 0}
+    for batch in train_batches(order, load, Collate(make_tokenizer(model.text)), **options):
         yield batch.arrays
 
 
@@ -189,12 +191,18 @@ def batch_size_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for size in sorted({row["batch_size"] for row in rows}):
         runs = [row for row in rows if row["batch_size"] == size]
-        cells = [str(size), f"{runs[0]['steps']:,}"]
-        for name in ("zeroshot/top1", "zeroshot_heldout/top1"):
-            values = 100 * np.array([run[name] for run in runs])
-            cells.append(f"{values.mean():.1f} ± {values.std(ddof=1):.1f}")
+        cells = [str(size), f"{runs[0]['steps']:,}", *over_seeds(runs)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def over_seeds(runs: list[dict[str, Any]]) -> list[str]:
+    """Returns mean and std of top-1 (%), for the classes seen in training and the others."""
+    cells = []
+    for name in ("zeroshot/top1", "zeroshot_heldout/top1"):
+        values = 100 * np.array([run[name] for run in runs])
+        cells.append(f"{values.mean():.1f} ± {values.std(ddof=1):.1f}")
+    return cells
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -72,6 +72,7 @@ SHORTER = (
     (r"(chaos\.py) --kills=30", r"\1 --kills=2 --steps=20"),
     (r"(replicate\.py equivalence)", r"\1 --steps=2 --every=2 --out=runs/results"),
     (r"(replicate\.py batch_size)", r"\1 --samples=512 --out=runs/results"),
+    (r"(benchmarks/order\.py)", r"\1 --samples=512 --out=runs/order.json"),
     (r"(replicate\.py memory)", r"\1 --batches=8192 --out=runs/results"),
     (r"(replicate\.py time)", r"\1 --batches=512 --out=runs/results"),
     (r"(loss\.py .*)--batch[= ][0-9,]+", r"\1--batch 512"),

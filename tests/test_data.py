@@ -18,6 +18,7 @@ from PIL import Image
 
 from disco_jax.config import default
 from disco_jax.data.load import Load
+from disco_jax.data.order import GlobalOrder, make_order
 from disco_jax.data.pipeline import Collate, eval_batches, piece_size, train_batches
 from disco_jax.data.shapes import vocabulary as words
 from disco_jax.data.shapes.builder import SPLITS, make_example
@@ -90,11 +91,11 @@ class Numbered:
 
 
 def order(steps: int, *lengths: int, **kwargs) -> np.ndarray:
-    options = {"batch_size": 4, "seed": 0, "start": 0, "num_workers": 0} | kwargs
-    source = Joined([Numbered(length) for length in lengths or (10,)])
-    batches = train_batches(
-        source, Load(source, default().data, 4), Collate(CLIPTokenizer(8)), **options
-    )
+    options = {"batch_size": 4, "start": 0, "num_workers": 0} | kwargs
+    source, data = Joined([Numbered(length) for length in lengths or (10,)]), default().data
+    data.weights = options.pop("weights", ())
+    stream = make_order(data, options.pop("seed", 0), source)
+    batches = train_batches(stream, Load(source, data, 4), Collate(CLIPTokenizer(8)), **options)
     seen = [next(batches) for _ in range(steps)]
     batches.close()
     labels = np.concatenate([batch.labels for batch in seen])
@@ -137,8 +138,8 @@ def test_signals_to_stop_leave_the_workers():
     """A scheduler may signal all processes of a run, which still takes its last step and saves."""
     source = Joined([Numbered(1000)])
     load = Load(source, default().data, 4)
-    options = {"batch_size": 8, "seed": 0, "start": 0, "num_workers": 2}
-    batches = train_batches(source, load, Collate(CLIPTokenizer(8)), **options)
+    options = {"batch_size": 8, "start": 0, "num_workers": 2}
+    batches = train_batches(GlobalOrder(1000, 0), load, Collate(CLIPTokenizer(8)), **options)
     next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -163,8 +164,8 @@ def test_two_batches_are_in_memory_and_some_pieces():
 
     source = Joined([Counted(5000)])
     load = Load(source, default().data, 4)
-    options = {"batch_size": 1280, "seed": 0, "start": 0, "num_workers": 0}
-    batches = train_batches(source, load, Collate(CLIPTokenizer(8)), **options)
+    options = {"batch_size": 1280, "start": 0, "num_workers": 0}
+    batches = train_batches(GlobalOrder(5000, 0), load, Collate(CLIPTokenizer(8)), **options)
     next(batches)
     before = -1
     while len(loaded) != before or before < 2 * 1280:  # until nothing more is read ahead
@@ -321,11 +322,10 @@ def test_any_tfds_set_of_images_and_captions_is_read_by_name(tmp_path):
     data.update(dir=str(tmp_path), image_key="picture", caption_key="text")
     source = open_source(data, "toy_captions", "train")
     batches = train_batches(
-        source,
+        make_order(data, 0, source),
         Load(source, data, 16),
         Collate(CLIPTokenizer(8)),
         batch_size=6,
-        seed=0,
         start=0,
         num_workers=0,
     )

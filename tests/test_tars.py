@@ -16,6 +16,7 @@ from disco_jax.config import default
 from disco_jax.data import tar_source
 from disco_jax.data.bad_samples import BadSamples, as_metrics, own_share
 from disco_jax.data.load import Load
+from disco_jax.data.order import make_order
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import KINDS, BadSample, Joined
 from disco_jax.data.sources import open_source
@@ -290,11 +291,10 @@ def test_workers_restarts_and_processes_see_the_same_samples(tmp_path):
     def batches(steps: int, start: int = 0, workers: int = 0, index: int = 0, count: int = 1):
         source = open_source(data, f"{tmp_path}/*.tar", "")
         stream = train_batches(
-            source,
+            make_order(data, 3, source),
             Load(source, data, 16, 3),
             Collate(CLIPTokenizer(8)),
             batch_size=8,
-            seed=3,
             start=start,
             num_workers=workers,
             rows=np.arange(8)[index::count],

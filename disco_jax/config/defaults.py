@@ -103,6 +103,17 @@ def default() -> ConfigDict:
     # Expected dataset size, for checking num_epochs before the data are opened; 0: unknown.
     c.data.num_samples = 0
     c.data.weights = ()  # mixing proportions of joined sources, e.g. (2.0, 1.0); (): concatenate
+    # Order of the samples, a function of the seed (docs/data.md): `global`, a permutation of all
+    # samples, each read by itself; `blocks`, which reads `block_size` consecutive samples at once;
+    # `auto`, which is blocks if a source is remote and global otherwise.
+    c.data.order = "auto"
+    # For `blocks`: the samples in a block; how many blocks of a lane are shuffled together, a power
+    # of two; and the number of lanes, from which batches take their samples in turn. A batch mixes
+    # block_size * window * lanes samples. Lanes should divide batch_size, and the number of
+    # processes should divide the lanes: each process then reads lanes of its own.
+    c.data.block_size = 1024
+    c.data.window = 8
+    c.data.lanes = 256
     c.data.split = "train"  # TFDS split
     c.data.dir = "data"  # folder of the TFDS datasets
     # TFDS feature or table column, which holds paths or, in Parquet, also encoded images. "auto":

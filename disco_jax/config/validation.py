@@ -18,6 +18,7 @@ from disco_jax.errors import UserError
 METHODS = ("default", "auto", "reference", "disco", "stream", "ring")
 
 CHOICES: dict[str, Sequence[str]] = {
+    "data.order": ("auto", "global", "blocks"),
     "loss.dtype": ("float32", "bfloat16"),
     "loss.kind": ("softmax", "sigmoid"),
     "loss.method": METHODS,
@@ -34,9 +35,12 @@ AT_LEAST_1 = (
     "batch_size",
     "checkpoint_every",
     "checkpoint_keep",
+    "data.block_size",
+    "data.lanes",
     "data.max_aspect_ratio",
     "data.max_image_pixels",
     "data.min_image_side",
+    "data.window",
     "eval.batch_size",
     "fsdp",
     "log_every",
@@ -66,8 +70,9 @@ POSITIVE = (
 )
 BELOW_1 = ("model.dropout", "model.patch_dropout", "optimizer.b1", "optimizer.b2")
 UP_TO_1 = ("data.crop_scale", "data.max_bad_fraction")
-# Upper bounds of integers that JAX or the system limits. All others are limited to COUNT.
+# Upper bounds of integers that JAX, the system or a dtype limits. All others are limited to COUNT.
 AT_MOST = {
+    "data.lanes": 2**14,
     "data.num_workers": 1024,
     "fake_devices": 4096,
     "loss.keep_bytes": 2**53,
@@ -175,6 +180,8 @@ def _of_several(c: dict[str, Any]) -> list[str]:
         problems.append(
             f"data.weights must be at least {LEAST:g} and differ by at most a factor of a million"
         )
+    if c["data.window"] > 0 and c["data.window"].bit_count() != 1:
+        problems.append(f"data.window is {c['data.window']}; it must be a power of two")
     if c["num_steps"] == c["num_epochs"] == 0:
         problems.append("num_steps is 0; it must be at least 1, unless num_epochs is set")
     if c["microbatch_mode"] == "host" and not c["microbatch"]:

@@ -1,7 +1,7 @@
 """Loads one sample of the stream: reads, decodes, draws a caption, and replaces a bad sample."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from disco_jax.data.transforms import (
 from disco_jax.errors import UserError
 
 TRIES = 100  # samples tried for one position before the run stops
+NEAR = 10  # of these, those drawn from what is read along with it: it may be all in one bad shard
 _REPLACEMENT = 1  # separates its random stream from the sample's own
 
 
@@ -56,19 +57,31 @@ class Load:
         self._look = Look(*(data[name] for name in Look._fields))
         self._limits = ImageLimits(*(data[name] for name in ImageLimits._fields))
 
-    def train(self, position: int, index: int) -> Loaded:
+    def train(
+        self,
+        position: int,
+        index: int,
+        near: Callable[[int], Sequence[range]] = lambda position: (),
+    ) -> Loaded:
         """Loads sample `index` of the source for a stream position, or a replacement if it is bad.
+
+        Args:
+          position: the position, which seeds the crop and the choice of the caption.
+          index: the sample at this position.
+          near: returns the indices from which a replacement is preferably drawn.
 
         Raises:
           UserError: if `TRIES` samples in a row are bad.
         """
         failures: list[Failure] = []
+        drawn = index
         for attempt in range(TRIES):
             try:
-                return self.once(position, index, attempt)._replace(failures=tuple(failures))
+                return self.once(position, drawn, attempt)._replace(failures=tuple(failures))
             except BadSample as bad:
                 failures.append((bad.kind, bad.key, bad.detail))
-            index = self._another(index, position, attempt)
+            ranges = (near(position) if attempt < NEAR else ()) or [self._part(index)]
+            drawn = self._another(ranges, position, attempt)
         kind, key, detail = failures[0]
         raise UserError(
             f"data.name: {TRIES} samples drawn in a row are bad; the first is {key}: "
@@ -111,11 +124,20 @@ class Load:
             )
         return to_pixels(image, self._size, sample.key, self._resize, self._look)
 
-    def _another(self, index: int, position: int, attempt: int) -> int:
-        """Draws a sample from the same joined source, which preserves the mixing weights."""
+    def _part(self, index: int) -> range:
+        """Returns the joined source of a sample; drawing from it preserves the mixing weights."""
         part = self._source.part(index)
+        return range(self._source.starts[part], self._source.starts[part + 1])
+
+    def _another(self, ranges: Sequence[range], position: int, attempt: int) -> int:
+        """Draws an index from the ranges."""
         rng = np.random.default_rng((self._seed, position, attempt, _REPLACEMENT))
-        return int(rng.integers(self._source.starts[part], self._source.starts[part + 1]))
+        drawn = int(rng.integers(sum(map(len, ranges))))
+        for indices in ranges:
+            if drawn < len(indices):
+                break
+            drawn -= len(indices)
+        return indices[drawn]
 
 
 def _index(sample: Sample) -> int | None:

@@ -1,8 +1,8 @@
 """Input pipeline on Grain: reads, decodes and tokenizes samples in a deterministic order.
 
 Sample k of a run depends only on the seed and k. The epochs, each a permutation of the source, form
-an endless stream, which is cut into batches. The position in the data is therefore a single number,
-the samples seen, regardless of the number of workers, processes or devices.
+an endless stream (`order.py`), which is cut into batches. The position in the data is therefore a
+single number, the samples seen, regardless of the number of workers, processes or devices.
 """
 
 import functools
@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import grain
@@ -24,12 +23,11 @@ from absl import flags
 from disco_jax.data import shared_memory
 from disco_jax.data.batches import Batch, Batches
 from disco_jax.data.load import Load, Loaded
+from disco_jax.data.order import ENDLESS, Order, by_lane
 from disco_jax.data.shared_memory import SharedMemory
-from disco_jax.data.source import BadSample, Failure, Joined
+from disco_jax.data.source import BadSample, Failure
 from disco_jax.data.tokenizer import TextTokenizer
 from disco_jax.display.terminal import ignore_warnings_of_pillow
-
-ENDLESS = 2**48  # more samples than any run sees
 
 
 class Collate:
@@ -60,16 +58,63 @@ class Collate:
         )
 
 
+class Pieces:
+    """Loads and collates this process's pieces of the batches.
+
+    Args:
+      order: which sample is at each place of the stream.
+      load: reads and decodes a sample.
+      collate: joins samples into a piece.
+      batch_size: global batch size, over all processes.
+      start: the place at which the first batch begins.
+      rows: int, ascending: the rows of each batch that this process loads.
+      size: samples per piece, a divisor of the number of rows.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        load: Load,
+        collate: Collate,
+        *,
+        batch_size: int,
+        start: int,
+        rows: np.ndarray,
+        size: int,
+    ):
+        self._order, self._load, self._collate = order, load, collate
+        self._batch_size, self._start, self._rows, self._size = batch_size, start, rows, size
+        self._last = -1, rows  # a batch's number and the places of our rows, for its next pieces
+
+    def __call__(self, number: int) -> Batch:
+        """Returns a piece, counted from the first one of the first batch."""
+        batch, row = divmod(number * self._size, len(self._rows))
+        places = self._places(batch)[row : row + self._size]
+        indices = self._order.indices(places)
+        return self._collate(
+            [
+                self._load.train(place, index, self._order.near)
+                for place, index in zip(places.tolist(), indices.tolist(), strict=True)
+            ]
+        )
+
+    def _places(self, batch: int) -> np.ndarray:
+        number, places = self._last
+        if number != batch:
+            first = self._start + batch * self._batch_size
+            places = by_lane(self._order, first, self._batch_size)[self._rows]
+            self._last = batch, places
+        return places
+
+
 def train_batches(
-    source: Joined,
+    order: Order,
     load: Load,
     collate: Collate,
     *,
     batch_size: int,
-    seed: int,
     start: int,
     num_workers: int,
-    weights: Sequence[float] = (),
     rows: np.ndarray | None = None,
     timeout: float = math.inf,
 ) -> Batches:
@@ -79,39 +124,34 @@ def train_batches(
     they do not all hold large batches. Two full batches are in memory: the current and the next.
 
     Args:
-      source: the samples.
+      order: which sample is at each place of the stream.
       load: reads and decodes a sample.
       collate: joins samples into a batch.
       batch_size: global batch size, over all processes.
-      seed: seed of the permutations.
       start: samples seen so far, over all processes.
       num_workers: number of loading processes; 0 loads in the calling process.
-      weights: mixing proportions of the joined sources, each of which then has its own epochs;
-        if empty, the sources form a single dataset.
       rows: int, ascending: the rows of each batch that this process loads (`mesh.own_rows`); all
         by default. Row r of a batch is the same sample whichever process loads it.
       timeout: seconds without data after which `DataLost` is raised.
     """
     _parse_flags()
-    ends = source.starts if weights else [0, len(source)]
-    streams = [grain.MapDataset.range(*part).shuffle(seed=seed).repeat() for part in pairwise(ends)]
-    order = grain.MapDataset.mix(streams, weights) if weights else streams[0]
-    # Keep the position in the stream: it seeds the sample's random crop and caption choice.
-    placed = order.map_with_index(lambda position, index: (position, int(index)))
     rows = np.arange(batch_size) if rows is None else rows
-    share = len(rows)
-
-    def own(k: int) -> Loaded:
-        return load.train(*placed[start + k // share * batch_size + int(rows[k % share])])
-
-    loaded = grain.MapDataset.range(ENDLESS).map(own)
-    piece = piece_size(share)
+    size = piece_size(len(rows))
     memory = None
     if num_workers and shared_memory.available():
         shared_memory.remove_left_behind()
         memory = shared_memory.SharedMemory()
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    stream = loaded.batch(piece, batch_fn=collate.into(memory)).to_iter_dataset(read)
+    pieces = Pieces(
+        order,
+        load,
+        collate.into(memory),
+        batch_size=batch_size,
+        start=start,
+        rows=rows,
+        size=size,
+    )
+    stream = grain.MapDataset.range(ENDLESS).map(pieces).to_iter_dataset(read)
     if num_workers:
         # Disable Grain's own shared memory: its segment names do not identify the run.
         small = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
@@ -119,7 +159,7 @@ def train_batches(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
             worker_init_fn=functools.partial(_start_worker, memory),
         )
-    return Batches(iter(stream), share // piece, timeout, memory)
+    return Batches(iter(stream), len(rows) // size, timeout, memory)
 
 
 def piece_size(share: int) -> int:

@@ -66,7 +66,10 @@ def describe(counts: Counter[str]) -> str:
 
 
 class Source(Protocol):
-    """Samples by index, below `len(source)`; an index always gives the same sample."""
+    """Samples by index, below `len(source)`; an index always gives the same sample.
+
+    A source whose reads take long to begin, as over a network, has the attribute `remote = True`.
+    """
 
     # Identifies the data: a run resumes only with the data that it was started with.
     fingerprint: str
@@ -94,6 +97,7 @@ class Joined:
             self.starts.append(self.starts[-1] + len(source))
         self.fingerprint = " + ".join(source.fingerprint for source in sources)
         self.problems = sum((source.problems for source in sources), Counter())
+        self.remote = any(getattr(source, "remote", False) for source in sources)
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -18,6 +18,7 @@ from disco_jax.data.bad_samples import (
 )
 from disco_jax.data.batches import Batch
 from disco_jax.data.load import Load
+from disco_jax.data.order import GLOBAL, make_order
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import Joined, describe
 from disco_jax.data.tokenizer import make_tokenizer
@@ -40,8 +41,8 @@ class TrainData:
       position: the value of `position()` at that step; empty for a new run.
 
     Raises:
-      UserError: if the data differ from those that the run was started with, or too many samples
-        are bad.
+      UserError: if the data or their order differ from those that the run was started with, or too
+        many samples are bad.
     """
 
     def __init__(
@@ -60,6 +61,9 @@ class TrainData:
                 f"data.name: the data have changed since this run was started: {then} then, "
                 f"{source.fingerprint} now; restore them or choose another workdir"
             )
+        self._order = make_order(config.data, config.seed, source)
+        if position:
+            check_order(position.get("order", GLOBAL), self._order.fields)
         check_problems(source.problems, len(source), config.data.max_bad_fraction)
         self._source, self._step, self._batch_size = source, step, config.batch_size
         self._bad = BadSamples(
@@ -74,14 +78,12 @@ class TrainData:
         resize = Resize(vision.squash, vision.resample)
         self._keys = JsonLines(process_file(workdir, "keys"), step) if keys else None
         self._batches = train_batches(
-            source,
+            self._order,
             Load(source, config.data, vision.image_size, config.seed, resize),
             Collate(make_tokenizer(model.text)),
             batch_size=config.batch_size,
-            seed=config.seed,
             start=position.get("samples_seen", 0),
             num_workers=config.data.num_workers,
-            weights=config.data.weights,
             rows=rows,
             timeout=config.data.timeout,
         )
@@ -110,6 +112,7 @@ class TrainData:
         return {
             "samples_seen": self._step * self._batch_size,
             "data": self._source.fingerprint,
+            "order": self._order.fields,
             "bad": dict(total_counts(self._bad.counts)),
         }
 
@@ -143,3 +146,17 @@ class TrainData:
         self._bad.close()
         if self._keys is not None:
             self._keys.close()
+
+
+def check_order(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Checks the fields that a run's order of samples depends on against those it started with.
+
+    Raises:
+      UserError: if one has changed.
+    """
+    changed = [f"data.{name}={value}" for name, value in then.items() if value != now.get(name)]
+    if changed:
+        raise UserError(
+            "data.order: the order of samples has changed since this run was started; set "
+            f"{', '.join(changed)} as it was then, or choose another workdir"
+        )

@@ -23,12 +23,16 @@ from disco_jax.errors import UserError
 
 # Fields that may differ when a run resumes, besides all of `eval`. None changes more than rounding.
 FREE_FIELDS = (
+    "data.block_size",
     "data.dir",
+    "data.lanes",
     "data.max_bad_fraction",
     "data.name",  # data may have moved; checkpoints identify them (data/train_data.py)
     "data.num_workers",
+    "data.order",  # checkpoints hold the order in use, with its sizes (data/train_data.py)
     "data.record_keys",
     "data.timeout",
+    "data.window",
     "checkpoint_every",
     "checkpoint_keep",
     "fake_devices",
