@@ -52,7 +52,7 @@ class Bucket(NamedTuple):
         """Downloads from S3 without the code under test."""
         return _s3_client(self.server).get_object(Bucket=self.name, Key=key)["Body"].read()
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Lists S3 without the code under test."""
         found = _s3_client(self.server).list_objects_v2(Bucket=self.name)
         return [each["Key"] for each in found.get("Contents", [])]

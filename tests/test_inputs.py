@@ -16,7 +16,7 @@ from disco_jax.data.folder_source import FolderSource
 from disco_jax.data.load import Load, usable_captions
 from disco_jax.data.source import BadSample, Joined, Sample
 from disco_jax.data.sources import open_source
-from disco_jax.data.tar_index import split_name
+from disco_jax.data.tar_scan import split_name
 from disco_jax.data.tar_source import TarSource
 from disco_jax.errors import UserError
 from disco_jax.evaluation.baseline import baselines

@@ -13,8 +13,8 @@ import pytest
 
 from disco_jax.config import default
 from disco_jax.data import store_access, stores
+from disco_jax.data.files import RemoteFile, download
 from disco_jax.data.patterns import expand
-from disco_jax.data.remote_files import RemoteFile, download
 from disco_jax.data.source import BadSample
 from disco_jax.data.sources import open_source
 from disco_jax.data.stores import Patience
@@ -260,7 +260,7 @@ def test_files_are_written_whole_or_not_at_all(s3):
     with suppress(RuntimeError), stores.writer(f"{s3.url}/never.bin") as file:
         file.write(big)
         raise RuntimeError
-    assert s3.keys() == ["a/b.bin", "big.bin"]
+    assert s3.names() == ["a/b.bin", "big.bin"]
     for write in (lambda url: stores.write(url, b""), lambda url: stores.writer(url).__enter__()):
         with pytest.raises(UserError, match=r"^http://h/x: web servers can't be written to"):
             write("http://h/x")

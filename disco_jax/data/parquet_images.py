@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from disco_jax.data.remote_files import opened
+from disco_jax.data.files import opened
 from disco_jax.data.urls import Place
 from disco_jax.errors import UserError
 

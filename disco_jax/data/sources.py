@@ -66,10 +66,8 @@ def _open(
     remote = check_scheme(name)
     suffix = place(name).suffix.lower()
     if suffix == ".tar":
-        if remote:
-            raise UserError(f"{name} is a URL; shards must be local files")
-        paths = [path for path in expand(name) if isinstance(path, Path)]
-        return TarSource(paths, "txt" if caption_key == "auto" else caption_key, label_of)
+        key = "txt" if caption_key == "auto" else caption_key
+        return TarSource(expand(name), key, label_of, data.index, name)
     if suffix in table_source.SUFFIXES:
         if label_of is not None:
             raise UserError(f"{name} is a table, which has no labels; {LABELED}")

@@ -24,6 +24,7 @@ from disco_jax.errors import UserError
 # Fields that may differ when a run resumes, besides all of `eval`. None changes more than rounding.
 FREE_FIELDS = (
     "data.dir",
+    "data.index",
     "data.max_bad_fraction",
     "data.name",  # data may have moved; checkpoints identify them (data/train_data.py)
     "data.num_workers",

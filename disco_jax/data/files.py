@@ -1,4 +1,4 @@
-"""Remote files for libraries that read local files or file objects."""
+"""Files, local or remote: their size and content, and what libraries read remote ones from."""
 
 import hashlib
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from disco_jax.data import stores
 from disco_jax.data.building import building, cache_folder, replacing
-from disco_jax.data.urls import Place, Url
+from disco_jax.data.urls import Meta, Place, Url
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 
@@ -94,3 +94,50 @@ def download(url: Url) -> Path:
 
 def _is_whole(file: Path, size: int) -> bool:
     return file.is_file() and file.stat().st_size == size
+
+
+def status(file: Place) -> Meta:
+    """Returns a file's size and stamp.
+
+    Raises:
+      OSError: if it is missing or can't be read.
+    """
+    if isinstance(file, Url):
+        return file.listed or stores.head(file)
+    stat = file.stat()
+    return Meta(stat.st_size, stat.st_mtime_ns)
+
+
+def read_start(file: Place, stop: int) -> tuple[bytes, int]:
+    """Returns a file's first bytes, up to `stop`, and its size.
+
+    Raises:
+      OSError: if it is missing or can't be read.
+    """
+    if isinstance(file, Url):
+        content, meta = stores.fetch(file, 0, stop)
+        return content, meta.size
+    with file.open("rb") as source:
+        return source.read(stop), os.fstat(source.fileno()).st_size
+
+
+def read_whole(file: Place) -> bytes:
+    """Returns a file's content.
+
+    Raises:
+      OSError: if it is missing or can't be read.
+    """
+    return stores.fetch(file)[0] if isinstance(file, Url) else file.read_bytes()
+
+
+def write_whole(file: Place, content: bytes) -> None:
+    """Creates or replaces a file at once, so that readers never see a part of it.
+
+    Raises:
+      OSError, UserError: if it can't be written.
+    """
+    if isinstance(file, Url):
+        stores.write(file, content)
+        return
+    with replacing(file) as new:
+        new.write(content)
