@@ -143,6 +143,7 @@ def forget() -> None:
     """Makes this process open its stores anew."""
     open_store.cache_clear()
     stores._answered.clear()
+    stores._found.clear()
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import sys
 import tarfile
 import time
 import tracemalloc
+from collections import deque
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -18,12 +20,15 @@ import pytest
 from disco_jax.config import default
 from disco_jax.data import files, sidecar_index, sidecars, stores, tar_scan, tar_source
 from disco_jax.data.index import index, parse_arguments
+from disco_jax.data.load import Load
+from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.sidecars import HEADER, ROW, Entry, sidecar_of
 from disco_jax.data.source import BadSample, Joined
 from disco_jax.data.sources import open_source
 from disco_jax.data.tar_index import open_index
 from disco_jax.data.tar_scan import scan
 from disco_jax.data.tar_source import TarSource
+from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.data.urls import Url, place
 from disco_jax.errors import UserError
 from tests.tars import picture, shard, write
@@ -114,6 +119,37 @@ def test_remote_shards_are_read_as_local_ones(store, where, request, tmp_path, m
         assert everything(source) == whole
         assert everything(pickle.loads(pickle.dumps(source))) == whole
         assert source.left_out() == [("missing_image", f"{bucket.url}/d/00001.tar/alone", "")]
+
+
+def test_data_workers_read_from_buckets(s3, proxy, tmp_path):
+    """Workers open their own stores; what a store refuses them ends the run in a line."""
+    shards(tmp_path)
+    upload(s3, tmp_path)
+    pattern = f"{s3.url}/d/{{00000..00003}}.tar"
+    run_index(pattern)
+    data = default().data
+    data.caption_key = "txt"
+
+    def batches(name: str, workers: int):
+        source = open_source(data, str(name), "")
+        return train_batches(
+            source,
+            Load(source, data, 16, 3),
+            Collate(CLIPTokenizer(8)),
+            batch_size=8,
+            seed=3,
+            start=0,
+            num_workers=workers,
+        )
+
+    local, remote = batches(tmp_path / "*.tar", 0), batches(pattern, 1)
+    for _ in range(3):
+        np.testing.assert_array_equal(next(remote).arrays["images"], next(local).arrays["images"])
+    denied = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+    proxy.faults = [(403, denied)] * 10_000
+    with pytest.raises(UserError, match=f"^{s3.url}/d/.*: access denied: 403 Forbidden"):
+        deque(islice(remote, 50), 0)
+    remote.close()
 
 
 def test_sources_in_several_places_are_joined(s3, tmp_path):

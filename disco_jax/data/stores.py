@@ -5,11 +5,12 @@ random pauses. Each error names the URL. Nothing here is pickled or survives a f
 """
 
 import errno
+import multiprocessing
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
@@ -37,7 +38,8 @@ class Patience(NamedTuple):
 
 PATIENCE = Patience()
 PART = 16 << 20  # bytes of an upload that are sent at once
-_answered: set[str] = set()  # the roots of servers that have
+_answered: set[str] = set()  # the roots of servers that have, if only with an error
+_found: set[str] = set()  # the roots of buckets that exist
 
 
 def head(url: str) -> Meta:
@@ -152,7 +154,9 @@ def write(url: str, content: bytes) -> None:
       UserError: if it can't be written.
     """
     _refuse_web(url)
-    _tried(url, lambda store, path: obstore.put(store, path, content, use_multipart=False), "write")
+    _tried(
+        url, lambda store, path: obstore.put(store, path, content, use_multipart=False), "written"
+    )
 
 
 @contextmanager
@@ -178,25 +182,28 @@ def _refuse_web(url: str) -> None:
         raise UserError(f"{url}: web servers can't be written to; use a bucket or a folder")
 
 
-def _tried(url: str, request: Callable[[Any, str], T], what: str = "read") -> T:
+def _tried(url: str, request: Callable[[Any, str], T], verb: str = "read") -> T:
     """Returns what a request does with a store and a path, trying again while that may help."""
     root, path = split(url)
+    if multiprocessing.parent_process() is not None:  # what a worker reads was opened before
+        _answered.add(root)
     began, pause, told = time.monotonic(), PATIENCE.pause, False
     while True:
         try:
             result = request(open_store(root), path)
             _answered.add(root)
+            _found.add(root)
             return result
         except (BaseError, FileNotFoundError, CutShort, ValueError) as error:
             if is_answer(error):
                 _answered.add(root)
             if (known := verdict(url, error, root in _answered)) is not None:
-                if isinstance(known, FileNotFoundError):
+                if isinstance(known, FileNotFoundError) and root not in _found:
                     _check_bucket(root, known)
                 raise known from error
             why, waited = reason(error), time.monotonic() - began
             if waited > (PATIENCE.later if root in _answered else PATIENCE.first):
-                message = f"{url} can't be {'read' if what == 'read' else 'written'}: {why}"
+                message = f"{url} can't be {verb}: {why}"
                 if root not in _answered:
                     raise UserError(message) from error
                 raise DataLost(f"{message}; tried for {waited:.0f} s") from error
@@ -209,15 +216,14 @@ def _tried(url: str, request: Callable[[Any, str], T], what: str = "read") -> T:
 
 def _check_bucket(root: str, missing: FileNotFoundError) -> None:
     """Raises UserError if not just an object is missing. The answer to `head` doesn't tell."""
-    if root.partition("://")[0] in WEB:
-        return
-    with suppress(StopIteration, FileNotFoundError):
+    if root.partition("://")[0] not in WEB:
         try:
-            next(obstore.list(open_store(root), "none", chunk_size=1))
+            next(obstore.list(open_store(root), "none", chunk_size=1), None)
         except BaseError as error:
             known = verdict(root, error, True)
             if isinstance(known, UserError) and "no such bucket" in str(known):
                 raise known from missing
+    _found.add(root)
 
 
 def _meta(found: Any) -> Meta:
