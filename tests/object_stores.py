@@ -179,6 +179,7 @@ class Proxy(ThreadingHTTPServer):
         self.upstream = server.removeprefix("http://")
         self.faults: list[str | tuple[int, str]] = []
         self.requests: list[tuple[str, str, str]] = []  # method, path and range
+        self.signatures: list[str] = []
         super().__init__(("127.0.0.1", 0), _Forward)
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -194,6 +195,7 @@ class _Forward(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         content = self.rfile.read(length)
         self.server.requests.append((self.command, self.path, self.headers.get("Range", "")))
+        self.server.signatures.append(self.headers.get("Authorization", ""))
         fault = self.server.faults.pop(0) if self.server.faults else ""
         if fault == "reset":
             now = struct.pack("ii", 1, 0)

@@ -221,7 +221,7 @@ def test_an_index_made_before_the_upload_holds_after_it(s3, tmp_path):
     upload(s3, tmp_path / "a")
     source = opened(f"{s3.url}/d/{{00000..00003}}.tar")
     assert everything(source) == whole
-    s3.put("d/00002.tar", b"#" * 20_000)
+    s3.put("d/00002.tar", (tmp_path / "a" / "00002.tar").read_bytes() + bytes(512))
     with pytest.raises(BadSample, match="the shard has changed"):
         _ = opened(f"{s3.url}/d/{{00000..00003}}.tar")[10]
 
@@ -255,7 +255,7 @@ def test_spans_hold_what_their_samples_need(tmp_path, monkeypatch):
             assert span.start <= start < end <= span.stop
             return content[one.path][start:end]
 
-        monkeypatch.setattr(tar_source, "_bytes_of", within)
+        monkeypatch.setattr(tar_source, "read_shard", within)
         for i in range(first, stop):
             assert source[i].image == picture(i)
         if spans:  # as small as can be
@@ -322,7 +322,8 @@ def test_the_first_reader_writes_a_missing_catalog(s3, tmp_path, proxy):
     run_index(pattern)
     catalog = f"d/{sidecars.CATALOG}"
     whole = s3.get(catalog)
-    for broken in (b"", whole[:-30], gzip.compress(b"[]"), b"foreign"):
+    few = gzip.compress(b"\n".join(gzip.decompress(whole).splitlines()[:-1]))
+    for broken in (b"", whole[:-30], gzip.compress(b"[]"), few, b"foreign"):
         s3.put(catalog, broken)
         assert len(opened(pattern)) == 25
         assert s3.get(catalog) == whole
@@ -495,9 +496,23 @@ def test_one_request_fetches_the_rows_of_a_range(s3, proxy, tmp_path):
     )
 
 
+def test_shards_on_web_servers_have_their_index_elsewhere(s3, tmp_path):
+    shards(tmp_path)
+    upload(s3, tmp_path)
+    pattern = f"{s3.server}/{s3.name}/d/{{00000..00003}}.tar"
+    with pytest.raises(UserError, match=r"^--out is missing: web servers can't be written to"):
+        run_index(pattern)
+    with pytest.raises(UserError, match=r"--out=FOLDER, and set data\.index to the folder$"):
+        opened(pattern)
+    with pytest.raises(UserError, match=r"^data\.index: hf://x is a URL of an unknown kind"):
+        opened(pattern, "hf://x")
+    run_index(pattern, tmp_path / "index")
+    assert opened(pattern, tmp_path / "index")[7].image == picture(7)
+
+
 def test_places_of_sidecars():
     assert str(sidecar_of(place("/d/0.tar"), "")) == "/d/0.tar.idx"
-    assert str(sidecar_of(place("/d/0.tar"), "/i")) == "/i/d/0.tar.idx"
+    assert str(sidecar_of(place("/d/e/0.tar"), "/i")) == "/i/d/e/0.tar.idx"
     assert sidecar_of(Url("s3://b/d/0.tar"), "") == "s3://b/d/0.tar.idx"
     assert sidecar_of(Url("s3://b/d/0.tar"), "gs://i/x/") == "gs://i/x/b/d/0.tar.idx"
     assert str(sidecar_of(Url("s3://b/0.tar"), "/i")) == "/i/b/0.tar.idx"

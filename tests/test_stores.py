@@ -3,6 +3,7 @@
 import errno
 import io
 import re
+import time
 from contextlib import suppress
 from datetime import timedelta
 
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from disco_jax.config import default
-from disco_jax.data import store_access, stores
+from disco_jax.data import store_access, stores, table_source
 from disco_jax.data.files import RemoteFile, download
 from disco_jax.data.patterns import expand
 from disco_jax.data.source import BadSample
@@ -168,8 +169,10 @@ def test_retries_end_in_a_line_that_names_the_url(fault, why, s3, proxy, impatie
     url = s3.put("x.bin", CONTENT)
     assert stores.head(url).size == len(CONTENT)
     proxy.faults = [fault] * 1000
+    start = time.monotonic()
     with pytest.raises(DataLost, match=f"^{url} can't be read: {why}; tried for \\d+ s$"):
         stores.read(url, 0, 10)
+    assert time.monotonic() - start > stores.PATIENCE.later
     assert re.fullmatch(f"{url}: {why}; trying for 1 s\n", capsys.readouterr().err)
 
 
@@ -233,7 +236,7 @@ def test_what_keeps_a_store_from_being_opened_is_said_in_a_line(
     assert message("gs://b/x").startswith("gs://b can't be opened: ")
 
 
-def test_profiles_are_read_as_the_command_line_of_aws_does(s3, monkeypatch, tmp_path):
+def test_profiles_are_read_as_the_command_line_of_aws_does(s3, proxy, monkeypatch, tmp_path):
     url = s3.put("x", b"content")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)
@@ -241,12 +244,26 @@ def test_profiles_are_read_as_the_command_line_of_aws_does(s3, monkeypatch, tmp_
         "[mine]\naws_access_key_id = AKIAMINE\naws_secret_access_key = secret\n"
     )
     (tmp_path / "aws_config").write_text(
-        f"[profile mine]\nregion = eu-west-3\nendpoint_url = {s3.server}\n"
+        f"[profile mine]\nregion = eu-west-3\nendpoint_url = {proxy.url}\n"
     )
     monkeypatch.setenv("AWS_PROFILE", "mine")
     forget()
     assert stores.read(url, 0, 7) == b"content"
-    assert stores.open_store(s3.url).config["region"] == "eu-west-3"
+    assert re.search(r"Credential=AKIAMINE/\d+/eu-west-3/s3/", proxy.signatures[0])
+
+
+def test_uploads_outlast_a_disturbance(s3, proxy, monkeypatch):
+    backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=9)}
+    retries = store_access.UPLOAD_RETRIES | {"backoff": backoff}
+    monkeypatch.setattr(store_access, "UPLOAD_RETRIES", retries)
+    monkeypatch.setattr(stores, "PART", 5 << 20)
+    big = np.random.default_rng(0).bytes(6 << 20)
+    with stores.writer(f"{s3.url}/big.bin") as file:
+        file.write(big[: 1 << 20])
+        proxy.faults = ["reset", (503, "<Code>SlowDown</Code>")] * 10
+        file.write(big[1 << 20 :])
+    assert proxy.faults == []
+    assert s3.get("big.bin") == big
 
 
 def test_files_are_written_whole_or_not_at_all(s3):
@@ -279,8 +296,8 @@ def test_a_remote_file_is_like_a_local_one(s3, proxy):
     asked = len(proxy.requests)
     assert download(Url(url)) == first
     assert len(proxy.requests) == asked + 1  # just for its version
-    s3.put("x.bin", CONTENT[:9])
-    assert download(Url(url)).read_bytes() == CONTENT[:9]
+    s3.put("x.bin", CONTENT[::-1])
+    assert download(Url(url)).read_bytes() == CONTENT[::-1]
     with pytest.raises(OSError, match="it has changed"):
         remote.seek(0) or remote.read()
 
@@ -317,7 +334,21 @@ def test_tables_are_read_from_buckets_as_from_folders(form, place_of_images, s3,
     assert not remote.left_out()
 
 
-def test_images_that_are_gone_are_bad_samples(s3, impatient, tmp_path):
+def test_urls_of_web_servers_are_encoded_and_may_have_a_query(s3, proxy):
+    s3.put("a b/ü#1%.jpg", CONTENT)
+    url = f"{proxy.url}/{s3.name}/a%20b/%C3%BC%231%25.jpg?width=5"
+    assert stores.fetch(url)[0] == CONTENT
+    assert stores.read(url, 3, 9) == CONTENT[3:9]
+    assert {path.partition("?")[2] for _, path, _ in proxy.requests} == {"width=5"}
+
+
+def test_images_that_are_gone_are_bad_samples(s3, impatient, monkeypatch):
+    monkeypatch.setattr(table_source, "MAX_IMAGE_BYTES", 10)
+    s3.put("large.jpg", b"?" * 11)
+    table = s3.put("large.csv", b"image,caption\nlarge.jpg,c")
+    with pytest.raises(BadSample, match="11 bytes") as bad:
+        _ = TableSource(Url(table), "image", "caption")[0]
+    assert bad.value.kind == "too_large"
     rows = ["1.jpg", f"{s3.server}/{s3.name}/2.jpg", "http://127.0.0.1:1/3.jpg", "ftp://h/4.jpg"]
     s3.put("1.jpg", b"")
     table = s3.put("t.csv", "\n".join(["image,caption", *(f"{row},c" for row in rows)]).encode())

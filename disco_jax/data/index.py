@@ -32,7 +32,7 @@ from disco_jax.data.sidecars import (
 from disco_jax.data.source import describe
 from disco_jax.data.tar_index import progress
 from disco_jax.data.tar_scan import scan
-from disco_jax.data.urls import Place, Url, check_scheme
+from disco_jax.data.urls import WEB, Place, Url, check_scheme
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.processes.cli import guard
@@ -61,6 +61,8 @@ def index(arguments: argparse.Namespace) -> None:
         out = arguments.out
     number, parts = _part(arguments.part)
     shards = [shard for name in arguments.pattern.split("::") for shard in _shards(name)]
+    if not out and any(str(shard).startswith(WEB) for shard in shards):
+        raise UserError("--out is missing: web servers can't be written to")
     own = shards[number - 1 :: parts]
     done: dict[Place, Entry] = {}
     failed: list[str] = []

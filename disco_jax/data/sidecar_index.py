@@ -18,7 +18,7 @@ from disco_jax.data.sidecars import (
     write_catalogs,
 )
 from disco_jax.data.tar_scan import ROW, Shard
-from disco_jax.data.urls import Meta, Place, Url, place
+from disco_jax.data.urls import WEB, Meta, Place, Url, place
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 
@@ -52,6 +52,8 @@ def open_sidecars(paths: Sequence[Place], index: str, pattern: str) -> "SidecarI
         return SidecarIndex(paths, entries, index)
     missing = paths[found.index(None)]
     command = f"python -m disco_jax.data.index '{pattern}'{f' --out={index}' if index else ''}"
+    if not index and str(missing).startswith(WEB):
+        command += " --out=FOLDER, and set data.index to the folder"
     what = f"{missing} has no index, or has changed since it was indexed"
     if remote:
         raise UserError(f"{what}; run {command}")

@@ -67,6 +67,10 @@ def _open(
     suffix = place(name).suffix.lower()
     if suffix == ".tar":
         key = "txt" if caption_key == "auto" else caption_key
+        try:
+            check_scheme(data.index)
+        except UserError as error:
+            raise UserError(f"data.index: {error}") from error
         return TarSource(expand(name), key, label_of, data.index, name)
     if suffix in table_source.SUFFIXES:
         if label_of is not None:

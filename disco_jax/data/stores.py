@@ -168,7 +168,7 @@ def writer(url: str) -> Iterator[IO[bytes]]:
     """
     _refuse_web(url)
     root, path = split(url)
-    file = obstore.open_writer(open_store(root), path, buffer_size=PART)
+    file = obstore.open_writer(open_store(root, for_uploads=True), path, buffer_size=PART)
     try:
         yield cast(IO[bytes], file)
         file.close()

@@ -209,7 +209,7 @@ def _read(
     if size > limit:
         raise BadSample("too_large", key, f"{size:,} bytes")
     try:
-        stored = _bytes_of(shard, (block - 1) * BLOCK, block * BLOCK + size)
+        stored = read_shard(shard, (block - 1) * BLOCK, block * BLOCK + size)
         name, size_now, _ = read_header(stored[:BLOCK])
     except OSError as error:
         detail = "the shard has changed" if error.errno == errno.ESTALE else error.strerror
@@ -225,7 +225,7 @@ def _read(
     return f"{shard.path}/{stem}", stored[BLOCK:]
 
 
-def _bytes_of(shard: Shard, start: int, stop: int) -> bytes:
+def read_shard(shard: Shard, start: int, stop: int) -> bytes:
     """Returns the bytes `[start, stop)` of a shard; fewer if a local one has become shorter.
 
     Raises:
