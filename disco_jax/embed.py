@@ -14,6 +14,7 @@ import numpy as np
 from rich.progress import track
 
 from disco_jax.data.patterns import existing_part, expand_braces
+from disco_jax.data.urls import check_scheme
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.processes.cli import guard
@@ -39,6 +40,8 @@ def embed(arguments: argparse.Namespace) -> None:
     """
     paths: set[str] = set()
     try:
+        if check_scheme(arguments.images):
+            raise UserError(f"{arguments.images} is a URL; images are read from local files")
         names = expand_braces(arguments.images)
     except UserError as error:
         raise UserError(f"--images: {error}") from error

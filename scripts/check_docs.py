@@ -64,6 +64,8 @@ SHORTER = (
     (r"^make plan.*", "make -n plan"),
     (r"--config=\.\.\.", "--config=configs/shapes.py --workdir=runs/finetuned"),
     (r"'?/data/\{00000\.\.00999\}\.tar'?|'?/data/\*\.tar'?", "stand_ins/00000.tar"),
+    (r"'s3://bucket/\S*\.tar'", "stand_ins/00000.tar"),
+    (r"--part=3/32 --out=\S*", "--out=stand_ins/index"),
     (r"(data\.name=stand_ins\S*)", r"\1 --config.data.num_workers=0 --config.model.dtype=float32"),
     (r"( train\.py.*?| eval\.py.*?)( &)?$", rf"\1 {SHORT}\2"),
     (r"(train\.py --config=configs/pairs\.py(?!.*model\.name).*)", r"\1 --config.model.name=tiny"),

@@ -9,7 +9,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from disco_jax.data import inspect, make_tars
+from disco_jax.data import index, inspect, make_tars
 from disco_jax.data.tar_source import TarSource
 from disco_jax.embed import embed
 from disco_jax.embed import parse_arguments as embed_arguments
@@ -116,6 +116,47 @@ def test_make_tars_lists_all_bad_samples_and_keeps_the_rest(tmp_path, monkeypatc
         )
 
 
+def test_make_tars_and_inspect_take_urls(s3, tmp_path, monkeypatch, capsys):
+    bad_table(tmp_path)
+    options = ("--samples=3",)
+    out, local = f"{s3.url}/out/", tmp_path / "out"
+    for place in (out, local):
+        name = tmp_path / "t.csv"
+        run(
+            make_tars.write_shards,
+            make_tars.parse_arguments,
+            monkeypatch,
+            name,
+            f"--out={place}",
+            *options,
+        )
+    names = sorted(path.name for path in local.iterdir())
+    assert s3.names() == [f"out/{name}" for name in names]
+    assert [s3.get(f"out/{n}") for n in names] == [(local / n).read_bytes() for n in names]
+    for key, why in (
+        ("00000.tar", "already holds shards"),
+        ("bad_samples.jsonl", "already exists"),
+    ):
+        taken = f"{s3.url}/{key[0]}"
+        s3.put(f"{key[0]}/{key}", b"")
+        with pytest.raises(UserError, match=f"^--out: {taken}.* {why}"):
+            run(
+                make_tars.write_shards,
+                make_tars.parse_arguments,
+                monkeypatch,
+                name,
+                f"--out={taken}",
+            )
+    with pytest.raises(UserError, match=r"^--out: hf://x is a URL of an unknown kind"):
+        run(make_tars.write_shards, make_tars.parse_arguments, monkeypatch, name, "--out=hf://x")
+    monkeypatch.chdir(tmp_path)
+    run(index.index, index.parse_arguments, monkeypatch, f"{out}*.tar", f"--out={tmp_path}/index")
+    capsys.readouterr()
+    options = (f"{out}*.tar", f"--index={tmp_path}/index", "--image_size=16")
+    run(inspect.inspect, inspect.parse_arguments, monkeypatch, *options)
+    assert re.search(r"source fingerprint\s+│\s+5 shards, 6 samples", capsys.readouterr().out)
+
+
 def test_make_tars_keeps_names_of_classes(tmp_path, monkeypatch):
     path = write(tmp_path / "0.tar", [*PAIR, ("0.cls", b"great cat\n")])
     run(
@@ -142,5 +183,6 @@ def test_embed_expands_braces(tmp_path, monkeypatch):
         (tmp_path / "out.npz").unlink()
         assert seen == [f"{tmp_path}/[a]/1.jpg", f"{tmp_path}/[a]/2.png"]
         seen.clear()
-    with pytest.raises(UserError, match=r"^--images: the braces of"):
-        run(embed, embed_arguments, monkeypatch, "model", "--images={a", options[1])
+    for wrong, why in (("{a", "the braces of"), ("s3://b/*.jpg", "s3://b/.* is a URL; images are")):
+        with pytest.raises(UserError, match=f"^--images: {why}"):
+            run(embed, embed_arguments, monkeypatch, "model", f"--images={wrong}", options[1])

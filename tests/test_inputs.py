@@ -16,7 +16,7 @@ from disco_jax.data.folder_source import FolderSource
 from disco_jax.data.load import Load, usable_captions
 from disco_jax.data.source import BadSample, Joined, Sample
 from disco_jax.data.sources import open_source
-from disco_jax.data.tar_index import split_name
+from disco_jax.data.tar_scan import split_name
 from disco_jax.data.tar_source import TarSource
 from disco_jax.errors import UserError
 from disco_jax.evaluation.baseline import baselines
@@ -126,9 +126,9 @@ def test_names_of_compressed_files_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["s3://b/x.tar", "hf://d/t.parquet", "https://x/a", "pipe:cat x.tar"]
+    "name", ["hdfs://b/x.tar", "hf://d/t.parquet", "s3n://x/a", "pipe:cat x.tar"]
 )
-def test_urls_are_refused(name, tmp_path):
+def test_unknown_urls_are_refused(name, tmp_path):
     with pytest.raises(UserError, match=f"^data\\.name: {re.escape(name)} is a URL"):
         open_source(default().data, f"{shard(tmp_path / '0.tar', range(1))}::{name}", "")
     config = default()

@@ -98,7 +98,8 @@ def default() -> ConfigDict:
     c.data = ConfigDict()
     # Images and captions: a TFDS dataset; tar shards as written by img2dataset, e.g.
     # "/data/{00000..41407}.tar" or "/data/*.tar"; or a table of paths and captions (.csv, .tsv or
-    # .parquet). Join several sources with "::".
+    # .parquet). Shards and tables may be URLs: s3://, gs://, az://, https://. Join several sources
+    # with "::".
     c.data.name = "shapes"
     # Expected dataset size, for checking num_epochs before the data are opened; 0: unknown.
     c.data.num_samples = 0
@@ -116,6 +117,9 @@ def default() -> ConfigDict:
     c.data.lanes = 256
     c.data.split = "train"  # TFDS split
     c.data.dir = "data"  # folder of the TFDS datasets
+    # Folder or URL of the index of shards, also of those of eval, that was written by `python -m
+    # disco_jax.data.index --out`; "": it is beside the shards.
+    c.data.index = ""
     # TFDS feature or table column, which holds paths or, in Parquet, also encoded images. "auto":
     # "image" or, for tables, another common name (docs/data.md). Not used for tar shards.
     c.data.image_key = "image"

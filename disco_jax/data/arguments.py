@@ -11,6 +11,7 @@ from disco_jax.config.validation import validate
 FIELDS = {
     "split": (None, "split of a TFDS dataset"),
     "dir": (None, "where TFDS datasets are stored"),
+    "index": (None, "folder or URL of the shards' index; default: beside the shards"),
     "image_key": ("auto", "table column or TFDS feature of the images"),
     "caption_key": ("auto", "table column, TFDS feature, or txt or a key of the .json for shards"),
     "separator": (None, "of the columns of a CSV or TSV table; default: found out"),

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from disco_jax.data.files import write_whole
 from disco_jax.data.source import KINDS, Failure, describe
+from disco_jax.data.urls import Place
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.runs.jsonl import JsonLines
@@ -55,16 +57,15 @@ class BadSamples:
         self._lines.close()
 
 
-def list_bad(bad: Sequence[Failure], path: Path) -> None:
+def list_bad(bad: Sequence[Failure], path: Place) -> None:
     """Writes bad samples to a file, a JSON object a line, and prints how many there are of a kind.
 
     Without any, no file is written. A file that exists is replaced.
     """
     if not bad:
         return
-    with path.open("w") as file:
-        for kind, key, detail in bad:
-            file.write(json.dumps({"kind": kind, "key": key, "detail": detail}) + "\n")
+    lines = [json.dumps({"kind": kind, "key": key, "detail": detail}) for kind, key, detail in bad]
+    write_whole(path, ("\n".join(lines) + "\n").encode())
     for kind, count in Counter(kind for kind, _, _ in bad).most_common():
         say(f"{count} {kind}: {KINDS[kind]}")
     say(f"bad samples, with reasons, are listed in {path}")

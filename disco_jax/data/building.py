@@ -1,10 +1,13 @@
-"""A lock that lets one process at a time build a shared file, e.g. an index or a dataset."""
+"""Where shared files are kept, and how they are built: by one process at a time."""
 
 import fcntl
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from disco_jax.display.terminal import say
 
@@ -36,3 +39,30 @@ def building(lock: Path, what: str) -> Iterator[None]:
         except OSError:
             pass
         yield
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[IO[bytes]]:
+    """Context manager with a temporary file that takes the place of `file` if no error occurs.
+
+    Readers therefore never see a partial file. Other users may read it.
+
+    Raises:
+      OSError: if it can't be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}", delete=False) as new:
+        try:
+            yield new
+            new.close()
+            Path(new.name).chmod(0o644)
+            Path(new.name).replace(file)
+        except BaseException:
+            Path(new.name).unlink(missing_ok=True)
+            raise
+
+
+def cache_folder() -> Path:
+    """Returns the user's folder for what can be made again."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "disco_jax"

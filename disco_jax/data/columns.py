@@ -1,8 +1,8 @@
 """Finds a table's columns by name."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from disco_jax.data.urls import Place
 from disco_jax.errors import UserError
 
 # What "auto" may stand for in the two config fields, in order of preference.
@@ -31,7 +31,7 @@ def find(names: Sequence[str], field: str, key: str) -> int | None:
     return None
 
 
-def missing(table: Path, names: Sequence[str], field: str, key: str, how: str = "") -> UserError:
+def missing(table: Place, names: Sequence[str], field: str, key: str, how: str = "") -> UserError:
     """Returns the error for a column that is not there, with those that are.
 
     Args:

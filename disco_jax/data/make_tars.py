@@ -1,37 +1,43 @@
 """Writes a source as tar shards: python -m disco_jax.data.make_tars shapes --split=train --out=DIR.
 
-Samples keep the source's order. Bad ones are left out and listed in `DIR/bad_samples.jsonl`, if
-there are any, with the reason. Each one becomes `000000000.png`, `.txt` and, if it has a label,
-`.cls`: the format that img2dataset writes and webdataset reads. If a sample has several captions,
-they are stored in its `.json`, under `captions`.
+DIR is a folder or a URL such as s3://bucket/name. Samples keep the source's order. Bad ones are
+left out and listed in `DIR/bad_samples.jsonl`, if there are any, with the reason. Each one becomes
+`000000000.png`, `.txt` and, if it has a label, `.cls`: the format that img2dataset writes and
+webdataset reads. If a sample has several captions, they are stored in its `.json`, under
+`captions`.
 """
 
 import argparse
 import io
 import json
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.progress import track
 
+from disco_jax.data import stores
 from disco_jax.data.arguments import add_source, source_config
 from disco_jax.data.bad_samples import list_bad
 from disco_jax.data.load import usable_captions
 from disco_jax.data.source import BadSample, Failure, Sample
 from disco_jax.data.sources import open_source
 from disco_jax.data.transforms import read_header
+from disco_jax.data.urls import Place, Url, check_scheme, place
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.processes.cli import guard
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by Pillow's format
+BUFFER = 1 << 20  # bytes written at once to a remote shard
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_source(parser)
-    parser.add_argument("--out", type=Path, required=True, help="output folder, without any shards")
+    parser.add_argument("--out", required=True, help="output folder or URL, without any shards")
     parser.add_argument("--samples", type=int, default=1_000, help="samples per shard")
     return parser.parse_args()
 
@@ -42,25 +48,48 @@ def write_shards(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: if the output folder already holds shards.
     """
+    out, names = _output(arguments.out)
     source = open_source(source_config(arguments), arguments.name, arguments.split)
-    if arguments.out.exists() and any(arguments.out.glob("*.tar")):
-        raise UserError(f"--out: {arguments.out} already holds shards; use an empty folder")
-    listed = arguments.out / "bad_samples.jsonl"
-    if listed.exists():
+    if any(name.endswith(".tar") for name in names):
+        raise UserError(f"--out: {out} already holds shards; use an empty folder")
+    listed = out / "bad_samples.jsonl"
+    if listed.name in names:
         raise UserError(f"--out: {listed} already exists; use an empty folder")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if isinstance(out, Path):
+        out.mkdir(parents=True, exist_ok=True)
     bad: list[Failure] = []
     starts = range(0, len(source), arguments.samples)
     for number, start in enumerate(track(starts, "writing shards", transient=True)):
-        with tarfile.open(arguments.out / f"{number:05}.tar", "w") as tar:
+        with _opened(out / f"{number:05}.tar") as tar:
             for index in range(start, min(start + arguments.samples, len(source))):
                 try:
                     _add(tar, index, source[index])
                 except BadSample as error:
                     bad.append((error.kind, error.key, error.detail))
     count = len(source) - len(bad)
-    say(f"wrote {count} samples in {len(starts)} shards to {arguments.out}; {len(bad)} bad")
+    say(f"wrote {count} samples in {len(starts)} shards to {out}; {len(bad)} bad")
     list_bad(source.left_out() + bad, listed)
+
+
+def _output(name: str) -> tuple[Place, set[str]]:
+    """Returns the output folder and the names of the files in it, if it exists."""
+    try:
+        out = place(name.rstrip("/") if check_scheme(name) else name)
+        if isinstance(out, Url):
+            return out, {url.name for url in stores.listing(out)}
+    except UserError as error:
+        raise UserError(f"--out: {error}") from error
+    return out, {path.name for path in out.iterdir()} if out.is_dir() else set()
+
+
+@contextmanager
+def _opened(shard: Place) -> Iterator[tarfile.TarFile]:
+    if not isinstance(shard, Url):
+        with tarfile.open(shard, "w") as tar:
+            yield tar
+        return
+    with stores.writer(shard) as file, tarfile.open(fileobj=file, mode="w|", bufsize=BUFFER) as tar:
+        yield tar
 
 
 def _add(tar: tarfile.TarFile, index: int, sample: Sample) -> None:

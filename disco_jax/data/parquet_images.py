@@ -3,12 +3,13 @@
 import threading
 from bisect import bisect_right
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
+from disco_jax.data.files import opened
+from disco_jax.data.urls import Place
 from disco_jax.errors import UserError
 
 MAX_GROUP_BYTES = 1 << 30  # of a row group, which is read as a whole
@@ -30,9 +31,9 @@ class ParquetImages:
       UserError: if a row group is larger than `MAX_GROUP_BYTES`.
     """
 
-    def __init__(self, table: Path, column: str):
+    def __init__(self, table: Place, column: str):
         self._table, self._column = table, column
-        metadata = pa.parquet.read_metadata(table)
+        metadata = pa.parquet.read_metadata(opened(table))
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self._starts = [0, *accumulate(group.num_rows for group in groups)]
         # Of all its columns: pyarrow aborts the process if the metadata of a column are damaged.
@@ -72,7 +73,7 @@ class ParquetImages:
         with self._lock:
             if group != self._group or self._values is None:
                 if self._file is None:
-                    self._file = pa.parquet.ParquetFile(self._table)
+                    self._file = pa.parquet.ParquetFile(opened(self._table))
                 self._group, self._values = -1, None  # never two groups in memory
                 self._values = self._file.read_row_group(group, columns=[self._column]).column(0)
                 self._group = group
@@ -80,7 +81,7 @@ class ParquetImages:
         return values[row - self._starts[group]].as_py()
 
 
-def holds_images(table: Path, column: pa.Field) -> bool:
+def holds_images(table: Place, column: pa.Field) -> bool:
     """Whether a column holds encoded images, not paths as texts or, from some writers, as bytes.
 
     Raises:
@@ -97,7 +98,7 @@ def holds_images(table: Path, column: pa.Field) -> bool:
         return True
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         return False
-    file = pa.parquet.ParquetFile(table)
+    file = pa.parquet.ParquetFile(opened(table))
     first = next(file.iter_batches(_PATHS_AMONG, columns=[column.name]), None)
     values = [] if first is None else [value for value in first.column(0).to_pylist() if value]
     return not values or any(len(value) > _LONGEST_PATH or b"\0" in value for value in values)

@@ -1,4 +1,4 @@
-"""Expands file name patterns with braces and globs, as in WebDataset."""
+"""Expands patterns of file names and URLs with braces and globs, as in WebDataset."""
 
 import glob
 import math
@@ -9,35 +9,43 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from disco_jax.data import stores
+from disco_jax.data.urls import Place, Url, check_scheme
 from disco_jax.errors import UserError
 
 MOST = 1_000_000  # files per pattern
 
 
-def expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[Place]:
     """Returns the files that match a pattern of braces and globs, in order, without duplicates.
 
     For example, `{000..099}.tar`, `*.tar` or a combination. Folders that exist under a name with
-    brackets are taken literally.
+    brackets are taken literally. Globs of URLs are looked up in a listing of the bucket; without
+    one, no request is made, and whether remote files exist is found out when they are read.
 
     Raises:
-      UserError: if nothing matches, a named file is missing or not a regular file, the pattern
-        expands to too many files, or it is a URL.
+      UserError: if nothing matches, a named local file is missing or not a regular file, the
+        pattern expands to too many files, or it is a URL that can't be read or listed.
     """
-    paths: dict[Path, None] = {}  # an ordered set
+    paths: dict[Place, None] = {}  # an ordered set
     for name in expand_braces(pattern):
-        whole = Path(name)
-        found = [whole] if whole.is_file() else _matches(name)
-        if whole.is_symlink() and not whole.exists():
-            raise UserError(f"{whole} is a link to a missing file")
-        if not found and glob.has_magic(name):
-            raise UserError(f"no file matches {name}")
-        if not found:
-            raise UserError(f"{name} does not exist")
-        if wrong := next((path for path in found if not path.is_file()), None):
-            raise UserError(f"{wrong} is not a regular file")  # a pipe would block
+        found = _remote(name) if check_scheme(name) else _local(name)
         paths.update(dict.fromkeys(found))
     return list(paths)
+
+
+def _local(name: str) -> list[Path]:
+    whole = Path(name)
+    found = [whole] if whole.is_file() else _matches(name)
+    if whole.is_symlink() and not whole.exists():
+        raise UserError(f"{whole} is a link to a missing file")
+    if not found and glob.has_magic(name):
+        raise UserError(f"no file matches {name}")
+    if not found:
+        raise UserError(f"{name} does not exist")
+    if wrong := next((path for path in found if not path.is_file()), None):
+        raise UserError(f"{wrong} is not a regular file")  # a pipe would block
+    return found
 
 
 def _matches(name: str) -> list[Path]:
@@ -45,14 +53,23 @@ def _matches(name: str) -> list[Path]:
     return sorted(folder.glob(rest)) if rest else [folder]
 
 
+def _remote(name: str) -> list[Url]:
+    if not glob.has_magic(name.partition("?")[0] if name.startswith("http") else name):
+        return [Url(name)]
+    found = stores.glob(name)
+    if not found:
+        raise UserError(f"no object matches {name}")
+    return found
+
+
 def expand_braces(pattern: str) -> list[str]:
     """Returns the names that a pattern's braces stand for, in order. Globs remain.
 
     Raises:
-      UserError: if the braces are unbalanced, there are too many names, or it is a URL.
+      UserError: if the braces are unbalanced, there are too many names, or it is a URL that can't
+        be read.
     """
-    refuse_url(pattern)
-    text = str(Path(pattern).expanduser())
+    text = pattern if check_scheme(pattern) else str(Path(pattern).expanduser())
     try:
         names = [] if _least(text) > MOST else list(islice(_expanded(text), MOST + 1))
     except ValueError as error:
@@ -72,12 +89,6 @@ def existing_part(name: str) -> tuple[Path, str]:
     while parts and (existing / parts[0]).exists():
         existing /= parts.pop(0)
     return existing, str(Path(*parts)) if parts else ""
-
-
-def refuse_url(name: str) -> None:
-    """Raises UserError for the name of a remote file."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", name):
-        raise UserError(f"{name} is a URL, which is not supported; copy or mount its files")
 
 
 def _expanded(text: str) -> Iterator[str]:

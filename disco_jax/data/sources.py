@@ -8,11 +8,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from disco_jax.data import table_source
-from disco_jax.data.patterns import expand, refuse_url
+from disco_jax.data.patterns import expand
 from disco_jax.data.source import Joined, Source
 from disco_jax.data.table_source import TableSource
 from disco_jax.data.tar_source import TarSource
 from disco_jax.data.text_table import Dialect
+from disco_jax.data.urls import check_scheme, place
 from disco_jax.errors import UserError
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
@@ -62,16 +63,23 @@ def _open(
     caption_key: str,
     label_of: Callable[[str], int] | None,
 ) -> Source:
-    refuse_url(name)
-    suffix = Path(name).suffix.lower()
+    remote = check_scheme(name)
+    suffix = place(name).suffix.lower()
     if suffix == ".tar":
-        return TarSource(expand(name), "txt" if caption_key == "auto" else caption_key, label_of)
+        key = "txt" if caption_key == "auto" else caption_key
+        try:
+            check_scheme(data.index)
+        except UserError as error:
+            raise UserError(f"data.index: {error}") from error
+        return TarSource(expand(name), key, label_of, data.index, name)
     if suffix in table_source.SUFFIXES:
         if label_of is not None:
             raise UserError(f"{name} is a table, which has no labels; {LABELED}")
         return _tables(data, name, caption_key)
     if suffix in COMPRESSED:
         raise UserError(f"{name} is compressed; decompress it first, e.g. with gunzip")
+    if remote:
+        raise UserError(f"{name} is neither a shard nor a table; name shards, e.g. {name}/*.tar")
     if Path(name).expanduser().is_dir():
         raise UserError(f"{name} is a folder; name its shards, {name}/*.tar, or a table")
     # Lazy: TFDS takes seconds to import, and shards and tables do not need it.

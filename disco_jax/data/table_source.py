@@ -1,5 +1,6 @@
 """Image-text pairs from a CSV, TSV or Parquet table of images or their paths, and captions."""
 
+import errno
 import hashlib
 import stat
 from collections import Counter
@@ -9,11 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from disco_jax.data import columns
+from disco_jax.data import columns, stores
+from disco_jax.data.files import RemoteFile, download, opened
 from disco_jax.data.parquet_images import ParquetImages, holds_images
 from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample, Failure, Sample, describe
 from disco_jax.data.text_table import FOUND_OUT, Dialect, read_text_table
-from disco_jax.errors import UserError
+from disco_jax.data.urls import WEB, Place, Url, beside
+from disco_jax.errors import DataLost, UserError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -22,9 +25,10 @@ class TableSource:
     """The rows of a table, one image each; a `Source`.
 
     Args:
-      table: the file; CSV and TSV start with a header row.
-      image_key: the column of image paths, absolute or relative to the table's folder. In Parquet,
-        also of encoded images, or of Hugging Face's structs of `bytes` and `path`.
+      table: the file; CSV and TSV start with a header row. A remote one is copied to the user's
+        cache, unless it holds the images: then they are fetched from it.
+      image_key: the column of image paths: URLs, absolute, or relative to the table's folder. In
+        Parquet, also of encoded images, or of Hugging Face's structs of `bytes` and `path`.
       caption_key: the column of captions, each a text or a list of texts; "" for no captions.
       dialect: how CSV and TSV are written.
 
@@ -34,8 +38,11 @@ class TableSource:
       UserError: if the table can't be read, lacks a column, or has no rows.
     """
 
-    def __init__(self, table: Path, image_key: str, caption_key: str, dialect: Dialect = FOUND_OUT):
+    def __init__(
+        self, table: Place, image_key: str, caption_key: str, dialect: Dialect = FOUND_OUT
+    ):
         self._table, self._dialect = table, dialect
+        self._file = table  # or the local copy
         self._is_parquet = table.suffix.lower() == ".parquet"
         self._keys = {"image_key": image_key}
         if caption_key:
@@ -65,37 +72,40 @@ class TableSource:
         try:
             if self._is_parquet:
                 return self._load_parquet()
-            text = read_text_table(self._table, self._keys, self._dialect)
+            self._file = _local(self._file)
+            text = read_text_table(self._file, self._table, self._keys, self._dialect)
             self._broken = text.broken
             return text.columns
         except (OSError, ValueError, pa.ArrowException) as error:
-            reason = str(error).split("\n", 1)[0]
+            reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0]
             raise UserError(f"{self._table} can't be read: {reason}") from error
 
     def _load_parquet(self) -> list[pa.Array]:
-        schema = pa.parquet.read_schema(self._table)
+        schema = pa.parquet.read_schema(opened(self._file))
         wanted = []
         for field, key in self._keys.items():
             found = columns.find(schema.names, field, key)
             if found is None:
                 raise columns.missing(self._table, schema.names, field, key)
             wanted.append(schema.field(found))
-        if holds_images(self._table, wanted[0]):
+        if self._images is not None or holds_images(self._file, wanted[0]):
             image = wanted.pop(0)
             if self._images is None:
-                self._images = ParquetImages(self._table, image.name)
+                self._images = ParquetImages(self._file, image.name)
+        else:
+            self._file = _local(self._file)
         names = [column.name for column in wanted]
-        read = pa.parquet.read_table(self._table, columns=names, partitioning=None)
+        read = pa.parquet.read_table(opened(self._file), columns=names, partitioning=None)
         return [_large(read.column(name)).combine_chunks() for name in names]
 
     def _digest(self) -> "hashlib._Hash":
         """Hashes the file or, where it holds images, its footer with the sizes of all parts."""
         digest = hashlib.sha256()
-        with self._table.open("rb") as opened:
+        with RemoteFile(file) if isinstance(file := self._file, Url) else file.open("rb") as source:
             if self._images is not None:
-                opened.seek(-8, 2)
-                opened.seek(-8 - int.from_bytes(opened.read(4), "little"), 2)
-            while part := opened.read(1 << 20):
+                source.seek(-8, 2)
+                source.seek(-8 - int.from_bytes(source.read(4), "little"), 2)
+            while part := source.read(1 << 20):
                 digest.update(part)
         return digest
 
@@ -134,12 +144,21 @@ class TableSource:
         name = "" if name is None else str(name).strip()
         if not name:
             raise BadSample("missing_image", key)
-        path = self._table.parent / name
+        try:
+            path = beside(self._table, name)
+        except UserError as error:  # a URL of another kind
+            raise BadSample("unreadable", name, str(error)) from error
         return str(path), _read(path), str(path)
 
 
-def _read(path: Path) -> bytes:
+def _local(file: Place) -> Path:
+    return download(file) if isinstance(file, Url) else file
+
+
+def _read(path: Place) -> bytes:
     try:
+        if isinstance(path, Url):
+            return _fetch(path)
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise BadSample("unreadable", str(path), "not a regular file")
@@ -148,7 +167,18 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadSample("unreadable", str(path), reason) from error
+        kind = "too_large" if getattr(error, "errno", 0) == errno.EFBIG else "unreadable"
+        raise BadSample(kind, str(path), reason) from error
+
+
+def _fetch(url: Url) -> bytes:
+    try:
+        return stores.fetch(url, limit=MAX_IMAGE_BYTES)[0]
+    except (UserError, DataLost) as error:
+        if url.partition("://")[0] not in WEB:
+            raise
+        # Tables may name images on thousands of web servers, some of which are gone.
+        raise BadSample("unreadable", url, str(error).removeprefix(url).lstrip(": ")) from error
 
 
 def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:

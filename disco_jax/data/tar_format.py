@@ -6,14 +6,21 @@ takes ten times as long. The supported formats are ustar, GNU long names, GNU bi
 """
 
 from collections.abc import Iterator
-from mmap import mmap
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _LONGEST_NAME = 1 << 16
 _PADDING = 1 << 20  # bytes checked after the end marker; tar pads to 10 KiB
 _FILES = b"0\0" + b"7"  # type flags of regular files; 7 is a contiguous file
+
+
+class Sliceable(Protocol):
+    """Bytes of which slices can be read: `bytes`, a memory map or a remote file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> bytes: ...
 
 
 class Member(NamedTuple):
@@ -36,7 +43,7 @@ class DamagedTar(Exception):
         self.kind, self.offset = kind, offset
 
 
-def members(data: bytes | mmap) -> Iterator[Member]:
+def members(data: Sliceable) -> Iterator[Member]:
     """Yields all members except directories, in order.
 
     Raises:

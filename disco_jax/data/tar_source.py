@@ -1,5 +1,6 @@
 """Random access to image-text pairs in tar shards, as written by img2dataset and webdataset."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,10 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from disco_jax.data import stores
+from disco_jax.data.sidecar_index import SidecarIndex, open_sidecars
 from disco_jax.data.source import (
     KINDS,
     MAX_IMAGE_BYTES,
@@ -24,21 +27,33 @@ from disco_jax.data.source import (
     describe,
 )
 from disco_jax.data.tar_format import BLOCK, read_header
-from disco_jax.data.tar_index import CLASS, IMAGE, JSON, TEXT, open_index, problems_in, split_name
+from disco_jax.data.tar_index import TarIndex, open_index
+from disco_jax.data.tar_scan import CLASS, IMAGE, JSON, TEXT, Shard, problems_in, split_name
+from disco_jax.data.urls import Place, check_scheme, place
 from disco_jax.errors import UserError
 
 OPEN_SHARDS = 256  # maximum number of shards that a process keeps open
+
+
+class Span(NamedTuple):
+    """The bytes `[start, stop)` of a shard, which hold all members of some samples."""
+
+    shard: Shard
+    start: int
+    stop: int
 
 
 class TarSource:
     """A `Source` of the samples in `paths`, shard by shard.
 
     Args:
-      paths: the shards.
+      paths: the shards, all local or all remote.
       caption_key: `txt` for the sample's text file; a key of its `.json`, with dots between the
         keys of nested objects, e.g. `meta.text`; or "" for no captions.
       label_of: for a labeled set, maps a class name in a `.cls` to its index and raises UserError
         for an unknown one; a sample without a label is then a bad sample.
+      index: the folder or URL of the shards' index; "" if it is beside them.
+      pattern: the name that stands for the shards, for error messages.
 
     Raises:
       UserError: if a shard can't be read, or the shards hold no samples or, for a labeled set, no
@@ -47,32 +62,30 @@ class TarSource:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Place],
         caption_key: str,
         label_of: Callable[[str], int] | None = None,
+        index: str = "",
+        pattern: str = "",
     ):
         self._caption_key, self._label_of = caption_key, label_of
-        self._index = open_index(paths)
+        self._index = _open_index(paths, index, pattern)
         shards = self._index.shards
         self._stops = np.cumsum([shard.samples for shard in shards]).tolist()
         self.problems = sum((Counter(shard.problems) for shard in shards), Counter())
         self.ignored = sum((Counter(shard.ignored) for shard in shards), Counter())
         if not len(self):
             raise UserError(_no_image(paths, self.problems, self.ignored))
-        listing = "\n".join(f"{Path(s.path).name} {s.size} {s.samples}" for s in shards)
+        listing = "\n".join(f"{place(s.path).name} {s.size} {s.samples}" for s in shards)
         self.fingerprint = (
             f"{len(shards)} shards, {len(self)} samples, "
             f"{hashlib.sha256(listing.encode()).hexdigest()[:12]}"
         )
-        self._rows: np.ndarray | None = self._index.rows()
-        if label_of is not None and not self._rows[:, CLASS, 0].any():
+        if label_of is not None and not self._index.labeled():
             raise UserError(
                 f"no sample in {paths[0]} or the shards after it has a label; a labeled set needs "
                 "a .cls file per image, with a class index or the name of a class"
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_rows": None}  # each process maps the index for itself
 
     def __len__(self) -> int:
         return self._stops[-1]
@@ -83,27 +96,42 @@ class TarSource:
             (kind, f"{shard.path}/{key}" if key else shard.path, detail)
             for shard in self._index.shards
             if shard.problems
-            for kind, key, detail in problems_in(shard)
+            for kind, key, detail in problems_in(shard, place(shard.path))
         ]
 
+    def span(self, first: int, stop: int) -> list[Span]:
+        """Returns where the samples `[first, stop)` are: for each of their shards, the bytes.
+
+        With them, everything that the samples need can be read at once. If the members of a sample
+        lie apart, the span covers what is between them.
+        """
+        spans = []
+        while first < stop:
+            number = bisect_right(self._stops, first)
+            shard, end = self._index.shards[number], min(stop, self._stops[number])
+            rows = self._index.rows(number, first - shard.start, end - shard.start).astype(np.int64)
+            starts, stops = (rows[..., 0] - 1) * BLOCK, rows[..., 0] * BLOCK + rows[..., 1]
+            there = rows[..., 0] > 0
+            spans.append(Span(shard, int(starts[there].min()), int(stops[there].max())))
+            first = end
+        return spans
+
     def __getitem__(self, index: int) -> Sample:
-        if self._rows is None:
-            self._rows = self._index.rows()
         number = bisect_right(self._stops, index)
         shard = self._index.shards[number]
-        row = self._rows[shard.start + index - (self._stops[number] - shard.samples)].tolist()
-        key, image = _read(shard.path, row[IMAGE], shard.path, MAX_IMAGE_BYTES)
+        row = self._index.row(number, index - shard.start)
+        key, image = _read(shard, row[IMAGE], shard.path, MAX_IMAGE_BYTES)
         captions: Caption | Sequence[Caption] | None = None
         if self._caption_key:
-            captions = self._captions(shard.path, row, key)
-        return Sample(key, image, captions, self._label(shard.path, row, key))
+            captions = self._captions(shard, row, key)
+        return Sample(key, image, captions, self._label(shard, row, key))
 
-    def _label(self, path: str, row: list[list[int]], key: str) -> int | str | None:
+    def _label(self, shard: Shard, row: list[list[int]], key: str) -> int | str | None:
         if not row[CLASS][0]:
             if self._label_of is not None:
                 raise BadSample("missing_label", key, "it has no .cls")
             return None
-        text = _read(path, row[CLASS], key)[1].decode(errors="surrogateescape").strip()
+        text = _read(shard, row[CLASS], key)[1].decode(errors="surrogateescape").strip()
         if re.fullmatch("[0-9]{1,9}", text):
             return int(text)
         if self._label_of is None:  # training does without labels
@@ -113,11 +141,11 @@ class TarSource:
         except UserError as error:
             raise BadSample("broken_label", key, f"in its .cls: {error}"[:300]) from error
 
-    def _captions(self, path: str, row: list[list[int]], key: str) -> Any:
+    def _captions(self, shard: Shard, row: list[list[int]], key: str) -> Any:
         column = TEXT if self._caption_key == "txt" else JSON
         if not row[column][0]:
             raise BadSample("missing_caption", key)
-        text = _read(path, row[column], key)[1]
+        text = _read(shard, row[column], key)[1]
         if column == TEXT:
             return text
         try:
@@ -130,6 +158,12 @@ class TarSource:
         return caption
 
 
+def _open_index(paths: Sequence[Place], index: str, pattern: str) -> SidecarIndex | TarIndex:
+    local = [path.absolute() for path in paths if isinstance(path, Path)]
+    found = open_sidecars(local or paths, index, pattern)
+    return open_index(local) if found is None else found
+
+
 def _value(parsed: Any, key: str) -> Any:
     """Returns the value of `key` in JSON, or of its dotted path in nested objects, or None."""
     if not isinstance(parsed, dict):
@@ -140,7 +174,7 @@ def _value(parsed: Any, key: str) -> Any:
     return _value(parsed.get(first), rest)
 
 
-def _no_image(paths: Sequence[Path], problems: Counter[str], ignored: Counter[str]) -> str:
+def _no_image(paths: Sequence[Place], problems: Counter[str], ignored: Counter[str]) -> str:
     details = [f"{count} {kind} ({KINDS[kind]})" for kind, count in problems.items()]
     if ignored:
         details.append(f"members that are not read, by extension: {describe(ignored)}")
@@ -163,21 +197,23 @@ def _open(path: str) -> _OpenShard:
     return _OpenShard(path)
 
 
-def _read(path: str, place: list[int], key: str, limit: int = MAX_TEXT_BYTES) -> tuple[str, bytes]:
-    """Returns the key and content of the member at `place`, which is (block, size).
+def _read(
+    shard: Shard, member: list[int], key: str, limit: int = MAX_TEXT_BYTES
+) -> tuple[str, bytes]:
+    """Returns the key and content of a member of a shard, which is (block, size).
 
     Raises:
       BadSample: if it can't be read, is larger than `limit`, or no longer has that size.
     """
-    block, size = place
+    block, size = member
     if size > limit:
         raise BadSample("too_large", key, f"{size:,} bytes")
     try:
-        shard = _open(path)  # keeps it open if another thread evicts it from the cache
-        stored = os.pread(shard.descriptor, BLOCK + size, (block - 1) * BLOCK)
+        stored = read_shard(shard, (block - 1) * BLOCK, block * BLOCK + size)
         name, size_now, _ = read_header(stored[:BLOCK])
     except OSError as error:
-        raise BadSample("unreadable", key, error.strerror or str(error)) from error
+        detail = "the shard has changed" if error.errno == errno.ESTALE else error.strerror
+        raise BadSample("unreadable", key, detail or str(error)) from error
     except (ValueError, IndexError) as error:
         raise BadSample("unreadable", key, "the shard has changed") from error
     if size_now != size or len(stored) < BLOCK + size:
@@ -186,4 +222,25 @@ def _read(path: str, place: list[int], key: str, limit: int = MAX_TEXT_BYTES) ->
     if len(name) >= 100 or "?" in name:
         # The full name is in an earlier header, and the one here may not be unique.
         stem += f"@{(block - 1) * BLOCK}"
-    return f"{path}/{stem}", stored[BLOCK:]
+    return f"{shard.path}/{stem}", stored[BLOCK:]
+
+
+def read_shard(shard: Shard, start: int, stop: int) -> bytes:
+    """Returns the bytes `[start, stop)` of a shard; fewer if a local one has become shorter.
+
+    Raises:
+      OSError: if they can't be read, ESTALE if a remote shard has changed since it was indexed.
+    """
+    if check_scheme(shard.path):
+        return stores.read(shard.path, start, stop, shard.stamp or _stamp(shard.path, shard.size))
+    opened = _open(shard.path)  # keeps it open if another thread evicts it from the cache
+    return os.pread(opened.descriptor, stop - start, start)
+
+
+@lru_cache(OPEN_SHARDS)
+def _stamp(url: str, size: int) -> int | str:
+    """Returns the stamp that a shard has now, for one whose index tells only its size."""
+    meta = stores.head(url)
+    if meta.size != size:
+        raise OSError(errno.ESTALE, "it has changed", url)
+    return meta.stamp

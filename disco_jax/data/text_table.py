@@ -19,6 +19,7 @@ import pyarrow.csv
 
 from disco_jax.data import columns
 from disco_jax.data.source import IMAGE_EXTENSIONS, MAX_TEXT_BYTES
+from disco_jax.data.urls import Place
 from disco_jax.errors import UserError
 
 SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
@@ -49,16 +50,22 @@ class TextTable(NamedTuple):
     broken: list[tuple[int, str]]  # the number of the row's first line, from 1, and what is wrong
 
 
-def read_text_table(path: Path, keys: dict[str, str], dialect: Dialect) -> TextTable:
+def read_text_table(file: Path, path: Place, keys: dict[str, str], dialect: Dialect) -> TextTable:
     """Reads the columns that `keys` names, by config field: `image_key` and `caption_key`.
+
+    Args:
+      file: the file.
+      path: its name for people, and for its suffix: that of a remote table if `file` is a copy.
+      keys: the columns.
+      dialect: how it is written.
 
     Raises:
       UserError: if the file is empty, can't be decoded or lacks a column.
       OSError: if it can't be read.
     """
-    if not path.stat().st_size:
+    if not file.stat().st_size:
         raise UserError(f"{path} can't be read: it is empty")
-    with path.open("rb") as opened:
+    with file.open("rb") as opened:
         data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)  # closed with its last user
     text = _as_utf8(path, data, dialect.encoding)
     header = re.search(rb"[^\r\n]+", text)
@@ -81,7 +88,7 @@ class _Layout(NamedTuple):
     image: int  # the column of images
 
 
-def _as_utf8(path: Path, data: mmap.mmap, encoding: str) -> bytes | mmap.mmap:
+def _as_utf8(path: Place, data: mmap.mmap, encoding: str) -> bytes | mmap.mmap:
     start = data[:4]
     if not encoding:
         encoding = next((name for bom, name in _BOMS.items() if start.startswith(bom)), "")
@@ -98,7 +105,7 @@ def _as_utf8(path: Path, data: mmap.mmap, encoding: str) -> bytes | mmap.mmap:
 
 
 def _header(
-    path: Path, line: str, keys: dict[str, str], dialect: Dialect
+    path: Place, line: str, keys: dict[str, str], dialect: Dialect
 ) -> tuple[_Layout, list[int]]:
     """Returns the layout that the first line shows, and the positions of the wanted columns."""
     usual = "\t" if path.suffix.lower() == ".tsv" else ","

@@ -26,6 +26,7 @@ FREE_FIELDS = (
     "data.block_size",
     "data.dir",
     "data.lanes",
+    "data.index",
     "data.max_bad_fraction",
     "data.name",  # data may have moved; checkpoints identify them (data/train_data.py)
     "data.num_workers",

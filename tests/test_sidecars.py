@@ -1,0 +1,525 @@
+"""Tests indexes of single shards: what they hold, how they are made, and shards in buckets."""
+
+import argparse
+import gzip
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import tracemalloc
+from collections import deque
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from disco_jax.config import default
+from disco_jax.data import files, sidecar_index, sidecars, stores, tar_scan, tar_source
+from disco_jax.data.index import index, parse_arguments
+from disco_jax.data.load import Load
+from disco_jax.data.pipeline import Collate, train_batches
+from disco_jax.data.sidecars import HEADER, ROW, Entry, sidecar_of
+from disco_jax.data.source import BadSample, Joined
+from disco_jax.data.sources import open_source
+from disco_jax.data.tar_index import open_index
+from disco_jax.data.tar_scan import scan
+from disco_jax.data.tar_source import TarSource
+from disco_jax.data.tokenizer import CLIPTokenizer
+from disco_jax.data.urls import Url, place
+from disco_jax.errors import UserError
+from tests.tars import picture, shard, write
+
+PAIR = {"x.jpg": picture(1), "x.txt": b"one", "x.cls": b"1"}
+
+
+def run_index(pattern, out="", part="1/1", jobs=1) -> None:
+    index(argparse.Namespace(pattern=str(pattern), out=str(out), part=part, jobs=jobs))
+
+
+def opened(name, index="") -> TarSource:
+    data = default().data
+    data.caption_key, data.index = "txt", str(index)
+    source = open_source(data, str(name), "").sources[0]
+    assert isinstance(source, TarSource)
+    return source
+
+
+def shards(folder, count: int = 4) -> list:
+    """Writes shards of five samples, the second with problems and ignored members."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [shard(folder / f"{i:05}.tar", range(5 * i, 5 * i + 5)) for i in range(count)]
+    with tarfile.open(paths[1], "a") as tar:
+        for name in ("alone.txt", "odd.npy", "also.npy"):
+            tar.addfile(tarfile.TarInfo(name))
+    return paths
+
+
+def upload(bucket, folder, prefix: str = "d") -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            bucket.put(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+
+
+def everything(source) -> tuple:
+    """Returns all that a source tells, with the keys of samples from their shard's name on."""
+    samples = [source[i] for i in range(len(source))]
+    rows = [(re.sub(r".*/(\d+\.tar)", r"\1", s.key), s.image, s.captions, s.label) for s in samples]
+    return rows, source.fingerprint, source.problems, source.ignored
+
+
+def test_rows_are_those_of_the_single_file(tmp_path):
+    paths = shards(tmp_path / "a")
+    single = open_index(paths)
+    whole = everything(TarSource(paths, "txt"))
+    run_index(tmp_path / "a" / "*.tar")
+    source = TarSource(paths, "txt")
+    assert isinstance(source._index, sidecar_index.SidecarIndex)
+    assert everything(source) == whole
+    assert everything(pickle.loads(pickle.dumps(source))) == whole
+    for number, one in enumerate(single.shards):
+        assert source._index.shards[number] == one
+        for first, stop in ((0, one.samples), (1, 3), (2, 2)):
+            np.testing.assert_array_equal(
+                source._index.rows(number, first, stop), single.rows(number, first, stop)
+            )
+    assert source.left_out() == [("missing_image", f"{paths[1]}/alone", "")]
+    # The layout that ranged reads rely on.
+    content = (tmp_path / "a" / "00002.tar.idx").read_bytes()
+    rows = np.frombuffer(content[HEADER + ROW * 1 : HEADER + ROW * 3], "<u4").reshape(-1, 4, 2)
+    np.testing.assert_array_equal(rows, single.rows(2, 1, 3))
+
+
+@pytest.mark.parametrize("where", ["beside", "folder", "bucket"])
+@pytest.mark.parametrize("store", ["s3", "gcs"])
+def test_remote_shards_are_read_as_local_ones(store, where, request, tmp_path, monkeypatch):
+    bucket = request.getfixturevalue(store)
+    shards(tmp_path / "a")
+    whole = everything(opened(tmp_path / "a" / "*.tar"))
+    for name in (tmp_path / "a").glob(".*"):
+        name.unlink()
+    upload(bucket, tmp_path / "a")
+    out = {"beside": "", "folder": f"{tmp_path}/index", "bucket": f"{bucket.url}/index"}[where]
+    pattern = f"{bucket.url}/d/{{00000..00003}}.tar"
+    command = f"run python -m disco_jax.data.index '{pattern}'{f' --out={out}' if out else ''}$"
+    with pytest.raises(UserError, match=f"^data.name: {bucket.url}/d/00000.tar has no index.*"):
+        opened(pattern, out)
+    with pytest.raises(UserError, match=re.escape(command.replace("$", "")) + "$"):
+        opened(pattern, out)
+    if store == "gcs" and where != "folder":
+        return  # fake-gcs-server takes no uploads from obstore
+    monkeypatch.setattr(tar_scan, "CHUNK", 4096)
+    monkeypatch.setattr(sidecar_index, "_PAGE", 2)
+    run_index(pattern, out)
+    for name in (pattern, f"{bucket.url}/d/*.tar"):
+        source = opened(name, out)
+        assert everything(source) == whole
+        assert everything(pickle.loads(pickle.dumps(source))) == whole
+        assert source.left_out() == [("missing_image", f"{bucket.url}/d/00001.tar/alone", "")]
+
+
+def test_data_workers_read_from_buckets(s3, proxy, tmp_path):
+    """Workers open their own stores; what a store refuses them ends the run in a line."""
+    shards(tmp_path)
+    upload(s3, tmp_path)
+    pattern = f"{s3.url}/d/{{00000..00003}}.tar"
+    run_index(pattern)
+    data = default().data
+    data.caption_key = "txt"
+
+    def batches(name: str, workers: int):
+        source = open_source(data, str(name), "")
+        return train_batches(
+            source,
+            Load(source, data, 16, 3),
+            Collate(CLIPTokenizer(8)),
+            batch_size=8,
+            seed=3,
+            start=0,
+            num_workers=workers,
+        )
+
+    local, remote = batches(tmp_path / "*.tar", 0), batches(pattern, 1)
+    for _ in range(3):
+        np.testing.assert_array_equal(next(remote).arrays["images"], next(local).arrays["images"])
+    denied = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+    proxy.faults = [(403, denied)] * 10_000
+    with pytest.raises(UserError, match=f"^{s3.url}/d/.*: access denied: 403 Forbidden"):
+        deque(islice(remote, 50), 0)
+    remote.close()
+
+
+def test_sources_in_several_places_are_joined(s3, tmp_path):
+    """Shards of the same name in different folders may have their index in one place."""
+    shards(tmp_path / "a")
+    shards(tmp_path / "b", 2)
+    upload(s3, tmp_path / "a", "one")
+    upload(s3, tmp_path / "b", "two")
+    web = f"{s3.server}/{s3.name}/one/{{00000..00003}}.tar"
+    remote = f"{s3.url}/{{one,two}}/0000{{0,1}}.tar"
+    name = f"{remote}::{tmp_path}/b/*.tar::{web}"
+    out = tmp_path / "index"
+    run_index(name, out)
+    data = default().data
+    data.caption_key, data.index = "txt", str(out)
+    source = open_source(data, name, "")
+    assert isinstance(source, Joined)
+    numbers = [*range(10), *range(10), *range(10), *range(20)]
+    assert [source[i].image for i in range(len(source))] == [picture(n) for n in numbers]
+    assert {path.parent.name for path in out.rglob("*.idx")} == {"one", "two", "b"}
+
+
+def test_labeled_sets_may_be_remote(s3, tmp_path):
+    write(tmp_path / "0.tar", PAIR)
+    write(tmp_path / "1.tar", {k: v for k, v in PAIR.items() if k != "x.cls"})
+    upload(s3, tmp_path)
+    run_index(f"{s3.url}/d/*.tar")
+    data = default().data
+    source = open_source(
+        data, f"{s3.url}/d/*.tar", "", field="eval.sets.x.source", captions=False, label_of=int
+    )
+    assert source[0].label == 1
+    with pytest.raises(BadSample, match="missing_label"):
+        _ = source[1]
+    name = f"{s3.url}/d/1.tar"
+    with pytest.raises(UserError, match=r"^eval\.sets\.x\.source: no sample in .* has a label"):
+        open_source(data, name, "", field="eval.sets.x.source", captions=False, label_of=int)
+
+
+def test_a_shard_that_is_replaced_is_noticed(s3, tmp_path, proxy):
+    paths = shards(tmp_path, 3)
+    upload(s3, tmp_path)
+    pattern = f"{s3.url}/d/{{00000..00002}}.tar"
+    run_index(pattern)
+    source = opened(pattern)
+    same = paths[1].read_bytes().replace(b"picture number 5", b"picture number 6")
+    s3.put("d/00001.tar", same)  # of the same size
+    for number, detail in ((5, "the shard has changed"), (0, None), (10, None)):
+        if detail is None:
+            assert source[number].image == picture(number)
+            continue
+        with pytest.raises(BadSample, match=detail) as bad:
+            _ = source[number]
+        assert bad.value.kind == "unreadable"
+    assert len(opened(pattern)) == 15  # which makes no request for each shard
+    with pytest.raises(UserError, match=r"00001\.tar has no index, or has changed since"):
+        opened(f"{s3.url}/d/*.tar")  # whose listing shows it
+    proxy.requests.clear()
+    run_index(pattern)
+    read = {path.rpartition("/")[2] for verb, path, part in proxy.requests if "bytes=0" in part}
+    assert {name for name in read if name.endswith(".tar")} == {"00001.tar"}
+    assert opened(f"{s3.url}/d/*.tar")[5].captions == b"picture number 6"
+
+
+def test_an_index_made_before_the_upload_holds_after_it(s3, tmp_path):
+    shards(tmp_path / "a")
+    whole = everything(opened(tmp_path / "a" / "*.tar"))
+    run_index(tmp_path / "a" / "*.tar")
+    upload(s3, tmp_path / "a")
+    source = opened(f"{s3.url}/d/{{00000..00003}}.tar")
+    assert everything(source) == whole
+    s3.put("d/00002.tar", (tmp_path / "a" / "00002.tar").read_bytes() + bytes(512))
+    with pytest.raises(BadSample, match="the shard has changed"):
+        _ = opened(f"{s3.url}/d/{{00000..00003}}.tar")[10]
+
+
+def test_an_index_made_in_a_bucket_holds_for_a_local_copy(s3, tmp_path):
+    paths = shards(tmp_path / "a")
+    upload(s3, tmp_path / "a")
+    run_index(f"{s3.url}/d/*.tar")
+    for key in s3.names():
+        (tmp_path / "a" / key.removeprefix("d/")).write_bytes(s3.get(key))
+    source = TarSource(paths, "txt")
+    assert isinstance(source._index, sidecar_index.SidecarIndex)
+    assert everything(source) == everything(opened(f"{s3.url}/d/*.tar"))
+
+
+def test_spans_hold_what_their_samples_need(tmp_path, monkeypatch):
+    paths = shards(tmp_path / "a", 3)
+    source = TarSource(paths, "txt")
+    content = {str(path): path.read_bytes() for path in paths}
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        first, stop = sorted(rng.integers(0, 16, 2).tolist())
+        spans = source.span(first, stop)
+        assert [span.shard.path for span in spans] == [
+            str(path) for i, path in enumerate(paths) if max(first, 5 * i) < min(stop, 5 * i + 5)
+        ]
+        there = {span.shard.path: span for span in spans}
+
+        def within(one, start, end, there=there):
+            span = there[one.path]
+            assert span.start <= start < end <= span.stop
+            return content[one.path][start:end]
+
+        monkeypatch.setattr(tar_source, "read_shard", within)
+        for i in range(first, stop):
+            assert source[i].image == picture(i)
+        if spans:  # as small as can be
+            assert content[spans[0].shard.path][spans[0].start :].startswith(b"%09d.jpg" % first)
+    sizes = [span.stop - span.start for span in source.span(0, 15)]
+    assert sum(sizes) < sum(map(len, content.values()))
+
+
+KILLED = """
+import sys
+from disco_jax.data import index
+real = index.write_sidecar
+def slow(sidecar, name, scan):
+    if name == "00004.tar":
+        print("here", flush=True)
+        import time; time.sleep(60)
+    return real(sidecar, name, scan)
+index.write_sidecar = slow
+sys.argv = ["index", sys.argv[1], "--jobs=1"]
+index.index(index.parse_arguments())
+"""
+
+
+def test_a_killed_command_goes_on_where_it_was(tmp_path):
+    paths = shards(tmp_path, 8)
+    command = [sys.executable, "-c", KILLED, f"{tmp_path}/*.tar"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "here\n"
+        run.send_signal(signal.SIGKILL)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.idx")}
+    assert len(written) == 4
+    assert not (tmp_path / sidecars.CATALOG).exists()
+    run_index(tmp_path / "*.tar", jobs=2)
+    assert len(list(tmp_path.glob("*.idx"))) == 8
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    source = TarSource(paths, "txt")
+    assert [source[i].image for i in range(40)] == [picture(i) for i in range(40)]
+    assert not list(tmp_path.glob(".disco_jax*"))
+
+
+def test_parts_make_up_the_whole(s3, tmp_path, capsys):
+    shards(tmp_path, 7)
+    upload(s3, tmp_path)
+    pattern = f"{s3.url}/d/*.tar"
+    for part in ("2/3", "3/3"):
+        run_index(pattern, part=part)
+        assert "the catalog is written once all 7 are indexed" in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"00000\.tar has no index"):
+            opened(pattern)
+    assert len([key for key in s3.names() if key.endswith(".idx")]) == 4
+    run_index(pattern, part="1/3")
+    assert "indexed 7 shards with 35 samples; 1 missing_image" in capsys.readouterr().out
+    assert f"d/{sidecars.CATALOG}" in s3.names()
+    assert len(opened(pattern)) == 35
+    for wrong in ("0/3", "4/3", "1", "x/y"):
+        with pytest.raises(UserError, match=r"^--part is .*; it must be the number of a part"):
+            run_index(pattern, part=wrong)
+
+
+def test_the_first_reader_writes_a_missing_catalog(s3, tmp_path, proxy):
+    shards(tmp_path, 5)
+    upload(s3, tmp_path)
+    pattern = f"{s3.url}/d/{{00000..00004}}.tar"
+    run_index(pattern)
+    catalog = f"d/{sidecars.CATALOG}"
+    whole = s3.get(catalog)
+    few = gzip.compress(b"\n".join(gzip.decompress(whole).splitlines()[:-1]))
+    for broken in (b"", whole[:-30], gzip.compress(b"[]"), few, b"foreign"):
+        s3.put(catalog, broken)
+        assert len(opened(pattern)) == 25
+        assert s3.get(catalog) == whole
+    proxy.requests.clear()
+    assert len(opened(pattern)) == 25
+    assert [path.rpartition("/")[2] for _, path, _ in proxy.requests] == [sidecars.CATALOG]
+    # Another set in the folder adds to the catalog.
+    shard(tmp_path / "9.tar", range(3))
+    s3.put("d/9.tar", (tmp_path / "9.tar").read_bytes())
+    run_index(f"{s3.url}/d/9.tar")
+    assert len(opened(pattern)) == 25
+    assert len(gzip.decompress(s3.get(catalog)).splitlines()) == 7
+
+
+def test_a_catalog_that_cant_be_written_beside_goes_to_the_cache(
+    no_credentials, tmp_path, monkeypatch
+):
+    shards(tmp_path / "a")
+    real = files.replacing
+
+    def refuse(file):  # tests may run as root, which ignores permissions
+        if file.name == sidecars.CATALOG:
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file)
+
+    monkeypatch.setattr(files, "replacing", refuse)
+    run_index(tmp_path / "a" / "*.tar")
+    assert len(list((tmp_path / "cache" / "disco_jax").glob("*.jsonl.gz"))) == 1
+    monkeypatch.setattr(sidecars, "read_entry", None)
+    assert len(opened(tmp_path / "a" / "*.tar")) == 20
+
+
+def damages(good: bytes) -> dict[str, bytes]:
+    header, rows = good[:HEADER], good[HEADER:]
+    return {
+        "cut": good[:-5],
+        "cut header": good[:100],
+        "longer": good + bytes(32),
+        "other version": good.replace(b"DISCOSC1", b"DISCOSC0", 1),
+        "no entry": b"DISCOSC1" + b" " * (HEADER - 8) + rows,
+        "other json": b'DISCOSC1{"a": 1}'.ljust(HEADER) + rows,
+        "other shard": header.replace(b'"00001.tar", ', b'"00001.tar", 1', 1)[:HEADER] + rows,
+    }
+
+
+def test_damaged_sidecars_are_written_anew(tmp_path, capsys):
+    paths = shards(tmp_path)
+    sidecar = tmp_path / "00001.tar.idx"
+    run_index(tmp_path / "*.tar")
+    good = sidecar.read_bytes()
+    for damaged in damages(good).values():
+        sidecar.write_bytes(damaged)
+        (tmp_path / sidecars.CATALOG).unlink()
+        # Until then, local shards have their single index.
+        assert len(TarSource(paths, "txt")) == 20
+        assert "00001.tar has no index, or has changed since" in capsys.readouterr().err
+        run_index(tmp_path / "*.tar")
+        assert sidecar.read_bytes() == good
+
+
+def test_rows_that_are_damaged_are_never_taken(tmp_path):
+    paths = shards(tmp_path)
+    run_index(tmp_path / "*.tar")
+    sidecar = tmp_path / "00001.tar.idx"
+    for damaged in (sidecar.read_bytes()[:-1] + b"\xff", sidecar.read_bytes()[:-32]):
+        sidecar.write_bytes(damaged)
+        sidecar_index._mapped.cache_clear()
+        source = TarSource(paths, "txt")
+        assert source[0].image == picture(0)
+        with pytest.raises(UserError, match=f"the index {sidecar} is damaged, or its shard has ch"):
+            _ = source[7]
+
+
+def test_files_of_others_are_not_replaced(tmp_path):
+    shards(tmp_path)
+    (tmp_path / "00001.tar.idx").write_bytes(b"v1.2 3\njpg 1536 800 x\n")
+    with pytest.raises(UserError, match=r"00001\.tar\.idx is not an index of a shard, so"):
+        run_index(tmp_path / "*.tar")
+    assert (tmp_path / "00001.tar.idx").read_bytes().startswith(b"v1.2")
+
+
+def test_shards_that_cant_be_read_are_named_and_the_others_indexed(s3, tmp_path):
+    shards(tmp_path)
+    upload(s3, tmp_path)
+    pattern = f"{s3.url}/d/{{00000..00005}}.tar"
+    with pytest.raises(
+        UserError, match=f"^2 of 6 shards .*: {s3.url}/d/00004.tar: there is no such object$"
+    ):
+        run_index(pattern)
+    assert len([key for key in s3.names() if key.endswith(".idx")]) == 4
+    with pytest.raises(UserError, match=r"t\.csv is not a \.tar shard"):
+        run_index(f"{s3.url}/t.csv")
+
+
+def test_odd_shards_have_an_index_too(s3, tmp_path):
+    (tmp_path / "0.tar").touch()
+    (tmp_path / "1.tar").write_bytes(gzip.compress(bytes(2000)))
+    write(tmp_path / "2.tar", PAIR)
+    os.truncate(write(tmp_path / "3.tar", PAIR), 4000)
+    many = {f"{i}.{'ä' * 14}{i}": b"" for i in range(60)}  # too long for a header
+    write(tmp_path / "4.tar", many | PAIR)
+    whole = everything(opened(tmp_path / "*.tar"))
+    for file in tmp_path.glob(".*"):
+        file.unlink()
+    upload(s3, tmp_path)
+    run_index(f"{s3.url}/d/*.tar")
+    found = everything(opened(f"{s3.url}/d/*.tar"))
+    assert found[:3] == whole[:3]
+    assert found[2] == {"empty_shard": 1, "compressed_shard": 1, "truncated_shard": 1}
+    assert found[3] == {"other": 60}
+
+
+def test_streams_are_read_once_and_in_order(s3, proxy, monkeypatch):
+    """Of a shard of many chunks, each is fetched once; large members may be left out."""
+    content = np.random.default_rng(0).bytes(100_000)
+    url = Url(s3.put("x.bin", content))
+    monkeypatch.setattr(tar_scan, "CHUNK", 1024)
+    with tar_scan._content(url) as (meta, stream):
+        assert (meta.size, len(stream)) == (100_000, 100_000)
+        proxy.requests.clear()
+        for start in (0, 5, 512, 1020, 3000, 90_000, 99_000):
+            assert stream[start : start + 100] == content[start : start + 100]
+        assert stream[99_900:200_000] == content[99_900:]
+        assert stream[100_000:200_000] == b""
+    ranges = [part for *_, part in proxy.requests]
+    assert len(ranges) == len(set(ranges)) <= 20
+
+
+COUNT = 41_408
+
+
+def test_a_catalog_of_a_huge_set_opens_in_seconds(tmp_path, monkeypatch):
+    """The catalog of 41,408 shards of 10,000 samples, of which no shard or sidecar exists."""
+    rng = np.random.default_rng(0)
+    pattern = "https://data.example/laion/{00000..41407}.tar"
+    names = [f"{i:05}.tar" for i in range(COUNT)]
+    urls = [Url(f"https://data.example/laion/{name}") for name in names]
+    entries = [
+        Entry(name, int(size), rng.bytes(16).hex(), 10_000 - i % 7, 0, {}, {}, rng.bytes(8).hex())
+        for i, (name, size) in enumerate(zip(names, rng.integers(2e8, 3e8, COUNT), strict=True))
+    ]
+    catalogs = sidecars.write_catalogs(urls, entries, str(tmp_path))
+    assert catalogs == [tmp_path / "data.example" / "laion" / sidecars.CATALOG]
+    assert catalogs[0].stat().st_size < 4e6
+    monkeypatch.setattr(stores, "_tried", None)  # no request is made
+    start = time.monotonic()
+    source = opened(pattern, tmp_path)
+    assert time.monotonic() - start < 10
+    assert len(source) == sum(entry.samples for entry in entries)
+    pickled = pickle.dumps(source)
+    assert len(pickled) < 8e6
+    tracemalloc.start()
+    source = pickle.loads(pickled)
+    assert tracemalloc.get_traced_memory()[1] < 50e6  # of each data worker
+    tracemalloc.stop()
+    assert source.span(0, 0) == []
+
+
+def test_one_request_fetches_the_rows_of_a_range(s3, proxy, tmp_path):
+    paths = shards(tmp_path)
+    upload(s3, tmp_path)
+    run_index(f"{s3.url}/d/*.tar")
+    source = opened(f"{s3.url}/d/{{00000..00003}}.tar")
+    proxy.requests.clear()
+    rows = source._index.rows(2, 1, 4)
+    asked = [(path.rpartition("/")[2], part) for _, path, part in proxy.requests]
+    assert asked == [("00002.tar.idx", f"bytes={HEADER + 32}-{HEADER + 32 * 4 - 1}")]
+    np.testing.assert_array_equal(
+        rows, np.frombuffer(scan(paths[2]).rows, "<u4").reshape(-1, 4, 2)[1:4]
+    )
+
+
+def test_shards_on_web_servers_have_their_index_elsewhere(s3, tmp_path):
+    shards(tmp_path)
+    upload(s3, tmp_path)
+    pattern = f"{s3.server}/{s3.name}/d/{{00000..00003}}.tar"
+    with pytest.raises(UserError, match=r"^--out is missing: web servers can't be written to"):
+        run_index(pattern)
+    with pytest.raises(UserError, match=r"--out=FOLDER, and set data\.index to the folder$"):
+        opened(pattern)
+    with pytest.raises(UserError, match=r"^data\.index: hf://x is a URL of an unknown kind"):
+        opened(pattern, "hf://x")
+    run_index(pattern, tmp_path / "index")
+    assert opened(pattern, tmp_path / "index")[7].image == picture(7)
+
+
+def test_places_of_sidecars():
+    assert str(sidecar_of(place("/d/0.tar"), "")) == "/d/0.tar.idx"
+    assert str(sidecar_of(place("/d/e/0.tar"), "/i")) == "/i/d/e/0.tar.idx"
+    assert sidecar_of(Url("s3://b/d/0.tar"), "") == "s3://b/d/0.tar.idx"
+    assert sidecar_of(Url("s3://b/d/0.tar"), "gs://i/x/") == "gs://i/x/b/d/0.tar.idx"
+    assert str(sidecar_of(Url("s3://b/0.tar"), "/i")) == "/i/b/0.tar.idx"
+
+
+def test_the_command_parses_its_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["index", "s3://b/*.tar", "--out=gs://i", "--part=2/8"])
+    arguments = parse_arguments()
+    assert (arguments.pattern, arguments.out, arguments.part) == ("s3://b/*.tar", "gs://i", "2/8")
+    assert arguments.jobs >= 1
