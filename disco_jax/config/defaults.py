@@ -115,6 +115,11 @@ def default() -> ConfigDict:
     c.data.block_size = 1024
     c.data.window = 8
     c.data.lanes = 256
+    # Where blocks of remote shards are kept while they are in use: a folder on a local disk; "" is
+    # one in the system's folder for temporary files (TMPDIR). If set, blocks of local shards are
+    # copied there too, e.g. from a network file system.
+    c.data.cache = ""
+    c.data.cache_bytes = 0  # that it may take on a host; 0: most of the free space
     c.data.split = "train"  # TFDS split
     c.data.dir = "data"  # folder of the TFDS datasets
     # Folder or URL of the index of shards, also of those of eval, that was written by `python -m

@@ -51,6 +51,7 @@ AT_LEAST_0 = (
     "data.num_workers",
     "eval.every",
     "fake_devices",
+    "data.cache_bytes",
     "loss.keep_bytes",
     "microbatch",
     "num_epochs",
@@ -75,6 +76,7 @@ AT_MOST = {
     "data.lanes": 2**14,
     "data.num_workers": 1024,
     "fake_devices": 4096,
+    "data.cache_bytes": 2**53,
     "loss.keep_bytes": 2**53,
     "seed": 2**32 - 1,
 }

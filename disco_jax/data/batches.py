@@ -45,11 +45,18 @@ class Batches:
       count: pieces per batch.
       timeout: seconds without a piece after which `DataLost` is raised.
       memory: the workers' shared memory; None without workers, or where it can't be listed.
+      check: raises what keeps data from coming; None if nothing is known of that.
     """
 
     def __init__(
-        self, pieces: Iterator[Batch], count: int, timeout: float, memory: SharedMemory | None
+        self,
+        pieces: Iterator[Batch],
+        count: int,
+        timeout: float,
+        memory: SharedMemory | None,
+        check: Callable[[], None] | None = None,
     ):
+        self._check = check
         self._pieces, self._count, self._timeout, self._memory = pieces, count, timeout, memory
         self._workers: dict[int, BaseProcess] = {}  # by pid
         self._thread: threading.Thread | None = None
@@ -71,12 +78,15 @@ class Batches:
 
         Raises:
           DataLost: if a worker died or no data arrived for `timeout` seconds.
+          Exception: whatever `check` raises.
         """
         future = self._next = self._next or self._assembled()
         self._came = time.monotonic()  # the timeout counts from this request
         asked, noticed = 0.0, False
         while not wait([future], POLL).done:
             self._check_workers()
+            if self._check:
+                self._check()
             late = time.monotonic() - self._came
             if late > self._timeout:
                 raise DataLost(

@@ -20,6 +20,8 @@ from disco_jax.data.transforms import (
 )
 from disco_jax.errors import UserError
 
+ReadSample = Callable[[int], Sample]
+
 TRIES = 100  # samples tried for one position before the run stops
 NEAR = 10  # of these, those drawn from what is read along with it: it may be all in one bad shard
 _REPLACEMENT = 1  # separates its random stream from the sample's own
@@ -62,6 +64,7 @@ class Load:
         position: int,
         index: int,
         near: Callable[[int], Sequence[range]] = lambda position: (),
+        read: ReadSample | None = None,
     ) -> Loaded:
         """Loads sample `index` of the source for a stream position, or a replacement if it is bad.
 
@@ -69,6 +72,7 @@ class Load:
           position: the position, which seeds the crop and the choice of the caption.
           index: the sample at this position.
           near: returns the indices from which a replacement is preferably drawn.
+          read: reads a sample or one near it; the source does by default.
 
         Raises:
           UserError: if `TRIES` samples in a row are bad.
@@ -76,8 +80,10 @@ class Load:
         failures: list[Failure] = []
         drawn = index
         for attempt in range(TRIES):
+            at_hand = read if attempt <= NEAR else None
             try:
-                return self.once(position, drawn, attempt)._replace(failures=tuple(failures))
+                loaded = self.once(position, drawn, attempt, at_hand)
+                return loaded._replace(failures=tuple(failures))
             except BadSample as bad:
                 failures.append((bad.kind, bad.key, bad.detail))
             ranges = (near(position) if attempt < NEAR else ()) or [self._part(index)]
@@ -88,10 +94,12 @@ class Load:
             f"{kind} {detail}".rstrip()
         )
 
-    def once(self, position: int, index: int, attempt: int = 0) -> Loaded:
+    def once(
+        self, position: int, index: int, attempt: int = 0, read: ReadSample | None = None
+    ) -> Loaded:
         """Like `train`, but raises BadSample instead of drawing a replacement."""
         rng = np.random.default_rng((self._seed, position, attempt))
-        sample = self._source[index]
+        sample = read(index) if read else self._source[index]
         captions = usable_captions(sample, self._by_line)
         if len(captions) > 1:
             captions = (captions[int(rng.integers(len(captions)))],)

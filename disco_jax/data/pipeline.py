@@ -22,7 +22,9 @@ from absl import flags
 
 from disco_jax.data import shared_memory
 from disco_jax.data.batches import Batch, Batches
-from disco_jax.data.load import Load, Loaded
+from disco_jax.data.block_cache import Fetching
+from disco_jax.data.block_files import BlockReader
+from disco_jax.data.load import Load, Loaded, ReadSample
 from disco_jax.data.order import ENDLESS, Order, by_lane
 from disco_jax.data.shared_memory import SharedMemory
 from disco_jax.data.source import BadSample, Failure
@@ -69,6 +71,7 @@ class Pieces:
       start: the place at which the first batch begins.
       rows: int, ascending: the rows of each batch that this process loads.
       size: samples per piece, a divisor of the number of rows.
+      blocks: reads the samples of the lanes that are fetched; None if the source reads all.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class Pieces:
         start: int,
         rows: np.ndarray,
         size: int,
+        blocks: BlockReader | None,
     ):
+        self._blocks = blocks
         self._order, self._load, self._collate = order, load, collate
         self._batch_size, self._start, self._rows, self._size = batch_size, start, rows, size
         self._last = -1, rows  # a batch's number and the places of our rows, for its next pieces
@@ -90,13 +95,17 @@ class Pieces:
         """Returns a piece, counted from the first one of the first batch."""
         batch, row = divmod(number * self._size, len(self._rows))
         places = self._places(batch)[row : row + self._size]
-        indices = self._order.indices(places)
+        columns = (places, self._order.indices(places), self._order.lanes_of(places))
         return self._collate(
             [
-                self._load.train(place, index, self._order.near)
-                for place, index in zip(places.tolist(), indices.tolist(), strict=True)
+                self._load.train(place, index, self._order.near, self._reader(lane))
+                for place, index, lane in zip(*map(np.ndarray.tolist, columns), strict=True)
             ]
         )
+
+    def _reader(self, lane: int) -> ReadSample | None:
+        """Returns what reads samples of a lane, or None for the source itself."""
+        return self._blocks.sample if self._blocks and lane in self._blocks.lanes else None
 
     def _places(self, batch: int) -> np.ndarray:
         number, places = self._last
@@ -117,6 +126,7 @@ def train_batches(
     num_workers: int,
     rows: np.ndarray | None = None,
     timeout: float = math.inf,
+    fetching: Fetching | None = None,
 ) -> Batches:
     """Returns this process's share of the training batches, starting at global sample `start`.
 
@@ -133,6 +143,7 @@ def train_batches(
       rows: int, ascending: the rows of each batch that this process loads (`mesh.own_rows`); all
         by default. Row r of a batch is the same sample whichever process loads it.
       timeout: seconds without data after which `DataLost` is raised.
+      fetching: fetches blocks ahead of their use; None if the source reads each sample.
     """
     _parse_flags()
     rows = np.arange(batch_size) if rows is None else rows
@@ -150,6 +161,7 @@ def train_batches(
         start=start,
         rows=rows,
         size=size,
+        blocks=fetching.reader if fetching else None,
     )
     stream = grain.MapDataset.range(ENDLESS).map(pieces).to_iter_dataset(read)
     if num_workers:
@@ -159,7 +171,8 @@ def train_batches(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
             worker_init_fn=functools.partial(_start_worker, memory),
         )
-    return Batches(iter(stream), len(rows) // size, timeout, memory)
+    check = fetching.check if fetching else None
+    return Batches(iter(stream), len(rows) // size, timeout, memory, check)
 
 
 def piece_size(share: int) -> int:

@@ -29,18 +29,23 @@ from disco_jax.data.source import (
 from disco_jax.data.tar_format import BLOCK, read_header
 from disco_jax.data.tar_index import TarIndex, open_index
 from disco_jax.data.tar_scan import CLASS, IMAGE, JSON, TEXT, Shard, problems_in, split_name
-from disco_jax.data.urls import Place, check_scheme, place
+from disco_jax.data.urls import Place, Url, check_scheme, place
 from disco_jax.errors import UserError
 
 OPEN_SHARDS = 256  # maximum number of shards that a process keeps open
 
 
-class Span(NamedTuple):
-    """The bytes `[start, stop)` of a shard, which hold all members of some samples."""
+# Returns the bytes `[start, stop)` of a shard.
+ReadFn = Callable[[Shard, int, int], bytes]
 
-    shard: Shard
+
+class Span(NamedTuple):
+    """The bytes `[start, stop)` of a shard, which hold all members of consecutive samples."""
+
+    number: int  # of the shard
     start: int
     stop: int
+    rows: np.ndarray  # of the samples, uint32 `[samples, 4, 2]`
 
 
 class TarSource:
@@ -69,6 +74,7 @@ class TarSource:
         pattern: str = "",
     ):
         self._caption_key, self._label_of = caption_key, label_of
+        self.remote = isinstance(paths[0], Url)
         self._index = _open_index(paths, index, pattern)
         shards = self._index.shards
         self._stops = np.cumsum([shard.samples for shard in shards]).tolist()
@@ -108,30 +114,43 @@ class TarSource:
         spans = []
         while first < stop:
             number = bisect_right(self._stops, first)
-            shard, end = self._index.shards[number], min(stop, self._stops[number])
+            shard, end = self.shards[number], min(stop, self._stops[number])
             rows = self._index.rows(number, first - shard.start, end - shard.start).astype(np.int64)
             starts, stops = (rows[..., 0] - 1) * BLOCK, rows[..., 0] * BLOCK + rows[..., 1]
             there = rows[..., 0] > 0
-            spans.append(Span(shard, int(starts[there].min()), int(stops[there].max())))
+            span = int(starts[there].min()), int(stops[there].max())
+            spans.append(Span(number, *span, rows.astype(np.uint32)))
             first = end
         return spans
 
     def __getitem__(self, index: int) -> Sample:
         number = bisect_right(self._stops, index)
-        shard = self._index.shards[number]
-        row = self._index.row(number, index - shard.start)
-        key, image = _read(shard, row[IMAGE], shard.path, MAX_IMAGE_BYTES)
+        return self.sample(number, self._index.row(number, index - self.shards[number].start))
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards, in order."""
+        return self._index.shards
+
+    def sample(self, number: int, row: list[list[int]], read: ReadFn | None = None) -> Sample:
+        """Returns the sample of a row of shard `number`; `read` replaces `read_shard`.
+
+        Raises:
+          BadSample: if it can't be used.
+        """
+        members = _Members(self.shards[number], row, read or read_shard)
+        key, image = members.read(IMAGE, members.shard.path, MAX_IMAGE_BYTES)
         captions: Caption | Sequence[Caption] | None = None
         if self._caption_key:
-            captions = self._captions(shard, row, key)
-        return Sample(key, image, captions, self._label(shard, row, key))
+            captions = self._captions(members, key)
+        return Sample(key, image, captions, self._label(members, key))
 
-    def _label(self, shard: Shard, row: list[list[int]], key: str) -> int | str | None:
-        if not row[CLASS][0]:
+    def _label(self, members: "_Members", key: str) -> int | str | None:
+        if not members.has(CLASS):
             if self._label_of is not None:
                 raise BadSample("missing_label", key, "it has no .cls")
             return None
-        text = _read(shard, row[CLASS], key)[1].decode(errors="surrogateescape").strip()
+        text = members.read(CLASS, key)[1].decode(errors="surrogateescape").strip()
         if re.fullmatch("[0-9]{1,9}", text):
             return int(text)
         if self._label_of is None:  # training does without labels
@@ -141,11 +160,11 @@ class TarSource:
         except UserError as error:
             raise BadSample("broken_label", key, f"in its .cls: {error}"[:300]) from error
 
-    def _captions(self, shard: Shard, row: list[list[int]], key: str) -> Any:
+    def _captions(self, members: "_Members", key: str) -> Any:
         column = TEXT if self._caption_key == "txt" else JSON
-        if not row[column][0]:
+        if not members.has(column):
             raise BadSample("missing_caption", key)
-        text = _read(shard, row[column], key)[1]
+        text = members.read(column, key)[1]
         if column == TEXT:
             return text
         try:
@@ -197,32 +216,41 @@ def _open(path: str) -> _OpenShard:
     return _OpenShard(path)
 
 
-def _read(
-    shard: Shard, member: list[int], key: str, limit: int = MAX_TEXT_BYTES
-) -> tuple[str, bytes]:
-    """Returns the key and content of a member of a shard, which is (block, size).
+class _Members(NamedTuple):
+    """The members of a sample."""
 
-    Raises:
-      BadSample: if it can't be read, is larger than `limit`, or no longer has that size.
-    """
-    block, size = member
-    if size > limit:
-        raise BadSample("too_large", key, f"{size:,} bytes")
-    try:
-        stored = read_shard(shard, (block - 1) * BLOCK, block * BLOCK + size)
-        name, size_now, _ = read_header(stored[:BLOCK])
-    except OSError as error:
-        detail = "the shard has changed" if error.errno == errno.ESTALE else error.strerror
-        raise BadSample("unreadable", key, detail or str(error)) from error
-    except (ValueError, IndexError) as error:
-        raise BadSample("unreadable", key, "the shard has changed") from error
-    if size_now != size or len(stored) < BLOCK + size:
-        raise BadSample("unreadable", key, "the shard has changed")
-    stem = split_name(name)[0]
-    if len(name) >= 100 or "?" in name:
-        # The full name is in an earlier header, and the one here may not be unique.
-        stem += f"@{(block - 1) * BLOCK}"
-    return f"{shard.path}/{stem}", stored[BLOCK:]
+    shard: Shard
+    row: list[list[int]]  # (block, size) of each
+    source: ReadFn
+
+    def has(self, column: int) -> bool:
+        """Whether there is a member of this kind."""
+        return self.row[column][0] > 0
+
+    def read(self, column: int, key: str, limit: int = MAX_TEXT_BYTES) -> tuple[str, bytes]:
+        """Returns the key and content of a member.
+
+        Raises:
+          BadSample: if it can't be read, is larger than `limit`, or no longer has that size.
+        """
+        block, size = self.row[column]
+        if size > limit:
+            raise BadSample("too_large", key, f"{size:,} bytes")
+        try:
+            stored = self.source(self.shard, (block - 1) * BLOCK, block * BLOCK + size)
+            name, size_now, _ = read_header(stored[:BLOCK])
+        except OSError as error:
+            detail = "the shard has changed" if error.errno == errno.ESTALE else error.strerror
+            raise BadSample("unreadable", key, detail or str(error)) from error
+        except (ValueError, IndexError) as error:
+            raise BadSample("unreadable", key, "the shard has changed") from error
+        if size_now != size or len(stored) < BLOCK + size:
+            raise BadSample("unreadable", key, "the shard has changed")
+        stem = split_name(name)[0]
+        if len(name) >= 100 or "?" in name:
+            # The full name is in an earlier header, and the one here may not be unique.
+            stem += f"@{(block - 1) * BLOCK}"
+        return f"{self.shard.path}/{stem}", stored[BLOCK:]
 
 
 def read_shard(shard: Shard, start: int, stop: int) -> bytes:

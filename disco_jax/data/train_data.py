@@ -17,15 +17,20 @@ from disco_jax.data.bad_samples import (
     total_counts,
 )
 from disco_jax.data.batches import Batch
+from disco_jax.data.block_cache import Fetching, default_folder, limit_of, needs_of, own_lanes
+from disco_jax.data.block_files import Chunks
 from disco_jax.data.load import Load
-from disco_jax.data.order import GLOBAL, make_order
+from disco_jax.data.order import GLOBAL, Order, make_order
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import Joined, describe
 from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.data.transforms import Resize
 from disco_jax.errors import UserError
 from disco_jax.models import CLIPConfig
+from disco_jax.processes.backend import processes_on_host
 from disco_jax.runs.jsonl import JsonLines, process_file
+
+AHEAD = 4  # batches whose blocks are fetched whatever the limit: those that workers prepare
 
 
 class TrainData:
@@ -73,6 +78,8 @@ class TrainData:
             own_share(position.get("bad", {}), jax.process_index(), jax.process_count()),
         )
         self._total: Counter[str] = Counter()
+        start = position.get("samples_seen", 0)
+        self._fetching = fetching_of(config, source, self._order, start, rows)
         keys = config.data.record_keys
         vision = model.vision
         resize = Resize(vision.squash, vision.resample)
@@ -82,10 +89,11 @@ class TrainData:
             Load(source, config.data, vision.image_size, config.seed, resize),
             Collate(make_tokenizer(model.text)),
             batch_size=config.batch_size,
-            start=position.get("samples_seen", 0),
+            start=start,
             num_workers=config.data.num_workers,
             rows=rows,
             timeout=config.data.timeout,
+            fetching=self._fetching,
         )
 
     def next(self, stops: Callable[[], bool]) -> Batch | None:
@@ -99,6 +107,8 @@ class TrainData:
         if batch is None:
             return None
         self._step += 1
+        if self._fetching is not None:
+            self._fetching.consumed(self._step * self._batch_size)
         if self._keys is not None:
             self._keys.write({"step": self._step, "keys": batch.keys.tolist()})
         self._bad.add(batch.failures, self._step, self._step * len(batch.keys))
@@ -117,12 +127,14 @@ class TrainData:
         }
 
     def metrics(self) -> dict[str, float]:
-        """Returns the number of bad samples so far, in total and by kind; empty if there are none.
+        """Returns the number of bad samples so far, in total and by kind, if there are any.
 
-        All processes must call it.
+        If blocks are fetched, also how fast and how many are held, both of this process. All
+        processes must call it.
         """
         self._total = total_counts(self._bad.counts)
-        return as_metrics(self._total)
+        fetching = self._fetching.metrics() if self._fetching is not None else {}
+        return as_metrics(self._total) | fetching
 
     def report(self) -> str:
         """Returns a one-line summary of the bad samples; empty if there are none.
@@ -143,9 +155,36 @@ class TrainData:
     def close(self) -> None:
         """Stops the workers and closes the files."""
         self._batches.close()
+        if self._fetching is not None:
+            self._fetching.close()
         self._bad.close()
         if self._keys is not None:
             self._keys.close()
+
+
+def fetching_of(
+    config: ConfigDict, source: Joined, order: Order, start: int, rows: np.ndarray
+) -> Fetching | None:
+    """Starts to fetch this process's blocks, if the samples are read in blocks from afar.
+
+    Local shards are copied too if `data.cache` names a folder.
+
+    Raises:
+      UserError: if the cache is too small or can't be written.
+    """
+    data = config.data
+    if order.fields["order"] != "blocks":
+        return None
+    chunks = Chunks(source, data.block_size, bool(data.weights), local=bool(data.cache))
+    if not chunks.copied:
+        return None
+    lanes = own_lanes(order, start, config.batch_size, rows)
+    folder = Path(data.cache).expanduser() if data.cache else default_folder()
+    needs = needs_of(source, chunks, len(lanes), data.block_size, data.window)
+    limit = limit_of(folder, data.cache_bytes, needs, processes_on_host())
+    fetching = Fetching(source, chunks, order, lanes, folder, limit)
+    fetching.start(start, AHEAD * config.batch_size)
+    return fetching
 
 
 def check_order(then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,10 +1,13 @@
 """JAX on this machine: TPUs, fake devices, and the processes of a run."""
 
+import socket
+import zlib
 from collections.abc import Callable
 from itertools import count
 from typing import TypeVar
 
 import jax
+import numpy as np
 
 from disco_jax.errors import UserError
 
@@ -34,6 +37,16 @@ def has_tpu() -> bool:
 def processes() -> tuple[int, int]:
     """Returns this process's index and the number of processes."""
     return jax.process_index(), jax.process_count()
+
+
+def processes_on_host() -> int:
+    """Returns the number of this run's processes on this machine. All processes must call it."""
+    if jax.process_count() == 1:
+        return 1
+    from jax.experimental.multihost_utils import process_allgather
+
+    own = np.array([zlib.crc32(socket.gethostname().encode())], np.uint32)
+    return int((process_allgather(own) == own).sum())
 
 
 def first_then_all(make: Callable[[], T]) -> T:

@@ -24,6 +24,8 @@ from disco_jax.errors import UserError
 # Fields that may differ when a run resumes, besides all of `eval`. None changes more than rounding.
 FREE_FIELDS = (
     "data.block_size",
+    "data.cache",
+    "data.cache_bytes",
     "data.dir",
     "data.lanes",
     "data.index",
