@@ -16,9 +16,9 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -62,6 +62,7 @@ class Fetching:
         self.reader = BlockReader(source, chunks, self._own.path, lanes)
         self._changed = threading.Condition()
         self._closed = False
+        self._queue: SimpleQueue[Chunk | None] = SimpleQueue()
         self._held: deque[tuple[int, list[Chunk]]] = deque()  # windows by their last place
         self._uses: Counter[Chunk] = Counter()
         self._sizes: dict[Chunk, int] = {}  # of the files that exist or are being fetched
@@ -76,7 +77,9 @@ class Fetching:
         The blocks of the first `ahead` places after the one that is consumed do not count.
         """
         self._place, self._ahead = place, ahead
-        threading.Thread(target=self._run, name="fetcher of blocks", daemon=True).start()
+        # Daemons, unlike a pool: a store that hangs must not keep the run from ending.
+        for work in (self._plan, *[self._fetch_all] * THREADS):
+            threading.Thread(target=work, name="fetcher of blocks", daemon=True).start()
 
     def consumed(self, place: int) -> None:
         """Removes the blocks that no place from `place` on needs.
@@ -111,25 +114,34 @@ class Fetching:
     def close(self) -> None:
         """Stops, and removes the blocks."""
         with self._changed:
-            self._closed = True
+            closed, self._closed = self._closed, True
             self._changed.notify_all()
-        self._own.remove()
+        if not closed:
+            for _ in range(THREADS):
+                self._queue.put(None)
+            self._own.remove()
 
-    def _run(self) -> None:
-        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="fetcher")
+    def _plan(self) -> None:
+        """Queues the blocks of one window after another, as there is room for them."""
         try:
             soon = islice(self._order.windows(self._place, self._lanes), 2 * len(self._lanes))
             self._own.keep({chunk.name for window in soon for chunk in self._chunks_of(window)})
             for window in self._order.windows(self._place, self._lanes):
-                if not self._admit(window, pool):
+                if not self._admit(window):
                     break
         except BaseException as error:  # raised in the main thread: see `check`
             self._fail(error)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
-    def _admit(self, window: Window, pool: ThreadPoolExecutor) -> bool:
-        """Waits until there is room for a window and fetches it; returns False at the end."""
+    def _fetch_all(self) -> None:
+        """Fetches queued blocks until the end."""
+        while (chunk := self._queue.get()) is not None:
+            try:
+                self._fetch(chunk)
+            except BaseException as error:
+                self._fail(error)
+
+    def _admit(self, window: Window) -> bool:
+        """Waits until there is room for a window and queues it; returns False at the end."""
         chunks = self._chunks_of(window)
         with self._changed:
             new = [chunk for chunk in chunks if chunk not in self._sizes]
@@ -144,7 +156,7 @@ class Fetching:
             self._uses.update(chunks)
             self._held.append((window.stop, chunks))
         for chunk in new:
-            pool.submit(self._fetch, chunk).add_done_callback(self._done)
+            self._queue.put(chunk)
         return True
 
     def _chunks_of(self, window: Window) -> list[Chunk]:
@@ -179,10 +191,6 @@ class Fetching:
                 self._sizes[chunk] = size
             else:  # used up meanwhile
                 self._own.delete(chunk.name)
-
-    def _done(self, future: "Future[None]") -> None:
-        if not future.cancelled() and (error := future.exception()) is not None:
-            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -286,10 +294,10 @@ def bytes_of(source: Joined, part: int) -> int:
 
 
 def needs_of(source: Joined, chunks: Chunks, lanes: int, block_size: int, window: int) -> int:
-    """Returns the bytes of the windows in use of this many lanes, and of the next ones."""
+    """Returns the bytes of the windows in use of this many lanes, and of a block more of each."""
     whole = sum(bytes_of(source, part) for part in chunks.copied)
     samples = sum(len(source.sources[part]) for part in chunks.copied)
-    return min(int(2 * window * lanes * block_size * whole / samples), whole)
+    return min(int((window + 1) * lanes * block_size * whole / samples), whole)
 
 
 def limit_of(folder: Path, wanted: int, needs: int, sharing: int) -> int:

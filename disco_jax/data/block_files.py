@@ -107,16 +107,16 @@ class BlockReader:
 
 
 class BlockFile:
-    """An open file of a block."""
+    """A file of a block, which is closed when nothing refers to it anymore."""
 
     def __init__(self, path: Path):
-        self._file = path.open("rb", buffering=0)
-        _, length = _LENGTH.unpack(self._file.read(_LENGTH.size))
-        spans = json.loads(self._file.read(length))
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        _, length = _LENGTH.unpack(os.pread(self._file, _LENGTH.size, 0))
+        spans = json.loads(os.pread(self._file, length, _LENGTH.size))
         self._numbers = [span[0] for span in spans]
         self._stops = list(itertools.accumulate(span[1] for span in spans))
         start = _LENGTH.size + length
-        rows = os.pread(self._file.fileno(), ROW * self._stops[-1], start)
+        rows = os.pread(self._file, ROW * self._stops[-1], start)
         self._rows = np.frombuffer(rows, "<u4").reshape(-1, 4, 2)
         # For each shard: offset of its first byte in the file, less that in the shard.
         self._offsets: dict[int, int] = {}
@@ -135,9 +135,13 @@ class BlockFile:
         offset = self._offsets[number]
 
         def read(shard: Shard, start: int, stop: int) -> bytes:
-            return os.pread(self._file.fileno(), stop - start, offset + start)
+            return os.pread(self._file, stop - start, offset + start)
 
         return read
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            os.close(self._file)
 
 
 def write_block(path: Path, spans: list[Span], read: Callable[[int, int, int], bytes]) -> int:
@@ -176,5 +180,7 @@ def _awaited(path: Path) -> BlockFile:
             if failed.exists():
                 url, _, reason = failed.read_text().partition("\n")
                 raise BadSample("unreadable", url, reason) from None
+            if not path.parent.exists():
+                raise BadSample("unreadable", path.name, "the run has ended") from None
             time.sleep(pause)
             pause = min(2 * pause, _POLL[1])

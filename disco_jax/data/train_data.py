@@ -154,9 +154,9 @@ class TrainData:
 
     def close(self) -> None:
         """Stops the workers and closes the files."""
-        self._batches.close()
         if self._fetching is not None:
-            self._fetching.close()
+            self._fetching.close()  # first: workers may be waiting for blocks
+        self._batches.close()
         self._bad.close()
         if self._keys is not None:
             self._keys.close()
