@@ -323,7 +323,8 @@ def test_the_first_reader_writes_a_missing_catalog(s3, tmp_path, proxy):
     catalog = f"d/{sidecars.CATALOG}"
     whole = s3.get(catalog)
     few = gzip.compress(b"\n".join(gzip.decompress(whole).splitlines()[:-1]))
-    for broken in (b"", whole[:-30], gzip.compress(b"[]"), few, b"foreign"):
+    flipped = whole[:40] + bytes([whole[40] ^ 255, whole[41] ^ 255]) + whole[42:]
+    for broken in (b"", flipped, whole[:-30], gzip.compress(b"[]"), few, b"foreign"):
         s3.put(catalog, broken)
         assert len(opened(pattern)) == 25
         assert s3.get(catalog) == whole
