@@ -172,7 +172,7 @@ def _read_catalog(folder: Place, index: str) -> dict[str, Entry]:
     for catalog in reversed(_catalogs(folder, index)):  # what is in the usual place counts more
         with suppress(OSError, EOFError, ValueError, TypeError, zlib.error):
             first, *lines = gzip.decompress(read_whole(catalog)).splitlines()
-            if json.loads(first) == [_FORMAT, len(lines)]:
+            if json.loads(first) == _FORMAT:
                 entries = [Entry(*json.loads(line)) for line in lines]
                 known |= {entry.name: entry for entry in entries}
     return known
@@ -194,7 +194,7 @@ def write_catalogs(shards: Sequence[Place], entries: Iterable[Entry], index: str
 
 
 def _write_catalog(catalogs: Sequence[Place], entries: dict[str, Entry]) -> Place:
-    lines = [json.dumps([_FORMAT, len(entries)])]
+    lines = [json.dumps(_FORMAT)]
     lines += [json.dumps(entries[name], separators=(",", ":")) for name in sorted(entries)]
     content = gzip.compress("\n".join(lines).encode(), mtime=0)
     errors = []
