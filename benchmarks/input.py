@@ -6,7 +6,8 @@
 
 JPEG shards are written to a temporary folder; images are decoded and randomly cropped to 224
 pixels, captions are tokenized. CPU seconds are summed over all threads. `--index=N` instead times
-building and opening the index of N shards; `--order=N`, finding places in the orders of N samples.
+building and opening the index of N shards, in one file and in one per shard; `--order=N`, finding
+places in the orders of N samples.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from disco_jax.config import default
 from disco_jax.data.block_order import BlockOrder
+from disco_jax.data.index import index
 from disco_jax.data.load import Load
 from disco_jax.data.order import GlobalOrder, Order, by_lane, make_order
 from disco_jax.data.pipeline import Collate, train_batches
@@ -35,6 +37,7 @@ from disco_jax.data.sources import open_source
 from disco_jax.data.tokenizer import CLIPTokenizer
 
 SHARD = 250  # samples
+SIDECARS = ("sidecars", "catalog")
 CAPTION = "a photo of a harbour with boats, number {} of the set, taken in the evening light"
 
 
@@ -158,15 +161,24 @@ def measure_index(shards: int, entries: int) -> dict[str, float]:
             (Path(folder) / f"{i:05}.tar").hardlink_to(first)
         context = multiprocessing.get_context("spawn")
         result: dict[str, float] = {}
-        for what in ("index", "open"):
+        for what in ("index", "open", "sidecars", "catalog"):
             here, there = context.Pipe()
-            process = context.Process(target=_open, args=(there, f"{folder}/*.tar"))
+            target = _write_sidecars if what == "sidecars" else _open
+            process = context.Process(target=target, args=(there, f"{folder}/*.tar"))
             process.start()
             there.close()
             seconds, memory, samples = here.recv()
             process.join()
             result |= {f"{what}_seconds": seconds, f"{what}_bytes": memory, "samples": samples}
         return result
+
+
+def _write_sidecars(pipe: Any, pattern: str) -> None:
+    start = time.perf_counter()
+    jobs = multiprocessing.cpu_count()
+    index(argparse.Namespace(pattern=pattern, out="", part="1/1", jobs=jobs))
+    seconds = time.perf_counter() - start
+    pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 0))
 
 
 def _open(pipe: Any, pattern: str) -> None:
@@ -176,8 +188,8 @@ def _open(pipe: Any, pattern: str) -> None:
     source = open_source(data, pattern, "")
     seconds = time.perf_counter() - start
     rng = np.random.default_rng(0)
-    for index in rng.integers(0, len(source), 1_000).tolist():
-        source[index]
+    for number in rng.integers(0, len(source), 1_000).tolist():
+        source[number]
     pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, len(source)))
 
 
@@ -256,12 +268,11 @@ def main() -> None:
         return
     if arguments.index:
         result: dict[str, Any] = measure_index(arguments.index, arguments.entries)
-        print(
-            f"{result['samples']:,} samples in {arguments.index:,} shards: indexed in "
-            f"{result['index_seconds']:.1f} s, reopened in {result['open_seconds']:.1f} s; "
-            f"{result['index_bytes'] / 2**20:,.0f} and {result['open_bytes'] / 2**20:,.0f} MiB "
-            "peak memory of the process"
-        )
+        print(f"{result['samples']:,} samples in {arguments.index:,} shards, indexed and reopened:")
+        for form, names in (("in one file", ("index", "open")), ("one each", SIDECARS)):
+            seconds = " and ".join(f"{result[f'{name}_seconds']:.1f}" for name in names)
+            memory = " and ".join(f"{result[f'{name}_bytes'] / 2**20:,.0f}" for name in names)
+            print(f"{form}: {seconds} s; {memory} MiB peak memory of the process")
     else:
         with tempfile.TemporaryDirectory() as folder:
             result = measure(

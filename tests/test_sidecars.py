@@ -222,6 +222,7 @@ def test_an_index_made_before_the_upload_holds_after_it(s3, tmp_path):
     source = opened(f"{s3.url}/d/{{00000..00003}}.tar")
     assert everything(source) == whole
     s3.put("d/00002.tar", (tmp_path / "a" / "00002.tar").read_bytes() + bytes(512))
+    tar_source._stamp.cache_clear()
     with pytest.raises(BadSample, match="the shard has changed"):
         _ = opened(f"{s3.url}/d/{{00000..00003}}.tar")[10]
 
@@ -322,8 +323,11 @@ def test_the_first_reader_writes_a_missing_catalog(s3, tmp_path, proxy):
     run_index(pattern)
     catalog = f"d/{sidecars.CATALOG}"
     whole = s3.get(catalog)
-    few = gzip.compress(b"\n".join(gzip.decompress(whole).splitlines()[:-1]))
-    for broken in (b"", whole[:-30], gzip.compress(b"[]"), few, b"foreign"):
+    other = gzip.compress(
+        b'"other"\n' + gzip.decompress(whole).partition(b"\n")[2].replace(b",5,", b",6,")
+    )
+    flipped = whole[:40] + bytes([whole[40] ^ 255, whole[41] ^ 255]) + whole[42:]
+    for broken in (b"", flipped, whole[:-30], gzip.compress(b"[]"), other, b"foreign"):
         s3.put(catalog, broken)
         assert len(opened(pattern)) == 25
         assert s3.get(catalog) == whole

@@ -8,6 +8,7 @@ entries of all shards in a folder, so nothing else is read to open them.
 import gzip
 import hashlib
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -167,12 +168,14 @@ def _catalogs(folder: Place, index: str) -> list[Place]:
 
 
 def _read_catalog(folder: Place, index: str) -> dict[str, Entry]:
-    for catalog in _catalogs(folder, index):
-        with suppress(OSError, EOFError, ValueError, TypeError):
+    known: dict[str, Entry] = {}
+    for catalog in reversed(_catalogs(folder, index)):  # what is in the usual place counts more
+        with suppress(OSError, EOFError, ValueError, TypeError, zlib.error):
             first, *lines = gzip.decompress(read_whole(catalog)).splitlines()
-            if json.loads(first) == [_FORMAT, len(lines)]:
-                return {entry.name: entry for entry in (Entry(*json.loads(li)) for li in lines)}
-    return {}
+            if json.loads(first) == _FORMAT:
+                entries = [Entry(*json.loads(line)) for line in lines]
+                known |= {entry.name: entry for entry in entries}
+    return known
 
 
 def write_catalogs(shards: Sequence[Place], entries: Iterable[Entry], index: str) -> list[Place]:
@@ -191,7 +194,7 @@ def write_catalogs(shards: Sequence[Place], entries: Iterable[Entry], index: str
 
 
 def _write_catalog(catalogs: Sequence[Place], entries: dict[str, Entry]) -> Place:
-    lines = [json.dumps([_FORMAT, len(entries)])]
+    lines = [json.dumps(_FORMAT)]
     lines += [json.dumps(entries[name], separators=(",", ":")) for name in sorted(entries)]
     content = gzip.compress("\n".join(lines).encode(), mtime=0)
     errors = []
