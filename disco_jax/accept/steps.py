@@ -23,7 +23,7 @@ from disco_jax.models.build import model_config
 from disco_jax.plan.accelerators import topology_of
 from disco_jax.plan.compiler import Compiler
 from disco_jax.plan.hlo import Program
-from disco_jax.plan.measured import measured_rates
+from disco_jax.plan.measured import RateMeter
 from disco_jax.plan.program import step_job
 from disco_jax.plan.roofline import estimate
 from disco_jax.processes.allocator import reuse_freed_memory
@@ -32,7 +32,7 @@ from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import init_state
 from disco_jax.step.train_step import batches_on_devices
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 class Setting(NamedTuple):
@@ -76,17 +76,15 @@ def measure(setting: Setting) -> dict[str, Any]:
     model = model_config(config)
     state = init_state(model, make_optimizer(config), mesh, seed=0)
     batches = [random_batch(config, mesh, seed) for seed in range(batches_on_devices(config))]
-    seconds, at_measured, peak = [], [], None
-    for turn in range(ROUNDS + 1):
+    state, _ = jax.block_until_ready(compiled(state, batches[0]))  # the first also allocates
+    peak, measure_rates = peak_bytes(mesh), RateMeter(mesh)
+    seconds, at_measured = [], []
+    for _ in range(ROUNDS):
         start = time.perf_counter()
-        state, _ = compiled(state, batches[0])
-        jax.block_until_ready(state)
-        spent = time.perf_counter() - start
-        if turn == 0:  # the first step also allocates
-            peak = peak_bytes(mesh)
-            continue
-        seconds.append(spent)
-        at_measured.append(estimate(program, measured_rates(mesh)).seconds)
+        state, _ = jax.block_until_ready(compiled(state, batches[0]))
+        seconds.append(time.perf_counter() - start)
+        rates = measure_rates()
+        at_measured.append(estimate(program, rates).seconds)
     found = {
         "setting": str(setting),
         "batch_size": config.batch_size,
@@ -95,7 +93,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         "peak_bytes": peak,
         "planned_peak_bytes": planned.get("peak_bytes"),
         "estimated_seconds_at_measured_rates": statistics.median(at_measured),
-        "measured_rates": measured_rates(mesh)._asdict(),
+        "measured_rates": rates._asdict(),
     }
     pairs = zip(at_measured, seconds, strict=True)
     ratio = statistics.median(estimated / spent for estimated, spent in pairs)
