@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.published import RUNS, estimate, fit, ratio
 from benchmarks.replicate import EXPERIMENTS, batch_size_table, curve, equivalence_config
 from disco_jax.config import default
 from disco_jax.plan.accelerators import parse_topology
@@ -80,3 +81,32 @@ def test_readme_has_the_results_numbers():
     off = max(result("equivalence")["largest_relative_difference"].values())
     assert f"at most {off:.1e} of their value".replace("e-0", "e-") in readme
     assert len({str(c["top1"]) for c in result("equivalence")["curves"].values()}) == 1
+
+
+def test_the_fitted_rate_of_matmuls_is_found():
+    """Published times made from matmuls at half of the peak rate."""
+    rows = [
+        {
+            "seconds_by_kind": {"matmuls": 3.0 + i, "attention": 1.0, "other": 2.0},
+            "estimated_seconds": 6.0 + i,
+        }
+        for i in range(4)
+    ]
+    made = [
+        RUNS[1]._replace(seconds=(4.0 + i) * 0.8 / 0.5 + 2.0, steps=1) for i in range(len(rows))
+    ]
+    pairs = list(zip(made, rows, strict=True))
+    assert fit(pairs) == pytest.approx(0.5)
+    assert [ratio(*pair, 0.5) for pair in pairs] == pytest.approx([1] * 4)
+    assert estimate(rows[0], 0.8) == rows[0]["estimated_seconds"]
+
+
+def test_published_times_are_compared_as_the_docs_say():
+    found = result("published")
+    assert [row["run"] for row in found["rows"]] == [run.name for run in RUNS]
+    text = (ROOT / "docs/speed.md").read_text()
+    for row, run in zip(found["rows"], RUNS, strict=True):
+        assert row["published_seconds"] == run.seconds
+        assert row["ratio"] == pytest.approx(row["estimated_seconds"] / run.seconds)
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {run.name}"))
+        assert f"| {row['ratio']:.2f} | {row['ratio_fitted']:.2f}" in line

@@ -53,6 +53,6 @@ def draw_time(row: Row, path: Path) -> None:
     axis.invert_yaxis()
     axis.set(xlabel="estimated ms per step", title=f"{title(row)}, batch {row['batch_size']:,}")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend()
+    axis.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
