@@ -86,19 +86,21 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(command: list[str], port: int) -> Iterator[str]:
-    """Runs a server until the end, once it accepts connections; yields its address."""
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Runs a server that ends with this process; yields its address once it accepts connections."""
+    quiet = subprocess.DEVNULL
+    guarded = ["sh", "-c", '"$@" & read -r end; kill $!', "sh", *command]
+    guard = subprocess.Popen(guarded, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port)).close()
                 break
-            assert server.poll() is None, f"{command[0]} ended"
             time.sleep(0.05)
+        else:
+            raise AssertionError(f"{command[0]} does not answer")
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.kill()
-        server.wait()
+        guard.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -1,74 +1,28 @@
-"""Tests indexes of single shards: what they hold, how they are made, and shards in buckets."""
+"""Tests indexes of single shards: what they hold, how they are made, and their catalogs."""
 
-import argparse
 import gzip
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import tracemalloc
-from collections import deque
-from itertools import islice
 
 import numpy as np
 import pytest
 
-from disco_jax.config import default
-from disco_jax.data import files, sidecar_index, sidecars, stores, tar_scan, tar_source
-from disco_jax.data.index import index, parse_arguments
-from disco_jax.data.load import Load
-from disco_jax.data.pipeline import Collate, train_batches
+from disco_jax.data import files, sidecar_index, sidecars, stores, tar_source
+from disco_jax.data.index import parse_arguments
 from disco_jax.data.sidecars import HEADER, ROW, Entry, sidecar_of
-from disco_jax.data.source import BadSample, Joined
-from disco_jax.data.sources import open_source
 from disco_jax.data.tar_index import open_index
-from disco_jax.data.tar_scan import scan
 from disco_jax.data.tar_source import TarSource
-from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.data.urls import Url, place
 from disco_jax.errors import UserError
+from tests.indexing import everything, opened, run_index, shards, upload
 from tests.tars import picture, shard, write
 
 PAIR = {"x.jpg": picture(1), "x.txt": b"one", "x.cls": b"1"}
-
-
-def run_index(pattern, out="", part="1/1", jobs=1) -> None:
-    index(argparse.Namespace(pattern=str(pattern), out=str(out), part=part, jobs=jobs))
-
-
-def opened(name, index="") -> TarSource:
-    data = default().data
-    data.caption_key, data.index = "txt", str(index)
-    source = open_source(data, str(name), "").sources[0]
-    assert isinstance(source, TarSource)
-    return source
-
-
-def shards(folder, count: int = 4) -> list:
-    """Writes shards of five samples, the second with problems and ignored members."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [shard(folder / f"{i:05}.tar", range(5 * i, 5 * i + 5)) for i in range(count)]
-    with tarfile.open(paths[1], "a") as tar:
-        for name in ("alone.txt", "odd.npy", "also.npy"):
-            tar.addfile(tarfile.TarInfo(name))
-    return paths
-
-
-def upload(bucket, folder, prefix: str = "d") -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            bucket.put(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
-
-
-def everything(source) -> tuple:
-    """Returns all that a source tells, with the keys of samples from their shard's name on."""
-    samples = [source[i] for i in range(len(source))]
-    rows = [(re.sub(r".*/(\d+\.tar)", r"\1", s.key), s.image, s.captions, s.label) for s in samples]
-    return rows, source.fingerprint, source.problems, source.ignored
 
 
 def test_rows_are_those_of_the_single_file(tmp_path):
@@ -91,151 +45,6 @@ def test_rows_are_those_of_the_single_file(tmp_path):
     content = (tmp_path / "a" / "00002.tar.idx").read_bytes()
     rows = np.frombuffer(content[HEADER + ROW * 1 : HEADER + ROW * 3], "<u4").reshape(-1, 4, 2)
     np.testing.assert_array_equal(rows, single.rows(2, 1, 3))
-
-
-@pytest.mark.parametrize("where", ["beside", "folder", "bucket"])
-@pytest.mark.parametrize("store", ["s3", "gcs"])
-def test_remote_shards_are_read_as_local_ones(store, where, request, tmp_path, monkeypatch):
-    bucket = request.getfixturevalue(store)
-    shards(tmp_path / "a")
-    whole = everything(opened(tmp_path / "a" / "*.tar"))
-    for name in (tmp_path / "a").glob(".*"):
-        name.unlink()
-    upload(bucket, tmp_path / "a")
-    out = {"beside": "", "folder": f"{tmp_path}/index", "bucket": f"{bucket.url}/index"}[where]
-    pattern = f"{bucket.url}/d/{{00000..00003}}.tar"
-    command = f"run python -m disco_jax.data.index '{pattern}'{f' --out={out}' if out else ''}$"
-    with pytest.raises(UserError, match=f"^data.name: {bucket.url}/d/00000.tar has no index.*"):
-        opened(pattern, out)
-    with pytest.raises(UserError, match=re.escape(command.replace("$", "")) + "$"):
-        opened(pattern, out)
-    if store == "gcs" and where != "folder":
-        return  # fake-gcs-server takes no uploads from obstore
-    monkeypatch.setattr(tar_scan, "CHUNK", 4096)
-    monkeypatch.setattr(sidecar_index, "_PAGE", 2)
-    run_index(pattern, out)
-    for name in (pattern, f"{bucket.url}/d/*.tar"):
-        source = opened(name, out)
-        assert everything(source) == whole
-        assert everything(pickle.loads(pickle.dumps(source))) == whole
-        assert source.left_out() == [("missing_image", f"{bucket.url}/d/00001.tar/alone", "")]
-
-
-def test_data_workers_read_from_buckets(s3, proxy, tmp_path):
-    """Workers open their own stores; what a store refuses them ends the run in a line."""
-    shards(tmp_path)
-    upload(s3, tmp_path)
-    pattern = f"{s3.url}/d/{{00000..00003}}.tar"
-    run_index(pattern)
-    data = default().data
-    data.caption_key = "txt"
-
-    def batches(name: str, workers: int):
-        source = open_source(data, str(name), "")
-        return train_batches(
-            source,
-            Load(source, data, 16, 3),
-            Collate(CLIPTokenizer(8)),
-            batch_size=8,
-            seed=3,
-            start=0,
-            num_workers=workers,
-        )
-
-    local, remote = batches(tmp_path / "*.tar", 0), batches(pattern, 1)
-    for _ in range(3):
-        np.testing.assert_array_equal(next(remote).arrays["images"], next(local).arrays["images"])
-    denied = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-    proxy.faults = [(403, denied)] * 10_000
-    with pytest.raises(UserError, match=f"^{s3.url}/d/.*: access denied: 403 Forbidden"):
-        deque(islice(remote, 50), 0)
-    remote.close()
-
-
-def test_sources_in_several_places_are_joined(s3, tmp_path):
-    """Shards of the same name in different folders may have their index in one place."""
-    shards(tmp_path / "a")
-    shards(tmp_path / "b", 2)
-    upload(s3, tmp_path / "a", "one")
-    upload(s3, tmp_path / "b", "two")
-    web = f"{s3.server}/{s3.name}/one/{{00000..00003}}.tar"
-    remote = f"{s3.url}/{{one,two}}/0000{{0,1}}.tar"
-    name = f"{remote}::{tmp_path}/b/*.tar::{web}"
-    out = tmp_path / "index"
-    run_index(name, out)
-    data = default().data
-    data.caption_key, data.index = "txt", str(out)
-    source = open_source(data, name, "")
-    assert isinstance(source, Joined)
-    numbers = [*range(10), *range(10), *range(10), *range(20)]
-    assert [source[i].image for i in range(len(source))] == [picture(n) for n in numbers]
-    assert {path.parent.name for path in out.rglob("*.idx")} == {"one", "two", "b"}
-
-
-def test_labeled_sets_may_be_remote(s3, tmp_path):
-    write(tmp_path / "0.tar", PAIR)
-    write(tmp_path / "1.tar", {k: v for k, v in PAIR.items() if k != "x.cls"})
-    upload(s3, tmp_path)
-    run_index(f"{s3.url}/d/*.tar")
-    data = default().data
-    source = open_source(
-        data, f"{s3.url}/d/*.tar", "", field="eval.sets.x.source", captions=False, label_of=int
-    )
-    assert source[0].label == 1
-    with pytest.raises(BadSample, match="missing_label"):
-        _ = source[1]
-    name = f"{s3.url}/d/1.tar"
-    with pytest.raises(UserError, match=r"^eval\.sets\.x\.source: no sample in .* has a label"):
-        open_source(data, name, "", field="eval.sets.x.source", captions=False, label_of=int)
-
-
-def test_a_shard_that_is_replaced_is_noticed(s3, tmp_path, proxy):
-    paths = shards(tmp_path, 3)
-    upload(s3, tmp_path)
-    pattern = f"{s3.url}/d/{{00000..00002}}.tar"
-    run_index(pattern)
-    source = opened(pattern)
-    same = paths[1].read_bytes().replace(b"picture number 5", b"picture number 6")
-    s3.put("d/00001.tar", same)  # of the same size
-    for number, detail in ((5, "the shard has changed"), (0, None), (10, None)):
-        if detail is None:
-            assert source[number].image == picture(number)
-            continue
-        with pytest.raises(BadSample, match=detail) as bad:
-            _ = source[number]
-        assert bad.value.kind == "unreadable"
-    assert len(opened(pattern)) == 15  # which makes no request for each shard
-    with pytest.raises(UserError, match=r"00001\.tar has no index, or has changed since"):
-        opened(f"{s3.url}/d/*.tar")  # whose listing shows it
-    proxy.requests.clear()
-    run_index(pattern)
-    read = {path.rpartition("/")[2] for verb, path, part in proxy.requests if "bytes=0" in part}
-    assert {name for name in read if name.endswith(".tar")} == {"00001.tar"}
-    assert opened(f"{s3.url}/d/*.tar")[5].captions == b"picture number 6"
-
-
-def test_an_index_made_before_the_upload_holds_after_it(s3, tmp_path):
-    shards(tmp_path / "a")
-    whole = everything(opened(tmp_path / "a" / "*.tar"))
-    run_index(tmp_path / "a" / "*.tar")
-    upload(s3, tmp_path / "a")
-    source = opened(f"{s3.url}/d/{{00000..00003}}.tar")
-    assert everything(source) == whole
-    s3.put("d/00002.tar", (tmp_path / "a" / "00002.tar").read_bytes() + bytes(512))
-    tar_source._stamp.cache_clear()
-    with pytest.raises(BadSample, match="the shard has changed"):
-        _ = opened(f"{s3.url}/d/{{00000..00003}}.tar")[10]
-
-
-def test_an_index_made_in_a_bucket_holds_for_a_local_copy(s3, tmp_path):
-    paths = shards(tmp_path / "a")
-    upload(s3, tmp_path / "a")
-    run_index(f"{s3.url}/d/*.tar")
-    for key in s3.names():
-        (tmp_path / "a" / key.removeprefix("d/")).write_bytes(s3.get(key))
-    source = TarSource(paths, "txt")
-    assert isinstance(source._index, sidecar_index.SidecarIndex)
-    assert everything(source) == everything(opened(f"{s3.url}/d/*.tar"))
 
 
 def test_spans_hold_what_their_samples_need(tmp_path, monkeypatch):
@@ -266,28 +75,34 @@ def test_spans_hold_what_their_samples_need(tmp_path, monkeypatch):
 
 
 KILLED = """
-import sys
+import sys, time
 from disco_jax.data import index
 real = index.write_sidecar
 def slow(sidecar, name, scan):
     if name == "00004.tar":
         print("here", flush=True)
-        import time; time.sleep(60)
+        time.sleep(60)
     return real(sidecar, name, scan)
 index.write_sidecar = slow
-sys.argv = ["index", sys.argv[1], "--jobs=1"]
-index.index(index.parse_arguments())
+if __name__ == "__main__":
+    sys.argv = ["index", sys.argv[1], "--jobs=2"]
+    index.index(index.parse_arguments())
 """
 
 
 def test_a_killed_command_goes_on_where_it_was(tmp_path):
+    """Its workers end with it."""
     paths = shards(tmp_path, 8)
-    command = [sys.executable, "-c", KILLED, f"{tmp_path}/*.tar"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+    (tmp_path / "command.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "command.py"), f"{tmp_path}/*.tar"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}  # noqa: PTH109
+    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=pipe, stderr=quiet, text=True, env=environment) as run:
         assert run.stdout.readline() == "here\n"
         run.send_signal(signal.SIGKILL)
+        assert run.communicate(timeout=20)[0] == ""  # whose end comes with the last worker's
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.idx")}
-    assert len(written) == 4
+    assert 4 <= len(written) < 8
     assert not (tmp_path / sidecars.CATALOG).exists()
     run_index(tmp_path / "*.tar", jobs=2)
     assert len(list(tmp_path.glob("*.idx"))) == 8
@@ -440,22 +255,6 @@ def test_odd_shards_have_an_index_too(s3, tmp_path):
     assert found[3] == {"other": 60}
 
 
-def test_streams_are_read_once_and_in_order(s3, proxy, monkeypatch):
-    """Of a shard of many chunks, each is fetched once; large members may be left out."""
-    content = np.random.default_rng(0).bytes(100_000)
-    url = Url(s3.put("x.bin", content))
-    monkeypatch.setattr(tar_scan, "CHUNK", 1024)
-    with tar_scan._content(url) as (meta, stream):
-        assert (meta.size, len(stream)) == (100_000, 100_000)
-        proxy.requests.clear()
-        for start in (0, 5, 512, 1020, 3000, 90_000, 99_000):
-            assert stream[start : start + 100] == content[start : start + 100]
-        assert stream[99_900:200_000] == content[99_900:]
-        assert stream[100_000:200_000] == b""
-    ranges = [part for *_, part in proxy.requests]
-    assert len(ranges) == len(set(ranges)) <= 20
-
-
 COUNT = 41_408
 
 
@@ -484,34 +283,6 @@ def test_a_catalog_of_a_huge_set_opens_in_seconds(tmp_path, monkeypatch):
     assert tracemalloc.get_traced_memory()[1] < 50e6  # of each data worker
     tracemalloc.stop()
     assert source.span(0, 0) == []
-
-
-def test_one_request_fetches_the_rows_of_a_range(s3, proxy, tmp_path):
-    paths = shards(tmp_path)
-    upload(s3, tmp_path)
-    run_index(f"{s3.url}/d/*.tar")
-    source = opened(f"{s3.url}/d/{{00000..00003}}.tar")
-    proxy.requests.clear()
-    rows = source._index.rows(2, 1, 4)
-    asked = [(path.rpartition("/")[2], part) for _, path, part in proxy.requests]
-    assert asked == [("00002.tar.idx", f"bytes={HEADER + 32}-{HEADER + 32 * 4 - 1}")]
-    np.testing.assert_array_equal(
-        rows, np.frombuffer(scan(paths[2]).rows, "<u4").reshape(-1, 4, 2)[1:4]
-    )
-
-
-def test_shards_on_web_servers_have_their_index_elsewhere(s3, tmp_path):
-    shards(tmp_path)
-    upload(s3, tmp_path)
-    pattern = f"{s3.server}/{s3.name}/d/{{00000..00003}}.tar"
-    with pytest.raises(UserError, match=r"^--out is missing: web servers can't be written to"):
-        run_index(pattern)
-    with pytest.raises(UserError, match=r"--out=FOLDER, and set data\.index to the folder$"):
-        opened(pattern)
-    with pytest.raises(UserError, match=r"^data\.index: hf://x is a URL of an unknown kind"):
-        opened(pattern, "hf://x")
-    run_index(pattern, tmp_path / "index")
-    assert opened(pattern, tmp_path / "index")[7].image == picture(7)
 
 
 def test_places_of_sidecars():

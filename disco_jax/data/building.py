@@ -1,10 +1,13 @@
-"""Where shared files are kept, and how they are built: by one process at a time."""
+"""Where shared files are kept, and how they are built: by one process at a time, with helpers."""
 
 import fcntl
+import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -60,6 +63,26 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
         except BaseException:
             Path(new.name).unlink(missing_ok=True)
             raise
+
+
+def workers(count: int | None) -> ProcessPoolExecutor:
+    """Returns a pool of processes that end with this one, however it ends.
+
+    They are spawned: forked ones would inherit this process's threads.
+    """
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def cache_folder() -> Path:

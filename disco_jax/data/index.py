@@ -13,11 +13,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 
+from disco_jax.data.building import workers
 from disco_jax.data.files import status
 from disco_jax.data.patterns import expand
 from disco_jax.data.sidecars import (
@@ -123,7 +122,7 @@ def _results(shards: Sequence[Place], out: str, jobs: int) -> Iterator[Entry | s
     if min(jobs, len(shards)) < 2:
         yield from map(_index_one, shards, repeat(out))
         return
-    with ProcessPoolExecutor(min(jobs, len(shards)), mp_context=get_context("spawn")) as pool:
+    with workers(min(jobs, len(shards))) as pool:
         try:
             yield from pool.map(_index_one, shards, repeat(out), chunksize=2)
         except BaseException:

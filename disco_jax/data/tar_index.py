@@ -12,8 +12,6 @@ import os
 import struct
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from disco_jax.data import tar_scan
-from disco_jax.data.building import building, cache_folder, replacing
+from disco_jax.data.building import building, cache_folder, replacing, workers
 from disco_jax.data.tar_scan import CLASS, ROW, Scan, Shard
 from disco_jax.errors import UserError
 
@@ -223,8 +221,7 @@ def _scan_all(paths: Sequence[Path]) -> Iterable[Scan]:
                 yield scan(path)
                 bar.advance(task)
             return
-        # Forked workers would inherit this process's threads; spawned workers start clean.
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        with workers(os.cpu_count()) as pool:
             for result in pool.map(scan, paths, chunksize=4):
                 yield result
                 bar.advance(task)
