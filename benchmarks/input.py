@@ -1,13 +1,14 @@
 """Times our input pipeline and OpenCLIP's, each in its own process.
 
     python benchmarks/input.py [--images=2000] [--side=512] [--peer openclip] [--json]
+    python benchmarks/input.py --remote [--workers=2]
     python benchmarks/input.py --index=1000 --entries=10000
     python benchmarks/input.py --order=400000000
 
 JPEG shards are written to a temporary folder; images are decoded and randomly cropped to 224
-pixels, captions are tokenized. CPU seconds are summed over all threads. `--index=N` instead times
-building and opening the index of N shards, in one file and in one per shard; `--order=N`, finding
-places in the orders of N samples.
+pixels, captions are tokenized. CPU seconds are summed over all threads. `--remote` instead compares
+shards on disk and in a slow bucket (remote.py); `--index=N` times building and opening the index of
+N shards, in one file and in one per shard; `--order=N`, finding places in the orders of N samples.
 """
 
 import argparse
@@ -43,14 +44,17 @@ CAPTION = "a photo of a harbour with boats, number {} of the set, taken in the e
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=2_000)
+    parser.add_argument("--images", type=int, help="default: 2,000, and 8,192 with --remote")
     parser.add_argument("--side", type=int, default=512, help="image side in pixels")
     parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=0, help="data worker processes")
+    parser.add_argument(
+        "--workers", type=int, help="data worker processes; default: 0, and 2 with --remote"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--peer", choices=("openclip",), help="also time OpenCLIP, which must be installed"
     )
+    parser.add_argument("--remote", action="store_true", help="compare local and remote shards")
     parser.add_argument("--index", type=int, help="time the index of this many shards instead")
     parser.add_argument("--entries", type=int, default=10_000, help="samples per indexed shard")
     parser.add_argument("--order", type=int, help="time the orders of this many samples instead")
@@ -58,6 +62,9 @@ def parse_arguments() -> argparse.Namespace:
         "--json", action="store_true", help="print the result as JSON on the last line"
     )
     arguments = parser.parse_args()
+    arguments.images = arguments.images or (8_192 if arguments.remote else 2_000)
+    if arguments.workers is None:
+        arguments.workers = 2 if arguments.remote else 0
     if arguments.images < 2 * arguments.batch:
         parser.error(f"--images is {arguments.images}; it must hold two batches, one to warm up")
     return arguments
@@ -265,6 +272,14 @@ def main() -> None:
         show_orders(orders, arguments.order)
         if arguments.json:
             print(json.dumps(orders))
+        return
+    if arguments.remote:
+        from remote import measure_remote, show_remote
+
+        rates = measure_remote(arguments, write_shards)
+        show_remote(rates, arguments.workers)
+        if arguments.json:
+            print(json.dumps(rates))
         return
     if arguments.index:
         result: dict[str, Any] = measure_index(arguments.index, arguments.entries)
