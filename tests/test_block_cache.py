@@ -1,21 +1,25 @@
 """Tests that blocks of remote shards are fetched ahead, once, and hold what local shards hold."""
 
+import contextlib
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from disco_jax.config import default
-from disco_jax.data import block_cache, stores
-from disco_jax.data.block_cache import PREFIX, OwnFolder
+from disco_jax.data import block_cache, stores, train_data
+from disco_jax.data.block_cache import PREFIX, OwnFolder, identity_of, own_lanes
 from disco_jax.data.block_files import Chunk, Chunks
+from disco_jax.data.block_order import BlockOrder
 from disco_jax.data.load import Load
-from disco_jax.data.order import make_order
+from disco_jax.data.order import by_lane, make_order
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import Joined
 from disco_jax.data.sources import open_source
@@ -147,10 +151,10 @@ def test_every_byte_is_fetched_once_an_epoch(remote, local, tmp_path, proxy, str
     assert 0.9 * data < fetched < 2 * 1.1 * data  # the second epoch's blocks may be there too
 
 
-def test_blocks_that_are_used_up_are_removed(remote, tmp_path, streams):
+def test_blocks_that_are_used_up_are_removed(remote, tmp_path, streams, monkeypatch):
+    monkeypatch.setattr(train_data, "limit_of", lambda *_: 1)  # only what the next batches need
     cache = tmp_path / "c"
     stream = streams(config_of(f"{remote.url}/d/*.tar", cache))
-    stream.fetching._limit = 1  # only what the next batches need
     most = 0
     for _ in range(30):
         stream.next()
@@ -158,6 +162,41 @@ def test_blocks_that_are_used_up_are_removed(remote, tmp_path, streams):
     assert most < SAMPLES / 8
     stream.close()
     assert list(cache.iterdir()) == []
+
+
+def test_removed_blocks_are_not_kept_open(remote, tmp_path, streams):
+    """As long as a process has one open, its space is not free."""
+    stream = streams(config_of(f"{remote.url}/d/*.tar", tmp_path / "c"), workers=2)
+    stream.keys(25)
+    pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+    assert len(pids) > 2
+    deadline = time.monotonic() + 10
+    while any(removed_blocks(pid) for pid in pids):  # one that is being read is closed soon
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def removed_blocks(pid):
+    """Returns the removed blocks that a process has open."""
+    found = []
+    for opened in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(opened.readlink().name)
+    return [name for name in found if name.endswith(".block (deleted)")]
+
+
+def test_lanes_of_a_process_hold_its_rows():
+    """But for the rows of an epoch's end, where some lanes have a block more than others."""
+    for lanes, batch, processes in ((4, 20, 2), (4, 20, 4), (8, 12, 3), (8, 20, 2), (16, 4, 2)):
+        order = BlockOrder(6 * lanes * 3 - 2, 0, 3, 2, lanes)
+        for rows in np.split(np.arange(batch), processes):
+            own = own_lanes(order, lanes, batch, rows)
+            if batch % lanes == 0:
+                assert len(own) == lanes // processes
+            for first in range(0, 20 * order.length, batch):
+                if first % order.length < order.length - 3 * lanes - batch:
+                    places = by_lane(order, first, batch)[rows]
+                    assert own.issuperset(order.lanes_of(places).tolist())
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -203,6 +242,23 @@ def test_a_run_resumes_with_what_a_killed_one_had_fetched(remote, local, tmp_pat
     assert (alive.path / "0-0-8.block").exists()
     assert (cache / "notes.txt").exists()
     alive.remove()
+
+
+def test_a_block_that_a_crash_has_cut_is_fetched_again(remote, local, tmp_path, streams):
+    cache = tmp_path / "c"
+    config = config_of(f"{remote.url}/d/*.tar", cache)
+    ended = OwnFolder(cache, identity_of(open_source(config.data, config.data.name, "")))
+    stream = streams(config)
+    stream.keys(1)
+    blocks = list(stream.fetching._own.path.glob("*.block"))
+    for block, size in zip(blocks, (0, 5, 100, 1000), strict=False):
+        whole = block.read_bytes()
+        assert len(whole) > 1000
+        (ended.path / block.name).write_bytes(whole[:size])
+    stream.close()
+    os.close(ended._file)
+    assert streams(config).keys(4) == expected(local, 4)
+    assert not ended.path.exists()
 
 
 def test_disturbed_requests_lose_no_sample(remote, local, tmp_path, proxy, streams, monkeypatch):

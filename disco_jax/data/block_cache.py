@@ -22,7 +22,15 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from disco_jax.data.block_files import FAILED, SUFFIX, BlockReader, Chunk, Chunks, write_block
+from disco_jax.data.block_files import (
+    FAILED,
+    SUFFIX,
+    BlockReader,
+    Chunk,
+    Chunks,
+    is_whole,
+    write_block,
+)
 from disco_jax.data.block_order import Window
 from disco_jax.data.order import Order, by_lane
 from disco_jax.data.source import Joined
@@ -31,7 +39,7 @@ from disco_jax.errors import UserError
 
 PREFIX = "disco_jax_blocks-"
 THREADS = 16  # blocks that are fetched at once
-BATCHES = 8  # from whose rows a process's lanes are found
+BEGINNINGS = 64  # lanes with which a batch may begin, from which a process's lanes are found
 FREE = 0.9  # share of the free space that a cache may take by default
 
 
@@ -184,7 +192,9 @@ class Fetching:
                 raise UserError(f"data.cache: {path} can't be written: {error.strerror}") from error
             # The block is counted as bad samples and replaced, as a shard that can't be read.
             reason = error.strerror or str(error)
-            path.with_suffix(FAILED).write_text(f"{error.filename}\n{reason}")
+            failed = path.with_suffix(".part")
+            failed.write_text(f"{error.filename}\n{reason}")
+            failed.rename(path.with_suffix(FAILED))
             size = 0
         with self._changed:
             if chunk in self._sizes:
@@ -241,7 +251,7 @@ class OwnFolder:
             else:
                 folder = lock.with_suffix("")
                 if lock.name.startswith(same):
-                    for block in folder.glob(f"*{SUFFIX}"):
+                    for block in filter(is_whole, folder.glob(f"*{SUFFIX}")):
                         block.rename(self.path / block.name)
                 _remove(folder)
                 lock.unlink(missing_ok=True)
@@ -333,14 +343,16 @@ def default_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"disco_jax-{os.getuid()}"
 
 
-def own_lanes(order: Order, first: int, batch_size: int, rows: np.ndarray) -> frozenset[int]:
-    """Returns the lanes that `rows` of the batches from place `first` on are taken from.
+def own_lanes(order: Order, lanes: int, batch_size: int, rows: np.ndarray) -> frozenset[int]:
+    """Returns the lanes, of `lanes`, that a process takes its rows of the batches from.
 
-    Where lanes divide the batch, they are the same for all batches, but for the end of an epoch. A
+    Where they divide the batch, they are the same for all batches, but for the end of an epoch. A
     row of another lane is read by itself.
     """
-    lanes: set[int] = set()
-    for batch in range(BATCHES):
-        places = by_lane(order, first + batch * batch_size, batch_size)[rows]
-        lanes.update(order.lanes_of(places).tolist())
-    return frozenset(lanes)
+    if batch_size < lanes:  # which row takes a sample from which lane changes with the epoch
+        return frozenset(range(lanes))
+    found: set[int] = set()
+    for first in range(0, lanes, max(lanes // BEGINNINGS, 1)):
+        places = by_lane(order, first, batch_size)[rows]
+        found.update(order.lanes_of(places).tolist())
+    return frozenset(found)

@@ -3,14 +3,12 @@
 A file begins with JSON that lists its spans of shards. Their rows follow, then their bytes.
 """
 
-import itertools
 import json
 import os
 import struct
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +22,7 @@ SUFFIX, FAILED = ".block", ".failed"
 _LENGTH = struct.Struct("<4sI")  # magic, length of the JSON
 _MAGIC = b"DJB1"
 PART = 8 << 20  # bytes per request
-_OPEN = 256  # files that a process keeps open
+_START = 512  # bytes in which the JSON usually ends
 _POLL = (0.001, 0.05)  # seconds between looks for a file that is being fetched: the first, the most
 
 
@@ -107,32 +105,47 @@ class BlockReader:
 
 
 class BlockFile:
-    """A file of a block, which is closed when nothing refers to it anymore."""
+    """A file of a block, which is closed when nothing refers to it anymore.
+
+    It is opened anew for each sample: as long as a process has it open, its space is not free.
+
+    Raises:
+      FileNotFoundError: if there is none.
+    """
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        _, length = _LENGTH.unpack(os.pread(self._file, _LENGTH.size, 0))
-        spans = json.loads(os.pread(self._file, length, _LENGTH.size))
-        self._numbers = [span[0] for span in spans]
-        self._stops = list(itertools.accumulate(span[1] for span in spans))
-        start = _LENGTH.size + length
-        rows = os.pread(self._file, ROW * self._stops[-1], start)
-        self._rows = np.frombuffer(rows, "<u4").reshape(-1, 4, 2)
-        # For each shard: offset of its first byte in the file, less that in the shard.
-        self._offsets: dict[int, int] = {}
-        begin = start + len(rows)
-        for number, _, first, stop in spans:
-            self._offsets[number] = begin - first
-            begin += stop - first
+        start = os.pread(self._file, _START, 0)
+        length = _LENGTH.unpack(start[: _LENGTH.size])[1]
+        self._begin = _LENGTH.size + length  # of the rows
+        if self._begin > _START:
+            start += os.pread(self._file, self._begin - _START, _START)
+        self._spans = json.loads(start[_LENGTH.size : self._begin])
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes, by its header."""
+        rest = sum(ROW * samples + stop - first for _, samples, first, stop in self._spans)
+        return self._begin + rest
 
     def row(self, place: int) -> tuple[int, list[list[int]]]:
         """Returns the number of the shard of a sample of the block, and the sample's row."""
-        number = self._numbers[bisect_right(self._stops, place)]
-        return number, self._rows[place].tolist()
+        row = os.pread(self._file, ROW, self._begin + ROW * place)
+        stop = 0
+        for number, samples, *_ in self._spans:
+            stop += samples
+            if place < stop:
+                return number, np.frombuffer(row, "<u4").reshape(4, 2).tolist()
+        raise IndexError(place)
 
     def reader(self, number: int) -> Callable[[Shard, int, int], bytes]:
         """Returns a function that reads bytes of shard `number`, as `tar_source.read_shard`."""
-        offset = self._offsets[number]
+        offset = self._begin + ROW * sum(span[1] for span in self._spans)
+        for other, _, first, stop in self._spans:
+            if other == number:
+                offset -= first
+                break
+            offset += stop - first
 
         def read(shard: Shard, start: int, stop: int) -> bytes:
             return os.pread(self._file, stop - start, offset + start)
@@ -142,6 +155,14 @@ class BlockFile:
     def __del__(self):
         if hasattr(self, "_file"):
             os.close(self._file)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file holds all of its block; after a crash of the system, it may not."""
+    try:
+        return BlockFile(path).size == path.stat().st_size
+    except (OSError, ValueError, TypeError, struct.error):
+        return False
 
 
 def write_block(path: Path, spans: list[Span], read: Callable[[int, int, int], bytes]) -> int:
@@ -160,11 +181,6 @@ def write_block(path: Path, spans: list[Span], read: Callable[[int, int, int], b
     return size
 
 
-@lru_cache(_OPEN)
-def _opened(path: Path) -> BlockFile:
-    return BlockFile(path)
-
-
 def _awaited(path: Path) -> BlockFile:
     """Opens a block's file, as soon as it is there.
 
@@ -174,7 +190,7 @@ def _awaited(path: Path) -> BlockFile:
     pause = _POLL[0]
     while True:
         try:
-            return _opened(path)
+            return BlockFile(path)
         except FileNotFoundError:
             failed = path.with_suffix(FAILED)
             if failed.exists():

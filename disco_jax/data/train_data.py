@@ -178,7 +178,7 @@ def fetching_of(
     chunks = Chunks(source, data.block_size, bool(data.weights), local=bool(data.cache))
     if not chunks.copied:
         return None
-    lanes = own_lanes(order, start, config.batch_size, rows)
+    lanes = own_lanes(order, data.lanes, config.batch_size, rows)
     folder = Path(data.cache).expanduser() if data.cache else default_folder()
     needs = needs_of(source, chunks, len(lanes), data.block_size, data.window)
     limit = limit_of(folder, data.cache_bytes, needs, processes_on_host())
