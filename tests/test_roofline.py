@@ -174,6 +174,38 @@ def test_collectives_run_beside_what_the_compiler_put_between():
     assert hidden.collective_seconds == bare.collective_seconds == wire
 
 
+def test_waiting_for_a_collective_belongs_to_its_part():
+    """Nothing is waited for if a kernel of 321 s hides the 241 s of the collective."""
+    start = (
+        "%s = (f32[10,4]{1,0}, f32[40,4]{1,0}) all-gather-start(%rows.9), dimensions={0}, "
+        'replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/jvp(loss)/all_gather"}'
+    )
+    other = '%n = f32[10,4]{1,0} negate(%rows.9), metadata={op_name="jit(f)/optimizer/neg"}'
+    wire, kernel = 1 + 640 * 3 / 4 / 2, 1 + 320
+    bare = seconds(start, "%d = f32[40,4]{1,0} all-gather-done(%s)", other)
+    assert bare.spent == {("loss", "communication"): wire, ("optimizer", "other"): kernel}
+    hidden = seconds(start, other, "%d = f32[40,4]{1,0} all-gather-done(%s)")
+    assert hidden.spent == {("optimizer", "other"): kernel}
+    assert bare.by_part() == {"loss": {"communication": wire}, "optimizer": {"other": kernel}}
+
+
+def test_kernels_without_a_part_belong_to_that_of_their_loop():
+    loop = (
+        "%loop = (s32[], f32[10,4]{1,0}) while(%state.9), condition=%condition, body=%body, "
+        'backend_config={"known_trip_count":{"n":"10"}}'
+    )
+    state = "%state.9 = (s32[], f32[10,4]{1,0}) tuple(%zero.9, %rows.9)"
+    named = f'{loop}, metadata={{op_name="jit(f)/transpose(jvp(image_tower))/while"}}'
+    assert {part for part, _ in seconds(state, named).spent} == {"image_tower"}
+    assert seconds(state, loop).by_part().keys() == {"rest"}
+    inner = PROGRAM.replace(
+        "calls=%read_slice", 'calls=%read_slice, metadata={op_name="jit(f)/text_tower/add"}'
+    )
+    lines = "\n".join(f"  {line}" for line in (*HEAD, state, named))
+    spent = estimate(Program(f"{inner}{lines}\n}}\n"), RATES).spent
+    assert {part for part, _ in spent} == {"image_tower", "text_tower"}
+
+
 def test_rates_of_links():
     assert RATES.collective("all-reduce", 80, 4) == 1 + 2 * 80 * 3 / 4 / 2
     assert RATES.collective("all-gather", 80, 8) == 1 + 80 * 7 / 8 / 2  # 4 adapters beat a link
