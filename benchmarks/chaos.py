@@ -1,31 +1,43 @@
 """Kills a training run at random moments, restarts it, and compares it with an undisturbed run.
 
-    python benchmarks/chaos.py [--kills=30] [--processes=1] [--workers=2] [--steps=1200] [--json]
+    python benchmarks/chaos.py [--kills=30] [--processes=1] [--workers=2] [--steps=1200] [--s3]
+        [--json]
 
 The run trains on tar shards made from `shapes`. Half of the kills are kill -9, of one process or of
 all; the other half are a SIGTERM to one process, after which the run must save and exit with its
 documented code. The comparison covers the keys of all samples in order, the metrics of all steps,
 the final parameters bit for bit, and the names in /dev/shm before and after.
+
+With `--s3`, the run fetches blocks of ten of the shards from a bucket, on moto's server, while
+the undisturbed one reads local files in the same order. Keys are then compared from the shard's
+name on, and the cache of blocks must be as empty at the end as it was at the start.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 NOTICE = 200  # steps at the end of the run that are not interrupted
+# Of `--s3`: an epoch of 10,000 samples has 157 blocks.
+BLOCKS = {"data.order": "blocks", "data.block_size": 64, "data.window": 4, "data.lanes": 8}
 sys.path.insert(0, str(ROOT))
 
+from disco_jax.data import stores  # noqa: E402
 from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED  # noqa: E402
 
 
@@ -39,15 +51,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, default=Path("data"), help="folder of the TFDS datasets"
     )
+    parser.add_argument("--s3", action="store_true", help="train from a bucket")
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON on the last line"
     )
     return parser.parse_args()
 
 
-def start(arguments: argparse.Namespace, shards: Path, workdir: Path) -> list[subprocess.Popen]:
-    options = {
-        "data.name": f"{shards}/*.tar",
+def start(
+    arguments: argparse.Namespace, data: dict[str, Any], workdir: Path
+) -> list[subprocess.Popen]:
+    options = data | {
         "data.dir": arguments.data.absolute(),
         "data.num_workers": arguments.workers,
         "data.record_keys": True,
@@ -82,6 +96,31 @@ def start(arguments: argparse.Namespace, shards: Path, workdir: Path) -> list[su
             )
         )
     return jobs
+
+
+@contextlib.contextmanager
+def places(arguments: argparse.Namespace, folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """Makes the shards; yields the fields of the undisturbed run's data and of the other's."""
+    shards = folder / "shards"
+    make = [sys.executable, "-m", "disco_jax.data.make_tars", "shapes", f"--out={shards}"]
+    subprocess.run([*make, f"--dir={arguments.data.absolute()}"], cwd=ROOT, check=True)
+    if not arguments.s3:
+        yield [{"data.name": f"{shards}/*.tar"}] * 2
+        return
+    from tests.object_stores import free_port, serving
+
+    port = free_port()
+    code = f"from moto.server import main; main(['-p', '{port}'])"
+    with serving([sys.executable, "-c", code], port) as address:
+        os.environ |= {"AWS_ENDPOINT_URL": address, "NO_PROXY": "127.0.0.1"}
+        os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        urllib.request.urlopen(urllib.request.Request(f"{address}/shards", method="PUT")).close()
+        for shard in sorted(shards.glob("0000?.tar")):
+            stores.write(f"s3://shards/{shard.name}", shard.read_bytes())
+        index = [sys.executable, "-m", "disco_jax.data.index", "s3://shards/*.tar"]
+        subprocess.run(index, cwd=ROOT, check=True)
+        local = {"data.name": f"{shards}/0000?.tar", **BLOCKS}
+        yield [local, local | {"data.name": "s3://shards/*.tar", "data.cache": folder / "cache"}]
 
 
 def log(workdir: Path, index: int) -> Path:
@@ -143,13 +182,20 @@ def last_step(workdir: Path) -> int:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """Reads a .jsonl file, without the values that depend on time."""
+    """Reads a .jsonl file, without what depends on time or on where the data are."""
     if not path.exists():
         return []
     whole = path.read_text().rpartition("\n")[0]  # the last line may be incomplete
     found = [json.loads(line) for line in whole.splitlines()]
+    for row in found:
+        if "keys" in row:
+            row["keys"] = [re.sub(r".*/(?=[^/]*\.tar/)", "", key) for key in row["keys"]]
     return [
-        {k: v for k, v in row.items() if not k.endswith("per_second") and k[:5] != "time/"}
+        {
+            k: v
+            for k, v in row.items()
+            if not k.endswith("per_second") and k[:5] != "time/" and k != "data/cache_mib"
+        }
         for row in found
     ]
 
@@ -197,11 +243,9 @@ def main() -> None:
     moments = random.Random(arguments.seed)
     done: Counter[str] = Counter()
     shared = names_in_shared_memory()
-    with tempfile.TemporaryDirectory() as folder:
-        shards, calm, shaken = (Path(folder) / name for name in ("shards", "calm", "shaken"))
-        make = [sys.executable, "-m", "disco_jax.data.make_tars", "shapes", f"--out={shards}"]
-        subprocess.run([*make, f"--dir={arguments.data.absolute()}"], cwd=ROOT, check=True)
-        finish(start(arguments, shards, calm), calm)
+    with tempfile.TemporaryDirectory() as name, places(arguments, folder := Path(name)) as data:
+        calm, shaken = folder / "calm", folder / "shaken"
+        finish(start(arguments, data[0], calm), calm)
         print("undisturbed: done", flush=True)
         most = max(arguments.steps - NOTICE, arguments.kills)
         for kill in range(arguments.kills):
@@ -211,17 +255,18 @@ def main() -> None:
             early = kill in (0, arguments.kills - 1)
             forward = moments.randint(1, most // arguments.kills)
             step = 0 if early else min(last_step(shaken) + forward, most)
-            what = disturb(start(arguments, shards, shaken), shaken, step, moments)
+            what = disturb(start(arguments, data[1], shaken), shaken, step, moments)
             if not what:
                 raise SystemExit("the run ended before it was killed; increase --steps")
             done[what] += 1
             print(f"{kill + 1}: {what} at step {last_step(shaken)}", flush=True)
-        finish(start(arguments, shards, shaken), shaken)
+        finish(start(arguments, data[1], shaken), shaken)
         same = {
             "keys": files(calm, "keys") == files(shaken, "keys"),
             "metrics": rows(calm / "metrics.jsonl") == rows(shaken / "metrics.jsonl"),
             "parameters": parameters(calm, arguments.steps) == parameters(shaken, arguments.steps),
             "shared memory": names_in_shared_memory() == shared,
+            "cache": not arguments.s3 or not any((folder / "cache").iterdir()),
         }
     print(", ".join(f"{count} x {what}" for what, count in done.items()))
     for what, equal in same.items():

@@ -5,9 +5,11 @@ import os
 import re
 import sys
 import tarfile
+from importlib.metadata import version
 
+import PIL
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from disco_jax.data import index, inspect, make_tars
 from disco_jax.data.tar_source import TarSource
@@ -43,6 +45,20 @@ def bad_table(folder) -> list[tuple[str, str]]:
 def listed(path) -> list[tuple[str, str]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [(row["kind"], os.path.relpath(row["key"], path.parent.parent)) for row in rows]
+
+
+def test_inspect_tells_the_image_libraries(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "0.tar", PAIR)
+    monkeypatch.chdir(tmp_path)
+    run(inspect.inspect, inspect.parse_arguments, monkeypatch, "0.tar")
+    out = capsys.readouterr().out
+    assert re.search(rf"images resized by +│ +Pillow {version('pillow')} ", out)
+    assert re.search(r"JPEGs decoded by +│ +libjpeg-turbo \d+\.\d", out)
+    monkeypatch.setattr(PIL, "__version__", "12.1.1.post0")
+    monkeypatch.setattr(features, "version", {"libjpeg_turbo": None, "jpg": "9.6"}.get)
+    monkeypatch.setattr(features, "check", lambda name: name != "webp")
+    told = ["pillow-simd 12.1.1.post0, without WebP", "libjpeg 9.6, not turbo"]
+    assert list(inspect.image_libraries().values()) == told
 
 
 def test_inspect_lists_all_bad_samples_and_draws_where_asked(tmp_path, monkeypatch, capsys):

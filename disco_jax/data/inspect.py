@@ -1,8 +1,8 @@
 """Summarizes a source: python -m disco_jax.data.inspect 'shards/*.tar' [--caption_key=txt].
 
 Prints sample counts, image sizes, caption lengths with the `model.text_groups` that suit them, bad
-samples by kind and the reading speed, draws a contact sheet of samples, and lists all bad samples
-in a file.
+samples by kind, the reading speed and the libraries that it depends on, draws a contact sheet of
+samples, and lists all bad samples in a file.
 """
 
 import argparse
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 from ml_collections import ConfigDict
+from PIL import features
 from rich.progress import track
 from rich.table import Table
 
@@ -159,7 +161,18 @@ def _table(name: str, source: Joined, seen: Seen, opened: float) -> Table:
         table.add_row(f"model.text_groups for {TEXTS} texts a device", groups or '""')
         table.add_row("distinct captions", f"{len(set(seen.captions)) / good:.1%}")
         table.add_row("images/s, one process", f"{good / max(seen.seconds, 1e-9):,.0f}")
+        for what, library in image_libraries().items():
+            table.add_row(what, library)
     return table
+
+
+def image_libraries() -> dict[str, str]:
+    """Returns the names and versions of what decodes and resizes images, by what it does."""
+    pillow = "pillow-simd" if ".post" in PIL.__version__ else "Pillow"  # as no Pillow is numbered
+    webp = "" if features.check("webp") else ", without WebP"
+    turbo = features.version("libjpeg_turbo")
+    jpeg = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}, not turbo"
+    return {"images resized by": f"{pillow} {PIL.__version__}{webp}", "JPEGs decoded by": jpeg}
 
 
 def _spread(values: np.ndarray | list[int]) -> str:
