@@ -152,6 +152,23 @@ def test_a_loop_counts_its_turns_and_a_slice_what_it_reads():
     assert cost.seconds == cost.kernels + cost.bytes
 
 
+def test_elements_of_tuples_are_operands_too():
+    """As jax 0.12's compiler prints them."""
+    lines = (
+        "%state.9 = (s32[], f32[10,4]{1,0}) tuple(%zero.9, %rows.9)",
+        "%loop = (s32[], f32[10,4]{1,0}) while(%state.9), condition=%condition, body=%body, "
+        'backend_config={"known_trip_count":{"n":"10"}}',
+        "%n = f32[10,4]{1,0} negate(%loop#1)",
+    )
+    text = PROGRAM + "\n".join(f"  {line}" for line in (*HEAD, *lines)) + "\n}\n"
+    short = "\n".join(line for line in text.splitlines() if "get-tuple-element(%state)" not in line)
+    short = short.replace("fusion(%rows, ", "fusion(%state#1, ").replace("%i)", "%state#0)")
+    short = short.replace("tuple(%i,", "tuple(%state#0,")
+    assert short.count("#") == 6
+    assert estimate(Program(short), RATES) == estimate(Program(text), RATES)
+    assert estimate(Program(text), RATES).bytes == 10 * 72 + 320
+
+
 @pytest.mark.parametrize(
     "branches",
     ["true_computation=%usual, false_computation=%rare", "branch_computations={%rare, %usual}"],
