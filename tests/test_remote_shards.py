@@ -11,6 +11,7 @@ import pytest
 from disco_jax.config import default
 from disco_jax.data import sidecar_index, tar_scan, tar_source
 from disco_jax.data.load import Load
+from disco_jax.data.order import make_order
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.sidecars import HEADER
 from disco_jax.data.source import BadSample, Joined
@@ -61,16 +62,15 @@ def test_data_workers_read_from_buckets(s3, proxy, tmp_path):
     pattern = f"{s3.url}/d/{{00000..00003}}.tar"
     run_index(pattern)
     data = default().data
-    data.caption_key = "txt"
+    data.caption_key, data.order = "txt", "global"
 
     def batches(name: str, workers: int):
         source = open_source(data, str(name), "")
         return train_batches(
-            source,
+            make_order(data, 3, source),
             Load(source, data, 16, 3),
             Collate(CLIPTokenizer(8)),
             batch_size=8,
-            seed=3,
             start=0,
             num_workers=workers,
         )

@@ -152,21 +152,17 @@ def test_a_loop_counts_its_turns_and_a_slice_what_it_reads():
     assert cost.seconds == cost.kernels + cost.bytes
 
 
-def test_elements_of_tuples_are_operands_too():
-    """As jax 0.12's compiler prints them."""
-    lines = (
-        "%state.9 = (s32[], f32[10,4]{1,0}) tuple(%zero.9, %rows.9)",
-        "%loop = (s32[], f32[10,4]{1,0}) while(%state.9), condition=%condition, body=%body, "
-        'backend_config={"known_trip_count":{"n":"10"}}',
-        "%n = f32[10,4]{1,0} negate(%loop#1)",
+def test_an_asynchronous_fusion_takes_what_a_fusion_takes():
+    """As jax 0.12's compiler schedules updates of one slice; its result repeats the operands."""
+    start = (
+        "%s = ((f32[10,4]{1,0}, f32[4]{0}, s32[]), f32[10,4]{1,0}, u32[]) "
+        "fusion-start(%rows.9, %v, %zero.9), kind=kLoop, calls=%write_slice"
     )
-    text = PROGRAM + "\n".join(f"  {line}" for line in (*HEAD, *lines)) + "\n}\n"
-    short = "\n".join(line for line in text.splitlines() if "get-tuple-element(%state)" not in line)
-    short = short.replace("fusion(%rows, ", "fusion(%state#1, ").replace("%i)", "%state#0)")
-    short = short.replace("tuple(%i,", "tuple(%state#0,")
-    assert short.count("#") == 6
-    assert estimate(Program(short), RATES) == estimate(Program(text), RATES)
-    assert estimate(Program(text), RATES).bytes == 10 * 72 + 320
+    plain = "%w = f32[10,4]{1,0} fusion(%rows.9, %v, %zero.9), kind=kLoop, calls=%write_slice"
+    value = "%v = f32[4]{0} parameter(4)"
+    cost = seconds(value, start, "%w = f32[10,4]{1,0} fusion-done(%s)")
+    assert cost == seconds(value, plain)
+    assert cost.bytes == 16 + 4 + 16
 
 
 @pytest.mark.parametrize(

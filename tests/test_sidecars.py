@@ -55,10 +55,10 @@ def test_spans_hold_what_their_samples_need(tmp_path, monkeypatch):
     for _ in range(30):
         first, stop = sorted(rng.integers(0, 16, 2).tolist())
         spans = source.span(first, stop)
-        assert [span.shard.path for span in spans] == [
+        assert [source.shards[span.number].path for span in spans] == [
             str(path) for i, path in enumerate(paths) if max(first, 5 * i) < min(stop, 5 * i + 5)
         ]
-        there = {span.shard.path: span for span in spans}
+        there = {source.shards[span.number].path: span for span in spans}
 
         def within(one, start, end, there=there):
             span = there[one.path]
@@ -69,7 +69,9 @@ def test_spans_hold_what_their_samples_need(tmp_path, monkeypatch):
         for i in range(first, stop):
             assert source[i].image == picture(i)
         if spans:  # as small as can be
-            assert content[spans[0].shard.path][spans[0].start :].startswith(b"%09d.jpg" % first)
+            assert content[source.shards[spans[0].number].path][spans[0].start :].startswith(
+                b"%09d.jpg" % first
+            )
     sizes = [span.stop - span.start for span in source.span(0, 15)]
     assert sum(sizes) < sum(map(len, content.values()))
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,14 @@ class Commands:
 
     def __init__(self, seconds: float, platform: str):
         self._end = time.monotonic() + seconds
-        # Several programs may use a device at once, one of them with an allocator of its own.
-        self.environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self._cache = tempfile.TemporaryDirectory()
+        self.environment = {
+            # Runs that are started again need not compile again.
+            "JAX_COMPILATION_CACHE_DIR": self._cache.name,
+            **os.environ,
+            # Several programs may use a device at once, one of them with an allocator of its own.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
         if platform == "cpu":
             self.environment["JAX_PLATFORMS"] = "cpu"
 

@@ -74,10 +74,8 @@ class Program:
                 self.computations[name] = {}
                 self.entry = name if head[1] else self.entry
             elif name and (match := _INSTRUCTION.match(line.strip())):
-                instruction, body = _instruction(match), self.computations[name]
-                for operand in instruction.operands:
-                    _add_element(body, operand)
-                body[instruction.name] = instruction
+                instruction = _instruction(match)
+                self.computations[name][instruction.name] = instruction
 
     @cached_property
     def devices(self) -> int:
@@ -174,19 +172,8 @@ def _instruction(match: re.Match[str]) -> Instruction:
         Shape(dtype, tuple(int(d) for d in dims.split(",") if d), "S(1)" in layout)
         for dtype, dims, layout in _ARRAY.findall(result)
     )
-    operands = tuple(re.findall(r"%([\w.\-]+(?:#\d+)?)", _until_closed(text)))
+    operands = tuple(re.findall(r"%([\w.\-]+)", _until_closed(text)))
     return Instruction(name, opcode, arrays, operands, bool(root), text)
-
-
-def _add_element(body: dict[str, Instruction], operand: str) -> None:
-    """Adds the element of a tuple that an operand names, e.g. `state#1`, as an instruction.
-
-    Since jax 0.12, XLA prints such operands without an instruction of their own.
-    """
-    base, _, index = operand.partition("#")
-    if index and operand not in body:
-        array = body[base].arrays[int(index)]
-        body[operand] = Instruction(operand, "get-tuple-element", (array,), (base,), False, "")
 
 
 def _until_closed(text: str) -> str:

@@ -37,6 +37,7 @@ FREE = frozenset(
         "domain",
     ]
 )
+FUSIONS = ("fusion", "fusion-start")  # the second, since jax 0.12, runs on a stream of its own
 SLICES = ("dynamic-slice", "slice", "gather")
 COMMUNICATION = "communication"  # time in which a device waits for a collective
 _PART = re.compile(rf"\b({'|'.join(PARTS)})\b")
@@ -176,7 +177,7 @@ class _Walk:
             cost.spend(seconds, part_of(instruction), kind_of(instruction, cost))
             return cost
         body = None
-        if instruction.opcode == "fusion":
+        if instruction.opcode in FUSIONS:
             body = self.program.computations[self.program.called(instruction)[0]]
         cost = Cost(kernels=1)
         cost.bytes = self._written(instruction, body) + self._read(instruction, scope, body)
@@ -238,7 +239,7 @@ class _Walk:
     def _flops(self, instruction: Instruction, scope: str) -> Counter[str]:
         """Returns the FLOPs of the matmuls in a kernel, by the dtype of their operands."""
         total: Counter[str] = Counter()
-        if instruction.opcode == "fusion":
+        if instruction.opcode in FUSIONS:
             for name in self.program.called(instruction):
                 for inner in self.program.computations[name].values():
                     total += self._flops(inner, name)
