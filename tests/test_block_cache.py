@@ -1,14 +1,17 @@
 """Tests that blocks of remote shards are fetched ahead, once, and hold what local shards hold."""
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,6 +167,7 @@ def test_blocks_that_are_used_up_are_removed(remote, tmp_path, streams, monkeypa
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system shows no open files")
 def test_removed_blocks_are_not_kept_open(remote, tmp_path, streams):
     """As long as a process has one open, its space is not free."""
     stream = streams(config_of(f"{remote.url}/d/*.tar", tmp_path / "c"), workers=2)
@@ -288,6 +292,37 @@ def test_a_cache_that_is_too_small_is_told_before_the_run(remote, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^data\.cache: .*file/c can't be created"):
         Stream(config_of(f"{remote.url}/d/*.tar", tmp_path / "file" / "c"))
+
+
+def test_processes_that_start_together_do_not_take_each_other_for_ended(tmp_path, monkeypatch):
+    made, flock = [], fcntl.flock
+
+    def between(file, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        made.append(OwnFolder(tmp_path, "a" * 16))
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", between)  # a process that starts while this one does
+    made.append(OwnFolder(tmp_path, "a" * 16))
+    assert len(list(tmp_path.glob("*.lock"))) == 2
+    for folder in made:
+        folder.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_an_ended_run_has_left_counts_as_room(remote, local, tmp_path, streams, monkeypatch):
+    """Otherwise a run that was killed with a full cache could not go on."""
+    cache = tmp_path / "c"
+    whole = sum(path.stat().st_size for path in local.glob("*.tar"))
+    ended = OwnFolder(cache, "f" * 16)
+    (ended.path / "0-0-8.block").write_bytes(bytes(2 * whole))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    config = config_of(f"{remote.url}/d/*.tar", cache)
+    with pytest.raises(UserError, match=r"may take 0\.0 GiB \(free space\)"):
+        Stream(config)
+    os.close(ended._file)
+    streams(config).keys(1)
+    assert not ended.path.exists()
 
 
 def test_an_error_while_fetching_ends_the_run(remote, tmp_path, streams, monkeypatch):

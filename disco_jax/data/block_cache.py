@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -226,10 +227,11 @@ class OwnFolder:
     def __init__(self, cache: Path, identity: str):
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            self._lock = self.path = cache / f"{PREFIX}{identity}-{uuid.uuid4().hex[:12]}"
-            self._lock = self.path.with_suffix(".lock")
-            self._file = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.path = cache / f"{PREFIX}{identity}-{uuid.uuid4().hex[:12]}"
+            new, self._lock = self.path.with_suffix(".new"), self.path.with_suffix(".lock")
+            self._file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            new.rename(self._lock)  # locked, so that no other process takes it for an ended run's
             self.path.mkdir(mode=0o700)
         except OSError as error:
             raise UserError(f"data.cache: {cache} can't be written: {error.strerror}") from error
@@ -237,26 +239,12 @@ class OwnFolder:
 
     def _take_over(self, cache: Path, same: str) -> None:
         """Moves the blocks of ended runs on the same data here, and removes those of others."""
-        for lock in cache.glob(f"{PREFIX}*.lock"):
-            if lock == self._lock:
-                continue
-            try:
-                held = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-            except OSError:  # another user's, or just removed
-                continue
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # its run is alive
-                continue
-            else:
-                folder = lock.with_suffix("")
-                if lock.name.startswith(same):
-                    for block in filter(is_whole, folder.glob(f"*{SUFFIX}")):
-                        block.rename(self.path / block.name)
-                _remove(folder)
-                lock.unlink(missing_ok=True)
-            finally:
-                os.close(held)
+        for folder in _ended(cache, fcntl.LOCK_EX):
+            if folder.name.startswith(same):
+                for block in filter(is_whole, folder.glob(f"*{SUFFIX}")):
+                    block.rename(self.path / block.name)
+            _remove(folder)
+            folder.with_suffix(".lock").unlink(missing_ok=True)
 
     def keep(self, names: set[str]) -> None:
         """Removes all blocks but these."""
@@ -276,6 +264,23 @@ class OwnFolder:
         if not self.path.exists():
             self._lock.unlink(missing_ok=True)
         os.close(self._file)
+
+
+def _ended(cache: Path, lock: int) -> Iterator[Path]:
+    """Yields the folders of ended runs in a cache, each while it is locked."""
+    for path in cache.glob(f"{PREFIX}*.lock"):
+        try:
+            held = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # another user's, or just removed
+            continue
+        try:
+            fcntl.flock(held, lock | fcntl.LOCK_NB)
+        except OSError:  # its run is alive
+            pass
+        else:
+            yield path.with_suffix("")
+        finally:
+            os.close(held)
 
 
 def _remove(folder: Path) -> None:
@@ -310,29 +315,42 @@ def needs_of(source: Joined, chunks: Chunks, lanes: int, block_size: int, window
     return min(int((window + 1) * lanes * block_size * whole / samples), whole)
 
 
-def limit_of(folder: Path, wanted: int, needs: int, sharing: int) -> int:
+def room_in(folder: Path) -> int:
+    """Returns the bytes that a cache has room for: those that are free or left by ended runs.
+
+    Raises:
+      UserError: if it can't be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache: {folder} can't be created: {error.strerror}") from error
+    room = shutil.disk_usage(folder).free
+    for ended in _ended(folder, fcntl.LOCK_SH):
+        with contextlib.suppress(OSError):  # another run may be taking it over
+            room += sum(block.stat().st_size for block in ended.iterdir())
+    return room
+
+
+def limit_of(folder: Path, room: int, wanted: int, needs: int, sharing: int) -> int:
     """Returns the bytes that one of `sharing` processes on a host may use.
 
     Args:
       folder: the cache.
-      wanted: `data.cache_bytes`, for the host; 0 is most of the free space.
+      room: bytes that it has room for.
+      wanted: `data.cache_bytes`, for the host; 0 is most of the room.
       needs: what a process needs.
       sharing: number of processes of the run on the host.
 
     Raises:
       UserError: if that is less than it needs.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.cache: {folder} can't be created: {error.strerror}") from error
-    free = shutil.disk_usage(folder).free
-    limit = min(wanted or FREE * free, free) / sharing
+    limit = min(wanted or FREE * room, room) / sharing
     if limit < needs:
         raise UserError(
             f"data.cache: the blocks in use take {sharing * needs / 2**30:,.1f} GiB on each "
             f"host, but {folder} may take {sharing * limit / 2**30:,.1f} GiB "
-            f"({'data.cache_bytes' if wanted and wanted <= free else 'free space'}); choose "
+            f"({'data.cache_bytes' if wanted and wanted <= room else 'free space'}); choose "
             "another folder, or a smaller data.lanes, data.window or data.block_size"
         )
     return int(limit)

@@ -17,7 +17,14 @@ from disco_jax.data.bad_samples import (
     total_counts,
 )
 from disco_jax.data.batches import Batch
-from disco_jax.data.block_cache import Fetching, default_folder, limit_of, needs_of, own_lanes
+from disco_jax.data.block_cache import (
+    Fetching,
+    default_folder,
+    limit_of,
+    needs_of,
+    own_lanes,
+    room_in,
+)
 from disco_jax.data.block_files import Chunks
 from disco_jax.data.load import Load
 from disco_jax.data.order import GLOBAL, Order, make_order
@@ -181,7 +188,8 @@ def fetching_of(
     lanes = own_lanes(order, data.lanes, config.batch_size, rows)
     folder = Path(data.cache).expanduser() if data.cache else default_folder()
     needs = needs_of(source, chunks, len(lanes), data.block_size, data.window)
-    limit = limit_of(folder, data.cache_bytes, needs, processes_on_host())
+    room = room_in(folder)  # before any process of the host takes over what ended runs have left
+    limit = limit_of(folder, room, data.cache_bytes, needs, processes_on_host())
     fetching = Fetching(source, chunks, order, lanes, folder, limit)
     fetching.start(start, AHEAD * config.batch_size)
     return fetching
