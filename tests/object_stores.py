@@ -48,6 +48,10 @@ class Bucket(NamedTuple):
             _post(f"{self.server}/upload/storage/v1/b/{self.name}/o?{query}", content)
         return f"{self.url}/{key}"
 
+    def delete(self, key: str) -> None:
+        """Deletes from S3 without the code under test."""
+        _s3_client(self.server).delete_object(Bucket=self.name, Key=key)
+
     def get(self, key: str) -> bytes:
         """Downloads from S3 without the code under test."""
         return _s3_client(self.server).get_object(Bucket=self.name, Key=key)["Body"].read()

@@ -96,7 +96,7 @@ def test_a_killed_run_on_one_store_goes_on_from_another(made, calm, s3, gcs, tmp
     assert not list(cache.iterdir())
 
 
-def test_evaluation_and_inspect_read_a_bucket(made, calm, s3, tmp_path, monkeypatch, capsys):
+def test_evaluation_and_inspect_read_a_bucket(made, calm, s3, proxy, tmp_path, monkeypatch, capsys):
     upload(s3, made / "shards")
     name, found = f"{s3.url}/d/*.tar", {}
     for place in (name, f"{made}/shards/*.tar"):
@@ -109,7 +109,9 @@ def test_evaluation_and_inspect_read_a_bucket(made, calm, s3, tmp_path, monkeypa
     assert remote["retrieval/image_to_text_recall@10"] > 0
     assert remote == local
     sheet = f"--sheet={tmp_path / 'sheet.png'}"
+    proxy.requests.clear()
     run(inspect.inspect, inspect.parse_arguments, monkeypatch, name, "--samples=9", sheet)
     out = capsys.readouterr().out
     assert f"9 of {SHARDS * EACH} samples read" in out
     assert re.search(r"bad samples +│ +none", out)
+    assert sum(path.endswith(".tar") for _, path, _ in proxy.requests) == 2 * 9  # once each

@@ -24,7 +24,6 @@ from queue import SimpleQueue
 import numpy as np
 
 from disco_jax.data.block_files import (
-    FAILED,
     SUFFIX,
     BlockReader,
     Chunk,
@@ -189,14 +188,7 @@ class Fetching:
         try:
             size = write_block(path, spans, read)
         except OSError as error:
-            if error.filename == str(path.with_suffix(".part")) or error.filename is None:
-                raise UserError(f"data.cache: {path} can't be written: {error.strerror}") from error
-            # The block is counted as bad samples and replaced, as a shard that can't be read.
-            reason = error.strerror or str(error)
-            failed = path.with_suffix(".part")
-            failed.write_text(f"{error.filename}\n{reason}")
-            failed.rename(path.with_suffix(FAILED))
-            size = 0
+            raise UserError(f"data.cache: {path} can't be written: {error.strerror}") from error
         with self._changed:
             if chunk in self._sizes:
                 self._sizes[chunk] = size
@@ -254,9 +246,7 @@ class OwnFolder:
 
     def delete(self, name: str) -> None:
         """Removes a block."""
-        path = self.path / name
-        for suffix in (SUFFIX, FAILED):
-            path.with_suffix(suffix).unlink(missing_ok=True)
+        (self.path / name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Removes the folder and its lock. What can't be removed yet is left to the next run."""
@@ -285,7 +275,7 @@ def _ended(cache: Path, lock: int) -> Iterator[Path]:
 
 def _remove(folder: Path) -> None:
     """Removes a folder of blocks; whatever else is in it stays."""
-    for suffix in (SUFFIX, FAILED, ".part"):
+    for suffix in (SUFFIX, ".part"):
         for path in folder.glob(f"*{suffix}"):
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
 """Local copies of blocks: a file holds consecutive samples, with the rows of their index.
 
-A file begins with JSON that lists its spans of shards. Their rows follow, then their bytes.
+The rows are followed by the spans of shards that hold the samples, and by JSON that lists them.
 """
 
 import json
@@ -10,7 +10,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -18,11 +18,11 @@ from disco_jax.data.source import BadSample, Joined, Sample
 from disco_jax.data.tar_scan import ROW, Shard
 from disco_jax.data.tar_source import Span, TarSource
 
-SUFFIX, FAILED = ".block", ".failed"
-_LENGTH = struct.Struct("<4sI")  # magic, length of the JSON
-_MAGIC = b"DJB1"
+SUFFIX = ".block"
+_END = struct.Struct("<I4s")  # length of the JSON, magic
+_MAGIC = b"DJB2"
 PART = 8 << 20  # bytes per request
-_START = 512  # bytes in which the JSON usually ends
+_TAIL = 512  # bytes in which the JSON usually fits
 _POLL = (0.001, 0.05)  # seconds between looks for a file that is being fetched: the first, the most
 
 
@@ -92,7 +92,7 @@ class BlockReader:
         """Returns a sample of the joined sources.
 
         Raises:
-          BadSample: if it can't be used, or its block could not be fetched.
+          BadSample: if it can't be used, or its part of the block could not be fetched.
         """
         chunk, place = self._chunks.at(index)
         part = self._source.sources[chunk.part]
@@ -100,8 +100,20 @@ class BlockReader:
             return part[chunk.first + place]
         assert isinstance(part, TarSource)
         file = _awaited(self._folder / chunk.name)
-        number, row = file.row(place)
-        return part.sample(number, row, file.reader(number))
+        span, row = file.row(place)
+        if span.missing:
+            raise BadSample("unreadable", part.shards[span.number].path, span.missing)
+        return part.sample(span.number, row, file.reader(span))
+
+
+class _Stored(NamedTuple):
+    """A span of a shard in a file."""
+
+    number: int  # of the shard
+    samples: int
+    start: int  # offsets in the shard
+    stop: int
+    missing: str  # why it could not be fetched; otherwise ""
 
 
 class BlockFile:
@@ -115,37 +127,38 @@ class BlockFile:
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        start = os.pread(self._file, _START, 0)
-        length = _LENGTH.unpack(start[: _LENGTH.size])[1]
-        self._begin = _LENGTH.size + length  # of the rows
-        if self._begin > _START:
-            start += os.pread(self._file, self._begin - _START, _START)
-        self._spans = json.loads(start[_LENGTH.size : self._begin])
+        self._size = os.fstat(self._file).st_size
+        tail = self._last(_TAIL)
+        self._length, self._magic = _END.unpack(tail[-_END.size :])
+        if self._length + _END.size > _TAIL:
+            tail = self._last(self._length + _END.size)
+        listed = json.loads(tail[-self._length - _END.size : -_END.size])
+        self._spans = [_Stored(*span) for span in listed]
 
-    @property
-    def size(self) -> int:
-        """Its size in bytes, by its header."""
-        rest = sum(ROW * samples + stop - first for _, samples, first, stop in self._spans)
-        return self._begin + rest
+    def _last(self, size: int) -> bytes:
+        return os.pread(self._file, size, max(self._size - size, 0))
 
-    def row(self, place: int) -> tuple[int, list[list[int]]]:
-        """Returns the number of the shard of a sample of the block, and the sample's row."""
-        row = os.pread(self._file, ROW, self._begin + ROW * place)
+    def is_whole(self) -> bool:
+        """Whether nothing is missing."""
+        size = sum(ROW * span.samples + span.stop - span.start for span in self._spans)
+        whole = self._size == size + self._length + _END.size and self._magic == _MAGIC
+        return whole and not any(span.missing for span in self._spans)
+
+    def row(self, place: int) -> tuple[_Stored, list[list[int]]]:
+        """Returns the span of a sample of the block, and its row."""
+        row = os.pread(self._file, ROW, ROW * place)
         stop = 0
-        for number, samples, *_ in self._spans:
-            stop += samples
+        for span in self._spans:
+            stop += span.samples
             if place < stop:
-                return number, np.frombuffer(row, "<u4").reshape(4, 2).tolist()
+                return span, np.frombuffer(row, "<u4").reshape(4, 2).tolist()
         raise IndexError(place)
 
-    def reader(self, number: int) -> Callable[[Shard, int, int], bytes]:
-        """Returns a function that reads bytes of shard `number`, as `tar_source.read_shard`."""
-        offset = self._begin + ROW * sum(span[1] for span in self._spans)
-        for other, _, first, stop in self._spans:
-            if other == number:
-                offset -= first
-                break
-            offset += stop - first
+    def reader(self, span: _Stored) -> Callable[[Shard, int, int], bytes]:
+        """Returns a function that reads bytes of a span, as `tar_source.read_shard`."""
+        before = self._spans[: self._spans.index(span)]
+        offset = ROW * sum(each.samples for each in self._spans) - span.start
+        offset += sum(each.stop - each.start for each in before)
 
         def read(shard: Shard, start: int, stop: int) -> bytes:
             return os.pread(self._file, stop - start, offset + start)
@@ -160,42 +173,63 @@ class BlockFile:
 def is_whole(path: Path) -> bool:
     """Whether a file holds all of its block; after a crash of the system, it may not."""
     try:
-        return BlockFile(path).size == path.stat().st_size
+        return BlockFile(path).is_whole()
     except (OSError, ValueError, TypeError, struct.error):
         return False
 
 
 def write_block(path: Path, spans: list[Span], read: Callable[[int, int, int], bytes]) -> int:
-    """Writes a block's file and returns its size; `read` takes a shard's number, start and stop."""
-    header = json.dumps([[s.number, len(s.rows), s.start, s.stop] for s in spans]).encode()
+    """Writes a block's file and returns its size.
+
+    Args:
+      path: the file.
+      spans: where its samples are.
+      read: takes a shard's number, start and stop. If it raises OSError, the span is left out.
+
+    Raises:
+      OSError: if the file can't be written.
+    """
     new = path.with_suffix(".part")
     with new.open("wb") as file:
-        file.write(_LENGTH.pack(_MAGIC, len(header)) + header)
         for span in spans:
             file.write(span.rows.astype("<u4").tobytes())
-        for span in spans:
-            for start in range(span.start, span.stop, PART):
-                file.write(read(span.number, start, min(start + PART, span.stop)))
+        stored = [_store(span, read, file) for span in spans]
+        listed = json.dumps(stored).encode()
+        file.write(listed + _END.pack(len(listed), _MAGIC))
         size = file.tell()
     new.rename(path)
     return size
+
+
+def _store(span: Span, read: Callable[[int, int, int], bytes], file: IO[bytes]) -> _Stored:
+    begin, missing = file.tell(), ""
+    for start in range(span.start, span.stop, PART):
+        stop = min(start + PART, span.stop)
+        try:
+            content = read(span.number, start, stop)
+        except OSError as error:
+            missing = error.strerror or str(error)
+        else:
+            missing = "" if len(content) == stop - start else "it has changed: it is shorter"
+        if missing:
+            file.seek(begin)
+            file.truncate()
+            return _Stored(span.number, len(span.rows), span.start, span.start, missing)
+        file.write(content)
+    return _Stored(span.number, len(span.rows), span.start, span.stop, "")
 
 
 def _awaited(path: Path) -> BlockFile:
     """Opens a block's file, as soon as it is there.
 
     Raises:
-      BadSample: if it could not be fetched.
+      BadSample: if the run has ended.
     """
     pause = _POLL[0]
     while True:
         try:
             return BlockFile(path)
         except FileNotFoundError:
-            failed = path.with_suffix(FAILED)
-            if failed.exists():
-                url, _, reason = failed.read_text().partition("\n")
-                raise BadSample("unreadable", url, reason) from None
             if not path.parent.exists():
                 raise BadSample("unreadable", path.name, "the run has ended") from None
             time.sleep(pause)
