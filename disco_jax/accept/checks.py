@@ -46,7 +46,7 @@ def size_of(platform: str, memory: int) -> Size:
             settings=(
                 Setting("tiny", 32, dtype="float32", fake_devices=2),
                 Setting("tiny", 256, dtype="float32", fake_devices=2),
-                Setting("ViT-B-32", 4, dtype="float32", fake_devices=2),
+                Setting("ViT-B-32", 2, dtype="float32", fake_devices=2),
             ),
             images=200,
             steps=48,
