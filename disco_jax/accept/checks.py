@@ -51,7 +51,7 @@ def size_of(platform: str, memory: int) -> Size:
             images=200,
             steps=48,
             top1=0.06,
-            minutes=8,
+            minutes=20,  # some four, if nothing else runs
         )
     large = memory > 60 * 2**30
     return Size(

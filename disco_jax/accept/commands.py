@@ -1,7 +1,9 @@
 """Runs the repository's commands with a deadline, and reads the JSON of their last line."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,10 +29,11 @@ class Commands:
 
     def __init__(self, seconds: float, platform: str):
         self._end = time.monotonic() + seconds
-        self._cache = tempfile.TemporaryDirectory()
+        cache = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
         self.environment = {
             # Runs that are started again need not compile again.
-            "JAX_COMPILATION_CACHE_DIR": self._cache.name,
+            "JAX_COMPILATION_CACHE_DIR": cache,
             **os.environ,
             # Several programs may use a device at once, one of them with an allocator of its own.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
