@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/shapes
 
-.PHONY: demo test install-highest test-highest lint plan gpu-check docs-check clean
+.PHONY: demo test install-highest test-highest lint plan gpu-check cluster-check docs-check clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=configs/shapes.py --workdir=$(RUN)
@@ -51,6 +51,11 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Runs under real schedulers, which it does not install: Slurm on two nodes of this machine, Open MPI 4,
+# and the Kubernetes manifests against the API's schemas. Some five minutes.
+cluster-check: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n 0 -v tests/cluster tests/test_manifests.py
 
 # Runs the commands of README.md and docs/, shortened where they would take hours.
 docs-check: $(VENV)/dev.stamp

@@ -1,0 +1,1 @@
+"""Runs under real schedulers: `make cluster-check`."""
