@@ -37,8 +37,8 @@ NOTICE = 200  # steps at the end of the run that are not interrupted
 BLOCKS = {"data.order": "blocks", "data.block_size": 64, "data.window": 4, "data.lanes": 8}
 sys.path.insert(0, str(ROOT))
 
-from disco_jax.data import stores  # noqa: E402
 from disco_jax.errors import EXIT_PEER_LOST, EXIT_PREEMPTED  # noqa: E402
+from disco_jax.storage import stores  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 
 from disco_jax.config import default
-from disco_jax.data import stores
 from disco_jax.data.batches import Batch
 from disco_jax.data.block_order import BlockOrder, Window
 from disco_jax.data.load import Load
@@ -42,6 +41,7 @@ from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.sources import open_source
 from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.data.train_data import fetching_of
+from disco_jax.storage import stores
 
 T = TypeVar("T")
 

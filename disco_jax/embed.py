@@ -14,10 +14,10 @@ import numpy as np
 from rich.progress import track
 
 from disco_jax.data.patterns import existing_part, expand_braces
-from disco_jax.data.urls import check_scheme
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.processes.cli import guard
+from disco_jax.storage.urls import check_scheme
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import pytest
 
-from disco_jax.data import stores
-from disco_jax.data.store_access import open_store
+from disco_jax.storage import stores
+from disco_jax.storage.access import open_store
 
 # No test may find the credentials of the person who runs it, or ask a cloud's metadata for some.
 CLEARED = ("AWS_", "GOOGLE_", "AZURE_", "STORAGE_EMULATOR", "HTTP_PROXY", "HTTPS_PROXY")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from disco_jax.config import default
-from disco_jax.data import block_cache, stores, train_data
+from disco_jax.data import block_cache, train_data
 from disco_jax.data.block_cache import PREFIX, OwnFolder, identity_of, own_lanes
 from disco_jax.data.block_files import Chunk, Chunks
 from disco_jax.data.block_order import BlockOrder
@@ -30,6 +30,7 @@ from disco_jax.data.sources import open_source
 from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.data.train_data import fetching_of
 from disco_jax.errors import UserError
+from disco_jax.storage import stores
 from tests.tars import shard
 from tests.test_sidecars import run_index, upload
 

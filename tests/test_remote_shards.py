@@ -19,8 +19,8 @@ from disco_jax.data.sources import open_source
 from disco_jax.data.tar_scan import scan
 from disco_jax.data.tar_source import TarSource
 from disco_jax.data.tokenizer import CLIPTokenizer
-from disco_jax.data.urls import Url
 from disco_jax.errors import UserError
+from disco_jax.storage.urls import Url
 from tests.indexing import everything, opened, run_index, shards, upload
 from tests.tars import picture, write
 

@@ -12,13 +12,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from disco_jax.data import files, sidecar_index, sidecars, stores, tar_source
+from disco_jax.data import sidecar_index, sidecars, tar_source
 from disco_jax.data.index import parse_arguments
 from disco_jax.data.sidecars import HEADER, ROW, Entry, sidecar_of
 from disco_jax.data.tar_index import open_index
 from disco_jax.data.tar_source import TarSource
-from disco_jax.data.urls import Url, place
 from disco_jax.errors import UserError
+from disco_jax.storage import files, stores
+from disco_jax.storage.urls import Url, place
 from tests.indexing import everything, opened, run_index, shards, upload
 from tests.tars import picture, shard, write
 

@@ -13,15 +13,16 @@ import pyarrow.parquet
 import pytest
 
 from disco_jax.config import default
-from disco_jax.data import store_access, stores, table_source
-from disco_jax.data.files import RemoteFile, download
+from disco_jax.data import table_source
 from disco_jax.data.patterns import expand
 from disco_jax.data.source import BadSample
 from disco_jax.data.sources import open_source
-from disco_jax.data.stores import Patience
 from disco_jax.data.table_source import TableSource
-from disco_jax.data.urls import Url, beside, place
 from disco_jax.errors import DataLost, UserError
+from disco_jax.storage import access, stores
+from disco_jax.storage.files import RemoteFile, download
+from disco_jax.storage.stores import Patience
+from disco_jax.storage.urls import Url, beside, place
 from tests.object_stores import forget
 from tests.tars import picture
 
@@ -34,7 +35,7 @@ EXPIRED = "<Error><Code>ExpiredToken</Code><Message>The token has expired.</Mess
 def impatient(monkeypatch):
     """Makes retries short."""
     monkeypatch.setattr(stores, "PATIENCE", Patience(0.3, 0.6, 0.2, 0.05, 0.1))
-    monkeypatch.setattr(store_access, "RETRIES", {"max_retries": 0})
+    monkeypatch.setattr(access, "RETRIES", {"max_retries": 0})
     forget()
 
 
@@ -121,7 +122,7 @@ FAULTS = [
 def test_what_may_pass_is_tried_again(fault, s3, proxy, monkeypatch):
     url = s3.put("d/x.bin", CONTENT)
     monkeypatch.setattr(stores, "PATIENCE", Patience(pause=0.05))
-    monkeypatch.setattr(store_access, "RETRIES", {"max_retries": 1})
+    monkeypatch.setattr(access, "RETRIES", {"max_retries": 1})
     forget()
     for attempts in (1, 3):
         proxy.faults = [fault] * attempts
@@ -138,8 +139,8 @@ def test_what_may_pass_is_tried_again(fault, s3, proxy, monkeypatch):
 
 def test_a_server_that_stops_answering_is_asked_again(s3, proxy, impatient, monkeypatch):
     url = s3.put("x.bin", CONTENT)
-    timeouts = store_access.TIMEOUTS | {"read_timeout": timedelta(seconds=0.2)}
-    monkeypatch.setattr(store_access, "TIMEOUTS", timeouts)
+    timeouts = access.TIMEOUTS | {"read_timeout": timedelta(seconds=0.2)}
+    monkeypatch.setattr(access, "TIMEOUTS", timeouts)
     proxy.faults = ["hang"]
     assert stores.read(url, 0, 10) == CONTENT[:10]
     proxy.faults = ["hang"] * 9
@@ -254,8 +255,8 @@ def test_profiles_are_read_as_the_command_line_of_aws_does(s3, proxy, monkeypatc
 
 def test_uploads_outlast_a_disturbance(s3, proxy, monkeypatch):
     backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=9)}
-    retries = store_access.UPLOAD_RETRIES | {"backoff": backoff}
-    monkeypatch.setattr(store_access, "UPLOAD_RETRIES", retries)
+    retries = access.UPLOAD_RETRIES | {"backoff": backoff}
+    monkeypatch.setattr(access, "UPLOAD_RETRIES", retries)
     monkeypatch.setattr(stores, "PART", 5 << 20)
     big = np.random.default_rng(0).bytes(6 << 20)
     with stores.writer(f"{s3.url}/big.bin") as file:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from disco_jax.data.files import write_whole
 from disco_jax.data.source import KINDS, Failure, describe
-from disco_jax.data.urls import Place
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.runs.jsonl import JsonLines
+from disco_jax.storage.files import write_whole
+from disco_jax.storage.urls import Place
 
 WRITTEN = 10_000  # bad samples logged; any further ones are only counted
 AT_LEAST = 1_000  # minimum denominator of the bad fraction, so that one bad sample is not too many

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from disco_jax.data.urls import Place
 from disco_jax.errors import UserError
+from disco_jax.storage.urls import Place
 
 # What "auto" may stand for in the two config fields, in order of preference.
 AUTO = {

@@ -17,7 +17,6 @@ from itertools import repeat
 from pathlib import Path
 
 from disco_jax.data.building import workers
-from disco_jax.data.files import status
 from disco_jax.data.patterns import expand
 from disco_jax.data.sidecars import (
     Entry,
@@ -31,10 +30,11 @@ from disco_jax.data.sidecars import (
 from disco_jax.data.source import describe
 from disco_jax.data.tar_index import progress
 from disco_jax.data.tar_scan import scan
-from disco_jax.data.urls import WEB, Place, Url, check_scheme
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.processes.cli import guard
+from disco_jax.storage.files import status
+from disco_jax.storage.urls import WEB, Place, Url, check_scheme
 
 NOTICE = 30.0  # seconds between lines of progress, without a terminal
 

@@ -17,17 +17,17 @@ from pathlib import Path
 
 from rich.progress import track
 
-from disco_jax.data import stores
 from disco_jax.data.arguments import add_source, source_config
 from disco_jax.data.bad_samples import list_bad
 from disco_jax.data.load import usable_captions
 from disco_jax.data.source import BadSample, Failure, Sample
 from disco_jax.data.sources import open_source
 from disco_jax.data.transforms import read_header
-from disco_jax.data.urls import Place, Url, check_scheme, place
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.processes.cli import guard
+from disco_jax.storage import stores
+from disco_jax.storage.urls import Place, Url, check_scheme, place
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by Pillow's format
 BUFFER = 1 << 20  # bytes written at once to a remote shard

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from disco_jax.data.files import opened
-from disco_jax.data.urls import Place
 from disco_jax.errors import UserError
+from disco_jax.storage.files import opened
+from disco_jax.storage.urls import Place
 
 MAX_GROUP_BYTES = 1 << 30  # of a row group, which is read as a whole
 _PATHS_AMONG = 100  # values that tell paths from images

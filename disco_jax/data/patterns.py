@@ -9,9 +9,9 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from disco_jax.data import stores
-from disco_jax.data.urls import Place, Url, check_scheme
 from disco_jax.errors import UserError
+from disco_jax.storage import stores
+from disco_jax.storage.urls import Place, Url, check_scheme
 
 MOST = 1_000_000  # files per pattern
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from disco_jax.data import stores
-from disco_jax.data.files import status
 from disco_jax.data.sidecars import (
     HEADER,
     Entry,
@@ -18,9 +16,11 @@ from disco_jax.data.sidecars import (
     write_catalogs,
 )
 from disco_jax.data.tar_scan import ROW, Shard
-from disco_jax.data.urls import WEB, Meta, Place, Url, place
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
+from disco_jax.storage import stores
+from disco_jax.storage.files import status
+from disco_jax.storage.urls import WEB, Meta, Place, Url, place
 
 _OPEN = 256  # sidecars that a process keeps mapped, or pages of remote ones
 _PAGE = 1024  # rows

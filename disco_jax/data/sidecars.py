@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from disco_jax.data.building import cache_folder
-from disco_jax.data.files import read_start, read_whole, write_whole
 from disco_jax.data.tar_scan import CLASS, ROW, Scan
-from disco_jax.data.urls import Meta, Place, Url, place
 from disco_jax.errors import UserError
+from disco_jax.storage.files import read_start, read_whole, write_whole
+from disco_jax.storage.local import cache_folder
+from disco_jax.storage.urls import Meta, Place, Url, place
 
 SUFFIX = ".idx"
 CATALOG = "disco_jax_index.jsonl.gz"

@@ -13,8 +13,8 @@ from disco_jax.data.source import Joined, Source
 from disco_jax.data.table_source import TableSource
 from disco_jax.data.tar_source import TarSource
 from disco_jax.data.text_table import Dialect
-from disco_jax.data.urls import check_scheme, place
 from disco_jax.errors import UserError
+from disco_jax.storage.urls import check_scheme, place
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 LABELED = "a labeled set is a folder of class folders, shards with .cls members, or a TFDS dataset"

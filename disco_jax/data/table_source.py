@@ -10,13 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from disco_jax.data import columns, stores
-from disco_jax.data.files import RemoteFile, download, opened
+from disco_jax.data import columns
 from disco_jax.data.parquet_images import ParquetImages, holds_images
 from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample, Failure, Sample, describe
 from disco_jax.data.text_table import FOUND_OUT, Dialect, read_text_table
-from disco_jax.data.urls import WEB, Place, Url, beside
 from disco_jax.errors import DataLost, UserError
+from disco_jax.storage import stores
+from disco_jax.storage.files import RemoteFile, download, opened
+from disco_jax.storage.urls import WEB, Place, Url, beside
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from disco_jax.data import tar_scan
-from disco_jax.data.building import building, cache_folder, replacing, workers
+from disco_jax.data.building import workers
 from disco_jax.data.tar_scan import CLASS, ROW, Scan, Shard
 from disco_jax.errors import UserError
+from disco_jax.storage.local import building, cache_folder, replacing
 
 _MAGIC = b"DISCOTA2"  # an index of another version is built anew
 _HEADER = len(_MAGIC) + 24  # the magic, then the identity in hexadecimal

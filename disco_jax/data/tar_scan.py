@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from disco_jax.data import stores
 from disco_jax.data.source import IMAGE_EXTENSIONS, Failure
 from disco_jax.data.tar_format import BLOCK, DamagedTar, Sliceable, members
-from disco_jax.data.urls import Meta, Place, Url
+from disco_jax.storage import stores
+from disco_jax.storage.urls import Meta, Place, Url
 
 # The columns of a row. Each is (first block of the data, size in bytes); block 0 means missing.
 IMAGE, TEXT, JSON, CLASS = range(4)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from disco_jax.data import stores
 from disco_jax.data.sidecar_index import SidecarIndex, open_sidecars
 from disco_jax.data.source import (
     KINDS,
@@ -29,8 +28,9 @@ from disco_jax.data.source import (
 from disco_jax.data.tar_format import BLOCK, read_header
 from disco_jax.data.tar_index import TarIndex, open_index
 from disco_jax.data.tar_scan import CLASS, IMAGE, JSON, TEXT, Shard, problems_in, split_name
-from disco_jax.data.urls import Place, Url, check_scheme, place
 from disco_jax.errors import UserError
+from disco_jax.storage import stores
+from disco_jax.storage.urls import Place, Url, check_scheme, place
 
 OPEN_SHARDS = 256  # maximum number of shards that a process keeps open
 

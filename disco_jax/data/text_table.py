@@ -19,8 +19,8 @@ import pyarrow.csv
 
 from disco_jax.data import columns
 from disco_jax.data.source import IMAGE_EXTENSIONS, MAX_TEXT_BYTES
-from disco_jax.data.urls import Place
 from disco_jax.errors import UserError
+from disco_jax.storage.urls import Place
 
 SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}

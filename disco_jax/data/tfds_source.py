@@ -12,10 +12,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 import disco_jax.data.shapes.builder  # noqa: F401  (registers `shapes` with TFDS)
-from disco_jax.data.building import building
 from disco_jax.data.source import Failure, Sample
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
+from disco_jax.storage.local import building
 
 
 def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:

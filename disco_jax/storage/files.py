@@ -5,11 +5,11 @@ import io
 import os
 from pathlib import Path
 
-from disco_jax.data import stores
-from disco_jax.data.building import building, cache_folder, replacing
-from disco_jax.data.urls import Meta, Place, Url
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
+from disco_jax.storage import stores
+from disco_jax.storage.local import building, cache_folder, replacing
+from disco_jax.storage.urls import Meta, Place, Url
 
 CHUNK = 16 << 20  # bytes per request of a download
 

@@ -17,11 +17,11 @@ from typing import IO, Any, NamedTuple, TypeVar, cast
 import obstore
 from obstore.exceptions import BaseError
 
-from disco_jax.data.store_access import open_store
-from disco_jax.data.store_errors import CutShort, is_answer, reason, verdict
-from disco_jax.data.urls import WEB, Meta, Url, split
 from disco_jax.display.terminal import say
 from disco_jax.errors import DataLost, UserError
+from disco_jax.storage.access import open_store
+from disco_jax.storage.errors import CutShort, is_answer, reason, verdict
+from disco_jax.storage.urls import WEB, Meta, Url, split
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 
-from disco_jax.data.urls import WEB
 from disco_jax.errors import UserError
+from disco_jax.storage.urls import WEB
 
 # The codes in the XML of S3, Google Cloud Storage and Azure.
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")

@@ -9,8 +9,8 @@ from typing import Any
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, HTTPStore, ObjectStore, S3Store
 
-from disco_jax.data.urls import WEB
 from disco_jax.errors import UserError
+from disco_jax.storage.urls import WEB
 
 # Brief disturbances are dealt with by obstore, longer ones by `stores`, which also renews
 # credentials. Uploads of several parts can't be repeated from outside.

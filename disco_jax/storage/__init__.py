@@ -1,0 +1,1 @@
+"""Local and remote files: URLs, object stores, and downloads."""
