@@ -342,7 +342,7 @@ class Watcher:
         self._leaves = True
         self._inform({"code": code})
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE):
+            async with asyncio.timeout(min(GRACE, 2 * s.peer_timeout)):
                 await self._gone.wait()
         self._signal(signal.SIGKILL)
 
