@@ -83,6 +83,7 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
             place, watch = _place(config.start_timeout), None
             if place or (writes and config.stall_timeout):
                 watch = stack.enter_context(watched(place, config))
+            if place and watch:
                 stack.enter_context(_blaming_peers(watch))
             if writes and (place is None or place.index == 0):
                 # No longer than the other processes wait for this one.
@@ -102,7 +103,8 @@ def _place(timeout: float) -> cluster.Place | None:
     launch = cluster.find(
         _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, backend.has_tpu()
     )
-    return cluster.locate(launch, timeout) if launch else None
+    place = cluster.locate(launch, timeout) if launch else None
+    return place if place and place.count > 1 else None
 
 
 def _tell_others(error: UserError) -> bool:
@@ -114,7 +116,7 @@ def _tell_others(error: UserError) -> bool:
         return False
     with contextlib.suppress(UserError):
         place = _place(default().start_timeout)
-        if place and place.count > 1:
+        if place:
             say(f"error: {error}", sys.stderr)
             Watch(place, default()).leave(*last_message(error))
             return True

@@ -11,7 +11,7 @@ from disco_jax.errors import UserError
 # JAX aborts when it misses a process, with a stack trace instead of a name, so the watchers
 # (peers.py) have to be faster.
 MISSING_LATER = 30  # seconds
-SILENT_LATER = 3  # times
+SILENT_LATER = 100.0  # seconds, or thrice peer_timeout
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def start(
                 cluster_detection_method="deactivate",
                 coordinator_bind_address=f"[::]:{port}",
                 initialization_timeout=math.ceil(start_timeout) + MISSING_LATER,
-                heartbeat_timeout_seconds=math.ceil(SILENT_LATER * peer_timeout),
+                heartbeat_timeout_seconds=math.ceil(max(SILENT_LATER, 3 * peer_timeout)),
             )
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]

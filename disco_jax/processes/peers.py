@@ -9,6 +9,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,12 +23,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from disco_jax.display.terminal import say
+from disco_jax.display.terminal import printable, say
 from disco_jax.errors import EXIT_PEER_LOST, EXIT_USER, Preempted, UserError, says_unwritable
 from disco_jax.processes.cluster import Place, free_port
 from disco_jax.processes.pulse import pulse
-from disco_jax.processes.watcher import BEATS, STACKS, Settings
+from disco_jax.processes.watcher import BEATS, RETRY, STACKS, Settings
 
+LONGEST = 2000  # characters of a message; the watchers read at most 64 KiB at once
+PORT_IN_USE = 30.0  # seconds for which an earlier start may still use the port
 LAST = 30.0  # seconds for which a process that ends the run waits for the others to exit
 
 
@@ -62,7 +65,7 @@ def last_message(error: BaseException) -> tuple[str, int]:
     """Returns the reason and the exit code that an error of this process gives to the others."""
     reason = (f"{error}".strip() or type(error).__name__).splitlines()[0]
     mistake = isinstance(error, UserError) or says_unwritable(error)
-    return reason, EXIT_USER if mistake else EXIT_PEER_LOST
+    return printable(reason)[:LONGEST], EXIT_USER if mistake else EXIT_PEER_LOST
 
 
 class Watch:
@@ -78,32 +81,26 @@ class Watch:
         faulthandler.register(STACKS, all_threads=True)
         if self._several:
             _delay_aborts()
-        # -I and -S limit imports to the standard library, for a fast start.
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", Path(__file__).with_name("watcher.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # survives a kill of the process group, to report it
-        )
         p = self._place
+        with contextlib.ExitStack() as stack:
+            hub = stack.enter_context(_listen(p)).fileno() if p.index == 0 else None
+            # -I and -S limit imports to the standard library, for a fast start.
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", Path(__file__).with_name("watcher.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[] if hub is None else [hub],
+                text=True,
+                start_new_session=True,  # survives a kill of the process group, to report it
+            )
         settings = Settings(
-            *(p.name, p.index, p.count, os.getpid(), p.host, p.port),
+            *(p.name, p.index, p.count, os.getpid(), p.host, p.port, hub),
             *self._timeouts,
             EXIT_PEER_LOST,
         )
         self._say(asdict(settings))
-        if p.index == 0:
-            self._await_hub()
         threading.Thread(target=self._beat, daemon=True).start()
         threading.Thread(target=self._heed, daemon=True).start()
-
-    def _await_hub(self) -> None:
-        assert self._process.stdout is not None
-        if error := json.loads(self._process.stdout.readline()).get("error"):
-            raise UserError(
-                f"the coordinator's port {self._place.port} can't be used on this host: {error}"
-            )
 
     def coordinator_port(self) -> int:
         """Returns the port of JAX's coordinator, which process 0 chooses, once it has."""
@@ -141,8 +138,7 @@ class Watch:
 
     def wait_for_verdict(self) -> None:
         """Waits, after an error, long enough for a lost peer to be noticed and end this process."""
-        if self._several:
-            time.sleep(self._timeouts[0] * (1 + 2 / BEATS) + 2)
+        time.sleep(self._timeouts[0] * (1 + 2 / BEATS) + 2)
 
     def leave(self, reason: str = "", code: int = 0) -> None:
         """Announces to the others why this process ends, and their code; "" is a regular exit.
@@ -157,6 +153,29 @@ class Watch:
         assert self._process.stdin is not None
         with self._lock, contextlib.suppress(OSError):
             self._process.stdin.close()
+
+
+def _listen(place: Place) -> socket.socket:
+    """Opens the port on which the watchers meet.
+
+    Raises:
+      UserError: if it is in use, and not only for a moment by an earlier start.
+    """
+    if place.count == 1:
+        return socket.create_server(("127.0.0.1", 0))
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    end = time.monotonic() + PORT_IN_USE
+    while True:  # on all interfaces, as JAX's coordinator
+        try:
+            return socket.create_server(("", place.port), family=family, dualstack_ipv6=both)
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"port {place.port} of the coordinator's address can't be opened on this "
+                    f"host: {error.strerror}; choose another one"
+                ) from error
+        time.sleep(RETRY)
 
 
 def _delay_aborts() -> None:

@@ -2,14 +2,13 @@
 
     python -I -S watcher.py
 
-A watcher talks to its process in lines of JSON. It reads its `Settings`, then how far the process
-has come, again and again, and the process's last message; if the input ends without one, the
-process died. It writes what the process has to know: `{"coordinator": "HOST:PORT"}`, where JAX's
-processes meet, `{"code": 76}`, to exit, or `{"error": "..."}`.
+It uses only the standard library, to start quickly and to take little memory, and outlives its
+process, to report how that ended. Input and output are lines of JSON, from and to the process: its
+`Settings`, its progress and its last message, without which it died; the port of JAX's coordinator,
+and the code with which to exit.
 
 The watchers talk to the hub over TCP, in lines of JSON as well. The first one must name the run, so
-that other programs and other runs are turned away. They use only the standard library, to start
-quickly and to take little memory, and outlive their processes, to report how those ended.
+that other programs and other runs are turned away.
 """
 
 import asyncio
@@ -26,8 +25,7 @@ from typing import Any
 
 BEATS = 10  # heartbeats per peer_timeout
 HELLO = 10.0  # seconds within which the first line must arrive
-RETRY = 0.5  # seconds between attempts to reach the hub or its port
-BUSY = 30.0  # seconds for which the port may be in use, by an earlier start's hub
+RETRY = 0.5  # seconds between attempts to reach the hub
 GRACE = 10.0  # seconds after which a process that was told to exit is killed
 LINGER = 2.0  # seconds for which the watcher of a dead process waits to hear which one died first
 SHOWN = 4  # processes that a message names
@@ -46,6 +44,7 @@ class Settings:
     pid: int
     host: str  # of the hub, for the others
     port: int
+    hub: int | None  # in the first process: file descriptor of the socket on which the hub listens
     peer_timeout: float
     start_timeout: float
     stall_timeout: float  # 0: never
@@ -60,6 +59,17 @@ def line_of(message: Message) -> bytes:
 def name_of(index: int, host: str, pid: int) -> str:
     """Returns how messages name a process."""
     return f"process {index} (host {host}, pid {pid})"
+
+
+def late(settings: Settings) -> str:
+    """Returns what messages say of a process that is missing."""
+    return f"not started within {settings.start_timeout:g} s (start_timeout)"
+
+
+def listing(names: list[str]) -> str:
+    """Returns the first of some names, joined for a message."""
+    more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return " and ".join(names[:SHOWN] + more)
 
 
 class Member:
@@ -102,8 +112,8 @@ class Hub:
         server.close()
         for member in self._members:
             if member.writer is not None:
-                member.writer.close()
-        await asyncio.sleep(RETRY)  # until their readers have seen it
+                member.writer.close()  # ends its `_serve`
+        await asyncio.sleep(RETRY)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         member = None
@@ -130,8 +140,8 @@ class Hub:
             return None
         member = self._members[hello["index"]]
         if member.writer is not None:
-            again = f"{member.name} was restarted as pid {hello['pid']} on {hello['host']}"
-            self._judge(again)
+            again = f"was restarted as pid {hello['pid']} on {hello['host']}"
+            self._judge(f"{member.name} {again}")
             return None
         member.name = name_of(hello["index"], hello["host"], hello["pid"])
         member.writer, member.silent = writer, 0.0
@@ -147,11 +157,13 @@ class Hub:
             member.left = True
             if reason := message["left"]:
                 self._judge(f"{member.name} has stopped: {reason}", member, message["code"])
+            self._release()
         elif "lost" in message:
             self._judge(f"{member.name} {message['lost']}")
         elif "coordinator" in message:
             self._coordinator = message
-            self._send_all(message)
+            for other in self._members:
+                other.send(message)
         else:
             member.steps, member.still = message["steps"], message["still"]
 
@@ -166,13 +178,10 @@ class Hub:
                 reason = f"lost {member.name}: no sign of life for {s.peer_timeout:g} s"
                 self._judge(reason, member)
         if missing := [x for x in present if x.writer is None and x.silent > s.start_timeout]:
-            names = " and ".join(member.name for member in missing[:SHOWN])
-            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-            verb = "has" if len(missing) == 1 else "have"
             for member in missing:
                 member.gone = True
-            limit = f"{s.start_timeout:g} s (start_timeout)"
-            self._judge(f"{names}{more} {verb} not started within {limit}")
+            who = listing([member.name for member in missing])
+            self._judge(f"{who} {'has' if len(missing) == 1 else 'have'} {late(s)}")
         still = [member.still for member in present if member.still is not None]
         if s.stall_timeout and 0 < len(present) == len(still) and max(still) >= s.stall_timeout:
             self._judge(self._stall(present), stacks=True)
@@ -180,12 +189,11 @@ class Hub:
     def _stall(self, present: list[Member]) -> str:
         """Describes a stall, and names the processes that are behind the others."""
         what = f"no step has finished for {self._settings.stall_timeout:g} s (stall_timeout)"
-        furthest = max(member.steps for member in present)
-        if behind := [member for member in present if member.steps < furthest]:
-            where = (f"{member.name} at step {member.steps[0]}" for member in behind[:SHOWN])
-            more = f" and {len(behind) - SHOWN} more" if len(behind) > SHOWN else ""
-            return f"{what}: {' and '.join(where)}{more}, the others at step {furthest[0]}"
-        return f"{what} after step {furthest[1]}"
+        latest = max(member.steps[0] for member in present)
+        behind = [f"{x.name} at step {x.steps[0]}" for x in present if x.steps[0] < latest]
+        if behind:
+            return f"{what}: {listing(behind)}, the others at step {latest}"
+        return f"{what} after step {max(member.steps[1] for member in present)}"
 
     def _judge(
         self, reason: str, culprit: Member | None = None, code: int = 0, stacks: bool = False
@@ -195,13 +203,10 @@ class Hub:
             return
         code = code or self._settings.exit_code
         self._verdict = {"verdict": reason, "code": code, "stacks": stacks}
-        self._send_all(self._verdict, culprit)
-        asyncio.get_running_loop().call_later(2 * GRACE, self._give_up)
-
-    def _send_all(self, message: Message, but: Member | None = None) -> None:
         for member in self._members:
-            if member is not but:
-                member.send(message)
+            if member is not culprit:
+                member.send(self._verdict)
+        asyncio.get_running_loop().call_later(2 * GRACE, self._give_up)
 
     def _give_up(self) -> None:
         for member in self._members:
@@ -210,10 +215,11 @@ class Hub:
             member.gone = True
 
     def _release(self) -> None:
-        """Lets the process that ended the run exit once the others have."""
+        """Lets the process that ended the run exit, once the others have or are about to."""
         rest = [member for member in self._members if not member.gone]
-        if self._verdict and len(rest) == 1 and rest[0].left:
-            rest[0].send({"alone": True})
+        if self._verdict and all(member.left for member in rest):
+            for member in rest:
+                member.send({"alone": True})
 
 
 class Watcher:
@@ -230,7 +236,7 @@ class Watcher:
         self._still = 0.0  # seconds since it changed
         self._stopped = 0.0  # seconds for which the process has been stopped
         self._leaves = False  # whether the process has announced its end, or was told to exit
-        self._gone = asyncio.Event()  # set when the process is gone
+        self._gone = False  # whether the process is gone
 
     async def run(self, process: asyncio.StreamReader) -> None:
         """Watches until the process, whose messages are read from `process`, is gone."""
@@ -241,7 +247,7 @@ class Watcher:
                 await asyncio.sleep(LINGER)
             talking.cancel()
         if self._writer is not None:
-            self._writer.close()
+            self._writer.close()  # in the first process, the hub stays
 
     async def _follow(self, process: asyncio.StreamReader) -> None:
         """Reads the process's messages until it is gone."""
@@ -252,7 +258,7 @@ class Watcher:
                 self._tell(message)
             elif message != self._progress:
                 self._progress, self._still = message, 0.0
-        self._gone.set()
+        self._gone = True
         if not self._leaves:
             self._tell({"left": "it died or was killed", "code": self._settings.exit_code})
 
@@ -275,15 +281,13 @@ class Watcher:
     async def _meet(self) -> asyncio.StreamReader | None:
         """Connects to the hub, which may start later; None if it does not answer in time."""
         s = self._settings
-        hello = {"run": s.name, "count": s.count, "index": s.index}
-        hello |= {"host": platform.node(), "pid": s.pid}
+        me = {"index": s.index, "host": platform.node(), "pid": s.pid}
         end, why = asyncio.get_running_loop().time() + s.start_timeout, ""
-        address = s.host if s.index else "127.0.0.1", s.port
         while asyncio.get_running_loop().time() < end:
             try:
                 async with asyncio.timeout(HELLO):
-                    reader, writer = await asyncio.open_connection(*address)
-                    writer.write(line_of(hello))
+                    reader, writer = await asyncio.open_connection(s.host, s.port)
+                    writer.write(line_of({"run": s.name, "count": s.count} | me))
                     line = await reader.readline()
                 if line:
                     self._first, self._writer = json.loads(line)["hub"], writer
@@ -293,9 +297,7 @@ class Watcher:
             except OSError as error:
                 why = str(error) or "timed out"
             await asyncio.sleep(RETRY)
-        limit = f"{s.start_timeout:g} s (start_timeout)"
-        missing = f"process 0 has not started within {limit}"
-        await self._obey(f"{missing}; its address is {s.host}:{s.port} ({why})")
+        await self._obey(f"process 0 has {late(s)}; its address is {s.host}:{s.port} ({why})")
         return None
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
@@ -341,9 +343,7 @@ class Watcher:
         print(f"error: {where}{verdict}{hint}", file=sys.stderr, flush=True)
         self._leaves = True
         self._inform({"code": code})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(GRACE, 2 * s.peer_timeout)):
-                await self._gone.wait()
+        await asyncio.sleep(min(GRACE, 2 * s.peer_timeout))  # until the process is gone
         self._signal(signal.SIGKILL)
 
     def _inform(self, message: Message) -> None:
@@ -353,7 +353,7 @@ class Watcher:
 
     def _signal(self, number: int) -> None:
         """Sends a signal to the process unless it is gone."""
-        if not self._gone.is_set() and os.getppid() == self._settings.pid:
+        if not self._gone and os.getppid() == self._settings.pid:
             os.kill(self._settings.pid, number)
 
 
@@ -365,22 +365,6 @@ def _is_stopped(pid: int) -> bool:
         return False
 
 
-async def _open(port: int, count: int) -> socket.socket:
-    """Listens on all interfaces, as JAX's coordinator does; a run of one process on none."""
-    if count == 1:
-        return socket.create_server(("127.0.0.1", port))
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    end = asyncio.get_running_loop().time() + BUSY
-    while True:
-        try:
-            return socket.create_server(("", port), family=family, dualstack_ipv6=both)
-        except OSError:
-            if asyncio.get_running_loop().time() > end:
-                raise
-        await asyncio.sleep(RETRY)
-
-
 async def main() -> None:
     """Runs the watcher and, next to the first process, the hub."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, STACKS):
@@ -389,17 +373,12 @@ async def main() -> None:
     protocol = asyncio.StreamReaderProtocol(process)
     await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
     settings = Settings(**json.loads(await process.readline()))
-    if settings.index > 0:
+    if settings.hub is None:
         await Watcher(settings).run(process)
         return
-    try:
-        opened = await _open(settings.port, settings.count)
-    except OSError as error:
-        print(json.dumps({"error": error.strerror}), flush=True)
-        return
-    print(json.dumps({"listening": True}), flush=True)
-    settings = replace(settings, port=opened.getsockname()[1])
-    await asyncio.gather(Hub(settings).run(opened), Watcher(settings).run(process))
+    opened = socket.socket(fileno=settings.hub)
+    own = replace(settings, host="127.0.0.1", port=opened.getsockname()[1])
+    await asyncio.gather(Hub(settings).run(opened), Watcher(own).run(process))
 
 
 if __name__ == "__main__":
