@@ -163,6 +163,60 @@ def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
     assert not (tmp_path / "processes").exists()
 
 
+def test_a_mistake_in_the_flags_of_one_ends_both_with_its_code(made, tmp_path):
+    """It is printed before the processes meet, and before JAX is imported."""
+    where = [f"--coordinator=127.0.0.1:{free_port()}", "--process_count=2"]
+    args = command(made, tmp_path, "--config.fake_devices=1", *where)
+    wrong = start(*args, "--process_index=1", "--config.num_stepz=9")
+    jobs = [start(*args, "--process_index=0"), wrong]
+    err = [job.communicate(timeout=60)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [EXIT_USER] * 2, err
+    name = f"process 1 (host {socket.gethostname()}, pid {wrong.pid})"
+    assert f"{name} has stopped: unknown config field num_stepz; did you mean" in err[0]
+    assert err[1].startswith("error: unknown config field num_stepz; did you mean")
+    assert err[1].count("\n") == 1
+
+
+def test_an_evaluation_is_watched_as_well(made, tmp_path):
+    where = [f"--coordinator=127.0.0.1:{free_port()}", "--process_count=2", "--process_index=1"]
+    args = command(made, tmp_path, "--config.fake_devices=1", "--config.start_timeout=1", *where)
+    job = start(*(("eval.py" if arg == "train.py" else arg) for arg in args))
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == EXIT_PEER_LOST
+    assert "process 0 has not started within 1 s (start_timeout)" in err
+
+
+HANGING = """
+import runpy, sys, time
+from disco_jax.training import loop
+taken = loop.place_batch
+def place_batch(arrays, mesh):
+    if loop.pulse.dispatched == 6 and "--process_index=1" in sys.argv:
+        time.sleep(1000)
+    return taken(arrays, mesh)
+loop.place_batch = place_batch
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_process_that_hangs_ends_both_with_its_name_and_stacks(made, tmp_path):
+    """The first one dispatches step 7, whose collectives wait for the other one."""
+    port = free_port()
+    where = [f"--coordinator=127.0.0.1:{port}", "--process_count=2", "--config.stall_timeout=8"]
+    rarely = ["--config.checkpoint_every=1000000", "--config.peer_timeout=5"]
+    args = command(made, tmp_path, "--config.fake_devices=1", *where, *rarely)
+    args[1:2] = ["-c", HANGING]
+    jobs = [start(*args, f"--process_index={i}") for i in (0, 1)]
+    err = [job.communicate(timeout=100)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [EXIT_PEER_LOST] * 2, err
+    name = f"process 1 (host {socket.gethostname()}, pid {jobs[1].pid})"
+    for lines in err:
+        assert "no step has finished for 8 s (stall_timeout): " in lines
+        assert f"{name} at step 6, the others at step 7" in lines
+    assert "in place_batch" in err[1]
+    assert "in wait" in err[0]
+
+
 def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
     """A later signal, sent while a checkpoint is read or the step is compiled, also stops both."""
     rarely = ["--config.checkpoint_every=1000000", "--config.data.record_keys=1"]

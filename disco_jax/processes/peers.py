@@ -171,9 +171,10 @@ def _listen(place: Place) -> socket.socket:
             return socket.create_server(("", place.port), family=family, dualstack_ipv6=both)
         except OSError as error:
             if time.monotonic() > end:
+                why = os.strerror(error.errno) if error.errno else error
                 raise UserError(
-                    f"port {place.port} of the coordinator's address can't be opened on this "
-                    f"host: {error.strerror}; choose another one"
+                    f"port {place.port} of the coordinator can't be opened on this host: {why}; "
+                    "choose another one"
                 ) from error
         time.sleep(RETRY)
 
