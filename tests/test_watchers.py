@@ -26,17 +26,21 @@ config = default()
 config.update({"peer_timeout": 1.0, "start_timeout": 20.0, **json.loads(fields)})
 place = Place("a run", "127.0.0.1", int(port), int(index), int(count))
 with watched(place, config) as watch:
-    print(watch.coordinator_port(), flush=True)
     seconds = 60
     exec(then)
     time.sleep(seconds)
 """
 
 
-def process(index: int, port: int, then: str = "", count: int = 2, **fields) -> subprocess.Popen:
-    """Starts a process that joins the others, runs `then` and sleeps."""
+MEET = "print(watch.coordinator_port(), flush=True)\n"
+
+
+def process(
+    index: int, port: int, then: str = "", count: int = 2, meet: str = MEET, **fields
+) -> subprocess.Popen:
+    """Starts a process that meets the others, runs `then` and sleeps."""
     numbers = (str(x) for x in (index, port, count))
-    return start(sys.executable, "-c", PROCESS, *numbers, json.dumps(fields), then)
+    return start(sys.executable, "-c", PROCESS, *numbers, json.dumps(fields), meet + then)
 
 
 def joined(*jobs: subprocess.Popen) -> None:
@@ -69,15 +73,24 @@ def test_a_process_that_is_stopped_ends_all(victim):
     ended(jobs[victim])
 
 
+MISTAKE = "from disco_jax.errors import UserError; raise UserError('no such data')"
+
+
 def test_a_mistake_in_one_process_ends_all_with_its_code():
     port = free_port()
-    mistake = "from disco_jax.errors import UserError; raise UserError('no such data')"
-    jobs = [process(0, port), process(1, port, mistake)]
+    jobs = [process(0, port), process(1, port, MISTAKE)]
     assert ended(jobs[0], EXIT_USER) == (
         f"error: process 0 on {HOST}: process 1 (host {HOST}, pid {jobs[1].pid}) has stopped: "
         "no such data"
     )
     jobs[1].communicate()
+
+
+def test_processes_that_make_the_same_mistake_do_not_wait_for_each_other():
+    port, begun = free_port(), time.monotonic()
+    for job in [process(i, port, MISTAKE, meet="") for i in (0, 1)]:
+        assert "UserError: no such data" in ended(job, code=1)
+    assert time.monotonic() - begun < 15
 
 
 @pytest.mark.parametrize("present", [0, 1])

@@ -1,6 +1,20 @@
 """Ends this process when another one of the run is lost, or when the run hangs.
 
-TODO findings
+JAX's coordinator watches the processes as well, but what it does is of little use to whoever reads
+the log or restarts the run (JAX 0.10.2):
+- If a process never starts, the others abort after `initialization_timeout`, with SIGABRT (code
+  134), DEADLINE_EXCEEDED and a C++ stack trace. None of them says which process is missing.
+- If a process is killed or stopped, the others abort `heartbeat_timeout_seconds` later, 100 by
+  default, with a stack trace that has the process's number, but neither its host nor the reason.
+- If process 0 dies, the others abort at once, with "Socket closed".
+- If a process ends with an exception, nothing happens: it waits for the others to exit.
+- `jax_enable_recoverability` only keeps the others running, and not if process 0 dies. There is no
+  public callback for errors, and the private one raises std::bad_cast.
+
+So each process has a watcher (watcher.py), and JAX's own time-outs are longer. The watchers meet on
+the coordinator's port. JAX's coordinator listens on another one, which process 0 chooses once all
+is well, because a process has to be missed, or to end the others with a mistake in its config, before
+JAX connects them.
 """
 
 import contextlib

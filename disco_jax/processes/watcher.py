@@ -307,8 +307,7 @@ class Watcher:
                 message = json.loads(line)
                 if "verdict" in message:
                     await self._obey(message["verdict"], message["code"], message["stacks"])
-                    return
-                if message:
+                elif message:
                     self._inform(message)
         await self._obey(f"lost {self._first}: its connection has ended")
 
