@@ -11,10 +11,9 @@ the log or restarts the run (JAX 0.10.2):
 - `jax_enable_recoverability` only keeps the others running, and not if process 0 dies. There is no
   public callback for errors, and the private one raises std::bad_cast.
 
-So each process has a watcher (watcher.py), and JAX's own time-outs are longer. The watchers meet on
-the coordinator's port. JAX's coordinator listens on another one, which process 0 chooses once all
-is well, because a process has to be missed, or to end the others with a mistake in its config, before
-JAX connects them.
+So each process has a watcher (watcher.py), and JAX's time-outs are set to be longer than ours. The
+watchers meet on the coordinator's port before JAX starts, because a process may be missing, or end
+with a user error, before that. Process 0 then announces another port, for JAX's own coordinator.
 """
 
 import contextlib
