@@ -1,8 +1,8 @@
 """How a run ends: exit codes and the exceptions behind them.
 
 0 means that the run is done. EXIT_USER is a user error, reported in one line. After EXIT_DATA_LOST,
-EXIT_PREEMPTED or EXIT_PEER_LOST, rerunning the same command resumes the run. EXIT_INTERRUPTED is
-Ctrl-C. Any other exit code is a bug.
+EXIT_PREEMPTED or EXIT_PEER_LOST, rerunning the same command resumes the run. EXIT_PEER_LOST also
+means that the run hung. EXIT_INTERRUPTED is Ctrl-C. Any other exit code is a bug.
 """
 
 import errno

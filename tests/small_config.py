@@ -18,4 +18,5 @@ def get_config() -> ConfigDict:
     config.log_every = 1
     config.checkpoint_every = 2
     config.checkpoint_keep = 8
+    config.stall_timeout = 0.0  # no watcher next to a single process
     return config

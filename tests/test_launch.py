@@ -1,15 +1,18 @@
 """Tests how processes find each other and how the Slurm script handles exit codes."""
 
+import dataclasses
 import os
 import re
+import socket
 import subprocess
 import sys
 
 import pytest
 
+from disco_jax.config import default
 from disco_jax.errors import UserError
-from disco_jax.processes import backend, plugins
-from disco_jax.processes.cluster import Launch, find
+from disco_jax.processes import backend, peers, plugins
+from disco_jax.processes.cluster import Launch, Place, find, locate
 from tests import small_run
 
 KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": "8"}
@@ -146,8 +149,45 @@ def test_the_batch_script_starts_again_what_may_go_on(code, saves, tries, again,
     assert (asked.read_text() if asked.exists() else "") == ("requeue 77\n" if again else "")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "address"), [("n[07-09],m1", "n07"), ("gpu1", "gpu1"), ("a,b", "a")]
+)
+def test_jax_tells_what_slurm_does_not(nodes, address, monkeypatch):
+    env = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": nodes,
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_NODES": "2",
+    }
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    launch = find(None, None, None, env)
+    place = Place("77.0.0", address, 61440 + 77, 2, 8, (1,))
+    assert locate(launch, 1.0) == place
+    assert locate(dataclasses.replace(launch, local_devices=(0, 1)), 1.0).local_devices == (0, 1)
+    monkeypatch.setitem(sys.modules, "jax._src.clusters", None)
+    with pytest.raises(UserError, match=r"jax .* is not supported by DisCo-JAX .*clusters"):
+        locate(launch, 1.0)
+
+
+@pytest.mark.parametrize("address", ["h:8476", "[fd00::1]:8476"])
+def test_the_coordinators_address_has_a_host_and_a_port(address):
+    place = locate(find(address, 2, 1, {}), 1.0)
+    assert (place.host, place.port) == (address[:-5].strip("[]"), 8476)
+
+
+def test_a_port_that_is_in_use_is_named(monkeypatch):
+    monkeypatch.setattr(peers, "PORT_IN_USE", 0.0)
+    with socket.create_server(("", 0)) as used:
+        port = used.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port} of the coordinator .* in use; choose"):
+            peers.Watch(Place("a run", "127.0.0.1", port, 0, 2), default())
+
+
 def test_a_jax_that_keeps_its_test_for_tpus_elsewhere_is_named(monkeypatch):
-    """`jax._src.hardware_utils` holds the only private function of JAX that training uses."""
+    """`jax._src.hardware_utils` holds a private function of JAX, as `jax._src.clusters` does."""
     monkeypatch.setitem(sys.modules, "jax._src.hardware_utils", None)
     with pytest.raises(UserError, match=r"jax .* is not supported by DisCo-JAX .*hardware"):
         backend.has_tpu()

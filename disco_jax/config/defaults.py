@@ -180,6 +180,9 @@ def default() -> ConfigDict:
     c.max_bad_steps = 10  # consecutive steps with non-finite loss or gradients that stop the run
     c.peer_timeout = 30.0  # seconds without a heartbeat after which another process counts as lost
     c.start_timeout = 300.0  # seconds to wait for all processes to start
+    # Seconds without a finished step after which a run counts as hanging and exits with code 76; 0:
+    # never. Waiting for data, compiling and evaluating don't count.
+    c.stall_timeout = 1800.0
     c.profile_steps = ""  # steps to trace, e.g. "10:15", into WORKDIR/profile; "": none
     return c
 

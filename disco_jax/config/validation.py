@@ -60,6 +60,7 @@ AT_LEAST_0 = (
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "seed",
+    "stall_timeout",
 )
 AT_LEAST_MINUS_1 = ("model.image_trained_blocks", "model.text_trained_blocks")
 POSITIVE = (

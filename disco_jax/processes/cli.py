@@ -35,7 +35,7 @@ from disco_jax.errors import (
 )
 from disco_jax.processes import cluster
 from disco_jax.processes.allocator import reuse_freed_memory
-from disco_jax.processes.peers import Watch, watched
+from disco_jax.processes.peers import Watch, last_message, watched
 from disco_jax.processes.plugins import ignore_absent_accelerators, only_cpu
 from disco_jax.runs.workdir import locked
 
@@ -60,74 +60,70 @@ _INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, fro
 def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
     """Sets up JAX and calls an entry point's `main(config, workdir)`.
 
-    An entry point that `writes` locks the run's folder, and its processes watch each other.
+    The processes of a run watch each other. An entry point that `writes` locks the run's folder,
+    and is watched for stalls.
     """
 
     def call() -> None:
-        config = parse(
-            sys.argv,
-            f"{sys.argv[0]} --config=configs/shapes.py --workdir=DIR\n"
-            "       [--coordinator=HOST:PORT --process_count=N --process_index=I]",
-        )
-        if not flags.FLAGS.workdir:
-            raise UserError("--workdir=DIR is missing")
+        try:
+            config = parse(
+                sys.argv,
+                f"{sys.argv[0]} --config=configs/shapes.py --workdir=DIR\n"
+                "       [--coordinator=HOST:PORT --process_count=N --process_index=I]",
+            )
+            if not flags.FLAGS.workdir:
+                raise UserError("--workdir=DIR is missing")
+        except UserError as error:
+            if _tell_others(error):
+                sys.exit(EXIT_USER)
+            raise
         workdir = Path(flags.FLAGS.workdir)
         _stop_at_signals()
-        from disco_jax.processes import backend  # lazy: --help needs no JAX
-
-        launch = cluster.find(
-            _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, backend.has_tpu()
-        )
-        # Watchers start before the processes connect, which takes seconds. On TPUs this is
-        # impossible, because only JAX knows the processes' indices.
-        jax_tells = launch is not None and launch.index is None
-        if jax_tells:
-            _set_up_jax(config, launch)
-        index, count = _place(launch)
         with contextlib.ExitStack() as stack:
-            if writes:
-                _hold(stack, workdir, launch, index, count, config)
-            if not jax_tells:
-                _set_up_jax(config, launch)
+            place, watch = _place(config.start_timeout), None
+            if place or (writes and config.stall_timeout):
+                watch = stack.enter_context(watched(place, config))
+            if place and watch:
+                stack.enter_context(_blaming_peers(watch))
+            if writes and (place is None or place.index == 0):
+                # No longer than the other processes wait for this one.
+                patience = min(LEASE, config.start_timeout / 2) if place else 0
+                stack.enter_context(locked(workdir, patience))
+            _set_up_jax(config, place, watch)
             with _telling_memory():
                 main(config, workdir)
 
     guard(call)
 
 
-def _place(launch: cluster.Launch | None) -> tuple[int, int]:
-    """Returns this process's index and the number of processes."""
-    if launch is None:
-        return 0, 1
-    if launch.index is None or launch.count is None:
-        from disco_jax.processes import backend
+def _place(timeout: float) -> cluster.Place | None:
+    """Returns this process's place in its run, or None if it is the only process."""
+    from disco_jax.processes import backend  # lazy: --help needs no JAX
 
-        return backend.processes()
-    return launch.index, launch.count
-
-
-def _hold(
-    stack: contextlib.ExitStack,
-    workdir: Path,
-    launch: cluster.Launch | None,
-    index: int,
-    count: int,
-    config: ConfigDict,
-) -> None:
-    """Locks the run's folder. From here on, the processes watch each other."""
-    watch = None
-    if launch is not None and count > 1:
-        watch = stack.enter_context(watched(workdir, launch.name, index, count, config))
-        stack.enter_context(_blaming_peers(watch))
-    if index == 0:
-        # No longer than the other processes wait for this one.
-        patience = min(LEASE, config.start_timeout / 2) if watch else 0
-        stack.enter_context(locked(workdir, patience))
-        if watch:
-            watch.clear_others()
+    launch = cluster.find(
+        _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, backend.has_tpu()
+    )
+    place = cluster.locate(launch, timeout) if launch else None
+    return place if place and place.count > 1 else None
 
 
-def _set_up_jax(config: ConfigDict, launch: cluster.Launch | None) -> None:
+def _tell_others(error: UserError) -> bool:
+    """Prints an error in the flags, and ends the other processes, which would wait for this one.
+
+    Returns whether it did. Without it, this is the only process, or the others can't be found.
+    """
+    if not flags.FLAGS.is_parsed():
+        return False
+    with contextlib.suppress(UserError):
+        place = _place(default().start_timeout)
+        if place:
+            say(f"error: {error}", sys.stderr)
+            Watch(place, default()).leave(*last_message(error))
+            return True
+    return False
+
+
+def _set_up_jax(config: ConfigDict, place: cluster.Place | None, watch: Watch | None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     from disco_jax.processes import backend
 
@@ -135,8 +131,9 @@ def _set_up_jax(config: ConfigDict, launch: cluster.Launch | None) -> None:
         reuse_freed_memory()
     if config.fake_devices:
         backend.use_fake_devices(config.fake_devices)
-    if launch:
-        cluster.start(launch, config.start_timeout)
+    if place and watch:
+        port = watch.coordinator_port()
+        cluster.start(place, port, config.start_timeout, config.peer_timeout)
     console.quiet = backend.processes()[0] > 0
 
 

@@ -1,28 +1,40 @@
 """How the processes of a run find each other: from flags, or from the launcher."""
 
 import math
+import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from disco_jax.errors import UserError
 
-WATCHERS_FIRST = 30  # extra seconds before JAX aborts, so that the watchers can name who is missing
+# JAX aborts when it misses a process, with a stack trace instead of a name, so the watchers
+# (peers.py) have to be faster.
+MISSING_LATER = 30  # seconds
+SILENT_LATER = 100.0  # seconds, or thrice peer_timeout
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Arguments of `jax.distributed.initialize`; None leaves detection to JAX.
-
-    `count` and `index` are None only on TPUs, where the processes learn them from JAX.
-    """
+    """How a process was started. What is None is detected by JAX (`locate`)."""
 
     source: str  # where this was found, for messages
     name: str  # shared by all processes of this start, and by no other start
     coordinator: str | None = None  # HOST:PORT of process 0
     count: int | None = None
     index: int | None = None
+    local_devices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process's place among those of its run."""
+
+    name: str  # of this start, as in Launch
+    host: str  # the address of process 0
+    port: int  # where the watchers meet on that host
+    index: int
+    count: int
     local_devices: tuple[int, ...] | None = None
 
 
@@ -123,29 +135,83 @@ def _slurm_devices(env: Mapping[str, str]) -> tuple[int, ...] | None:
     return tuple(range(int(gpus))) if alone and gpus.isdigit() and int(gpus) else None
 
 
-def start(launch: Launch, timeout: float = 300.0) -> None:
+def locate(launch: Launch, timeout: float) -> Place:
+    """Returns this process's place. JAX detects what Slurm, Open MPI or a Cloud TPU have not said.
+
+    Raises:
+      UserError: if JAX can't detect it within `timeout` seconds, or this version of JAX does not
+        have the function. It is private, because the public one connects the processes at once.
+    """
+    address, count, index, devices = (
+        launch.coordinator,
+        launch.count,
+        launch.index,
+        launch.local_devices,
+    )
+    if address is None:
+        import jax
+
+        try:
+            from jax._src.clusters import ClusterEnv
+
+            method = launch.source if launch.source in ("slurm", "ompi") else None
+            address, count, index, found = ClusterEnv.auto_detect_unset_distributed_params(
+                None, count, index, devices, method, math.ceil(timeout)
+            )
+            devices = None if found is None else tuple(found)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"jax {jax.__version__} is not supported by DisCo-JAX ({error}); install a version "
+                "that requirements.txt allows, or set --coordinator, --process_count and "
+                "--process_index"
+            ) from error
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"process 0 was not found ({launch.source}): {error}") from error
+    if address is None or count is None or index is None:
+        raise UserError(
+            f"the processes of this run were not found ({launch.source}); set --coordinator, "
+            "--process_count and --process_index"
+        )
+    host, _, port = address.rpartition(":")
+    return Place(launch.name, host.strip("[]"), int(port), index, count, devices)
+
+
+def free_port() -> int:
+    """Returns a port of this host on which nothing listens."""
+    with socket.create_server(("", 0)) as opened:
+        return opened.getsockname()[1]
+
+
+def start(
+    place: Place, port: int, start_timeout: float = 300.0, peer_timeout: float = 30.0
+) -> None:
     """Connects this process to the others. Must be called before JAX is first used.
 
     Args:
-      launch: How this process was started.
-      timeout: Seconds to wait for all processes.
+      place: This process's place.
+      port: A free port of process 0's host, for JAX's coordinator.
+      start_timeout: Seconds to wait for all processes.
+      peer_timeout: Seconds without a sign of life after which a process is lost.
 
     Raises:
       UserError: if the processes cannot connect.
     """
     import jax
 
-    options: dict[str, Any] = {"initialization_timeout": math.ceil(timeout) + WATCHERS_FIRST}
-    if launch.source in ("slurm", "ompi"):
-        options["cluster_detection_method"] = launch.source
-    if launch.local_devices is not None:
-        options["local_device_ids"] = list(launch.local_devices)
-    if launch.source in ("flags", "environment"):
-        options["cluster_detection_method"] = "deactivate"
+    host = f"[{place.host}]" if ":" in place.host else place.host
     try:
         with warnings.catch_warnings():  # about the kubernetes client, which is not needed
             warnings.simplefilter("ignore")
-            jax.distributed.initialize(launch.coordinator, launch.count, launch.index, **options)
+            jax.distributed.initialize(
+                f"{host}:{port}",
+                place.count,
+                place.index,
+                local_device_ids=place.local_devices,
+                cluster_detection_method="deactivate",
+                coordinator_bind_address=f"[::]:{port}",
+                initialization_timeout=math.ceil(start_timeout) + MISSING_LATER,
+                heartbeat_timeout_seconds=math.ceil(max(SILENT_LATER, 3 * peer_timeout)),
+            )
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"the processes failed to connect ({launch.source}): {first}") from error
+        raise UserError(f"the processes failed to connect: {first}") from error

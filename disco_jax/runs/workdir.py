@@ -52,6 +52,7 @@ FREE_FIELDS = (
     "model.text_remat",
     "peer_timeout",
     "profile_steps",
+    "stall_timeout",
     "start_timeout",
 )
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -16,6 +16,7 @@ from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.mesh import own_rows, place_batch
 from disco_jax.processes.backend import first_then_all
 from disco_jax.processes.preemption import Preemption
+from disco_jax.processes.pulse import pulse
 from disco_jax.runs.checkpoint import Checkpoints
 from disco_jax.runs.metrics import MetricWriter, read_metrics
 from disco_jax.step.host_step import HostStep
@@ -98,7 +99,7 @@ def _run_steps(
 
     for step in range(start + 1, config.num_steps + 1):
         last = step == config.num_steps
-        with watch.timed("data"):
+        with watch.timed("data"), pulse.paused():  # data.timeout applies
             batch = data.next(preemption.asked)
         if batch is None:  # asked to stop while no data arrive
             steps.wait()
@@ -109,7 +110,8 @@ def _run_steps(
         profiler.before(step)
         steps.wait(left=batches_on_devices(config) - 1)
         arrays = batch.arrays if by_host else place_batch(batch.arrays, mesh)
-        state, values = train_step(state, arrays)
+        state, values = train_step(state, arrays)  # compiles the first time
+        pulse.dispatched, pulse.busy = step, True
         del arrays
         steps.add(step, values)
         profiler.after(step, values)
@@ -128,7 +130,7 @@ def _run_steps(
             save(step)
             checkpoints.wait()
         if evaluates:
-            with watch.timed("eval"), progress.paused():
+            with watch.timed("eval"), progress.paused(), pulse.paused():
                 found = evaluator.run(state.params)
             _print_accuracies(step, found)
             row |= found
@@ -169,6 +171,7 @@ class InFlight:
             loss, norm, skipped = (
                 float(values[f"train/{name}"]) for name in ("loss", "grad_norm", "skipped")
             )
+            pulse.finished = step
             if message := self._health.see(step, loss, norm, bool(skipped)):
                 console.print(message, soft_wrap=True)
 
