@@ -73,6 +73,19 @@ def test_a_process_that_is_stopped_ends_all(victim):
     ended(jobs[victim])
 
 
+def test_a_process_that_jax_aborts_exits_with_the_reason():
+    """JAX aborts all processes as soon as the first one dies, often before its watcher says so."""
+    port = free_port()
+    jobs = [process(0, port), process(1, port, "print(flush=True)\nctypes.CDLL(None).abort()")]
+    joined(*jobs)
+    assert jobs[1].stdout
+    jobs[1].stdout.readline()
+    jobs[0].kill()
+    name = f"process 0 (host {HOST}, pid {jobs[0].pid})"
+    assert f"{name} has stopped: it died or was killed; rerun the same" in ended(jobs[1])
+    jobs[0].communicate()
+
+
 MISTAKE = "from disco_jax.errors import UserError; raise UserError('no such data')"
 
 
