@@ -37,18 +37,19 @@ from disco_jax.processes import cluster
 from disco_jax.processes.allocator import reuse_freed_memory
 from disco_jax.processes.peers import Watch, watched
 from disco_jax.processes.plugins import ignore_absent_accelerators, only_cpu
-from disco_jax.runs.workdir import locked
+from disco_jax.runs.places import host_folder, run_place
+from disco_jax.runs.workdir import LEASE, locked
+from disco_jax.storage.urls import Place
 
 # Fraction of a GPU's memory for JAX's pool; JAX's default is 0.75. The planner's limit is 0.03
 # lower, because that much of the pool may be lost to fragmentation. The rest is for the CUDA
 # context, library workspaces and NCCL's buffers.
 MEMORY_FRACTION = 0.93
-LEASE = 120  # seconds for which a file system may keep the lock of a host that is gone
 LEAVING = 30  # seconds for which preempted processes wait for each other on exit
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/shapes.py.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run, for checkpoints, metrics and curves."
+    "workdir", None, "Folder of the run, local or a URL, for checkpoints, metrics and curves."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, with several processes."
@@ -57,7 +58,7 @@ _COUNT = flags.DEFINE_integer("process_count", None, "Number of processes in the
 _INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
 
 
-def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
+def run(main: Callable[[ConfigDict, Place], None], *, writes: bool) -> None:
     """Sets up JAX and calls an entry point's `main(config, workdir)`.
 
     An entry point that `writes` locks the run's folder, and its processes watch each other.
@@ -71,7 +72,7 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
         )
         if not flags.FLAGS.workdir:
             raise UserError("--workdir=DIR is missing")
-        workdir = Path(flags.FLAGS.workdir)
+        workdir = run_place(flags.FLAGS.workdir)
         _stop_at_signals()
         from disco_jax.processes import backend  # lazy: --help needs no JAX
 
@@ -86,7 +87,8 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
         index, count = _place(launch)
         with contextlib.ExitStack() as stack:
             if writes:
-                _hold(stack, workdir, launch, index, count, config)
+                folder = host_folder(workdir, config.workdir_cache)
+                _hold(stack, folder, launch, index, count, config)
             if not jax_tells:
                 _set_up_jax(config, launch)
             with _telling_memory():
