@@ -174,7 +174,8 @@ def _leave(home: Mirror, error: BaseException) -> None:
         else:
             home.publish_once()
     except (DataLost, UserError, OSError) as another:
-        say(f"the logs are kept in {home.folder}: {another}", sys.stderr)
+        if str(another) != str(error):  # e.g. that the lock is lost
+            say(f"the logs are kept in {home.folder}: {another}", sys.stderr)
 
 
 def _run_id(run: Url) -> str:

@@ -100,6 +100,7 @@ class UploadedCheckpoints:
     ):
         self._steps, self._local_folder, self._name = BucketSteps(run), local, run
         self.folder = run / "checkpoints"
+        agreement.barrier()  # requests before have taken different times
         attempt = agreement.of_first(lease.id if lease else "")
         part = Part(jax.process_index(), jax.process_count(), attempt)
         self._local = OwnFolderCheckpoints(local)
@@ -110,7 +111,7 @@ class UploadedCheckpoints:
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None if there is none."""
-        return max(self._steps.steps(), default=None)
+        return max(self._done, default=None)
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Starts writing a checkpoint in the background; `check` starts its upload.
@@ -198,10 +199,7 @@ class UploadedCheckpoints:
                 aside = free_name(folder.with_name("checkpoints_set_aside") / str(step))
                 aside.parent.mkdir(exist_ok=True)
                 (folder / str(step)).rename(aside)
-                say(
-                    f"the run has continued elsewhere; moved checkpoint {step} to {aside}",
-                    sys.stderr,
-                )
+                say(f"the run went on without checkpoint {step}; moved to {aside}", sys.stderr)
         for step in pending:
             say(f"checkpoint {step} was saved here and not uploaded; uploading it", sys.stderr)
             self._uploads.add(step)

@@ -135,10 +135,11 @@ def _take(url: Url, patience: float) -> Lease:
                     "see whether it is still running",
                     sys.stderr,
                 )
-            time.sleep(SECONDS / RENEWALS / 8)
         if version is not None:
             return Lease(url, content, version)
         before, seen = seen, None
+        if before is not None:
+            time.sleep(SECONDS / RENEWALS / 8)
         with suppress(FileNotFoundError):
             found, seen = _read(url)
         if seen != before:
