@@ -70,7 +70,7 @@ def start(
     arguments: argparse.Namespace, data: dict[str, Any], workdir: Path, run: Url | None = None
 ) -> list[subprocess.Popen]:
     """Starts the processes of a run in `workdir`, or in `run` with local folders in `workdir`."""
-    options = data | {
+    options = {
         "data.dir": arguments.data.absolute(),
         "data.num_workers": arguments.workers,
         "data.record_keys": True,
@@ -84,6 +84,7 @@ def start(
         "peer_timeout": 10.0,
         "start_timeout": 60.0,
     }
+    options |= data
     options |= {"workdir_cache": workdir} if run else {}
     fields = [f"--config.{name}={value}" for name, value in options.items()]
     place = f"--workdir={run or workdir}"
@@ -132,6 +133,9 @@ def places(arguments: argparse.Namespace, folder: Path) -> Iterator[list[dict[st
 @contextlib.contextmanager
 def servers(arguments: argparse.Namespace) -> Iterator[Url | None]:
     """Runs the servers of the stores in use; yields the place of the run if it is in a bucket."""
+    if not arguments.s3 and not arguments.workdir_store:
+        yield None
+        return
     from tests import object_stores
 
     os.environ["NO_PROXY"] = "127.0.0.1"

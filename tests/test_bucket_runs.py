@@ -162,6 +162,7 @@ with opened_home(Url(sys.argv[1]), sys.argv[2]) as home:
     for step in (1, 2):
         state = {"a": jnp.arange(8.0) * step, "n": jnp.int32(step)}
         checkpoints.save(step, state, {"seen": step})
+        (home.folder / "metrics.jsonl").write_text(f"line {step}")
         checkpoints.check()
     checkpoints.wait()
 """
@@ -174,6 +175,7 @@ def test_what_a_kill_leaves_of_a_checkpoint_is_removed(s3, quick, tmp_path, capf
     killed = subprocess.run([sys.executable, "-c", HALF, run, here], cwd=small_run.ROOT)
     assert killed.returncode == -signal.SIGKILL
     assert [name for name in s3.names() if name.startswith("run/checkpoints/2/")]
+    assert stores.fetch(run / "metrics.jsonl")[0] == b"line 2"  # is there before the checkpoint
     theirs = s3.put("run/checkpoints/9/theirs", b"not ours")  # and so not to be removed
     assert saved(run, 1) == [1]
     with opened_home(run, str(tmp_path / "elsewhere")) as home:

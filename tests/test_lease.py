@@ -13,6 +13,7 @@ from disco_jax.errors import DataLost, UserError
 from disco_jax.storage import conditional, lease, stores
 from disco_jax.storage.lease import leased
 from disco_jax.storage.urls import Url
+from tests.object_stores import ForwardToGoogle
 
 
 @pytest.fixture(params=["s3", "gcs_writable"])
@@ -124,3 +125,12 @@ def test_an_answer_that_is_lost_is_not_a_lost_lock(s3, monkeypatch):
         monkeypatch.setattr(conditional, "replace", real)
         lock.ensure()
         lock.check()
+
+
+def test_a_store_that_ignores_conditions_takes_no_run(gcs_writable, monkeypatch):
+    monkeypatch.setattr(ForwardToGoogle, "checks", False)
+    with (
+        pytest.raises(UserError, match="its server ignores the conditions of writes"),
+        leased(Url(f"{gcs_writable.url}/run/lock")),
+    ):
+        pass

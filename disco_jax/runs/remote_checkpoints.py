@@ -25,6 +25,7 @@ from disco_jax.runs.uploads import COMMITTED, Part, Uploads, continues, saved_he
 from disco_jax.storage.lease import Lease
 from disco_jax.storage.urls import Place, Url
 
+WAITING = 1  # checkpoints that may be on their way to the bucket when another one is saved
 LEAVING = 30.0  # seconds for which a run that ends with an error waits for its uploads
 
 
@@ -106,6 +107,7 @@ class UploadedCheckpoints:
         self._local = OwnFolderCheckpoints(local)
         self._uploads = Uploads(run, local, part, lease, keep, publish)
         self._done = set(self._steps.steps())
+        self._told = False  # that saves wait for uploads
         self._unsent: list[int] = []  # saved, with the lines of their steps yet to be logged
         self._catch_up()
 
@@ -127,9 +129,15 @@ class UploadedCheckpoints:
         if step in self._done:
             return
         self._send()
-        if not self._uploads.wait(left=1, seconds=1.0):
-            say(f"waiting for the upload of checkpoint {self._uploads.waiting()[0]}", sys.stderr)
-            self._uploads.wait(left=1)
+        if not self._uploads.wait(left=WAITING, seconds=0.0 if self._told else 1.0):
+            if not self._told:
+                say(
+                    "note: checkpoints are saved faster than they are uploaded; waiting for that "
+                    f"of step {self._uploads.waiting()[0]}",
+                    sys.stderr,
+                )
+            self._told = True
+            self._uploads.wait(left=WAITING)
         agreement.barrier()  # a collective would time out if another process waits for long
         self._local.save(step, state, data)
         self._done.add(step)

@@ -17,7 +17,6 @@ from disco_jax.storage.stores import Patience
 from disco_jax.storage.urls import Url
 
 PATIENCE = Patience(later=1800.0)  # from the last success on
-WAITING = 1  # checkpoints that may wait for an upload besides the one in progress
 POLL = 0.5  # seconds between looks for what another process or Orbax has written
 COMMITTED = "committed"  # folder of the checkpoints that are in the bucket
 

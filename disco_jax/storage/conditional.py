@@ -3,8 +3,9 @@
 from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, NotSupportedError, PreconditionError
 
+from disco_jax.errors import UserError
 from disco_jax.storage import stores
 from disco_jax.storage.stores import Patience
 
@@ -57,6 +58,10 @@ def _put(url: str, content: bytes, mode: Any, patience: Patience | None) -> Vers
             if isinstance(error, FileNotFoundError) and mode == "create":
                 raise  # the bucket is missing
             return None
+        except NotSupportedError as error:
+            raise UserError(
+                f"{url}: its server does not support conditional writes, which keep two runs apart"
+            ) from error
         return _version(result)
 
     return stores.tried(url, put, "written", patience)

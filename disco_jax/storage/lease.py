@@ -124,6 +124,8 @@ def _take(url: Url, patience: float) -> Lease:
     while True:
         if seen is None:
             version = conditional.create(url, own)
+        elif found.get("id") == content["id"]:  # written, but the answer was lost
+            version = seen
         elif found == RELEASED or _is_dead(found) or _now() - since > SECONDS:
             version = conditional.replace(url, own, seen)
         else:
@@ -136,6 +138,11 @@ def _take(url: Url, patience: float) -> Lease:
                     sys.stderr,
                 )
         if version is not None:
+            if conditional.create(url, own) is not None:
+                raise UserError(
+                    f"{url}: its server ignores the conditions of writes, so it can't keep two "
+                    "runs apart"
+                )
             return Lease(url, content, version)
         before, seen = seen, None
         if before is not None:
