@@ -10,6 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from disco_jax.errors import DataLost, UserError
@@ -353,6 +354,17 @@ def test_processes_with_different_folders_write_one_checkpoint(s3, tmp_path):
         (folder,) = (tmp_path / str(index)).glob(f"*/*/{index}-of-2")
         own = uploads.own_files(folder / "committed/checkpoints/2", index)
         assert 0 < sum(name.startswith("state/a/") for name in own) <= len(written)
+
+    BucketSteps(run).fetch(2, tmp_path)
+    # How Orbax tells complete checkpoints on gs://.
+    by_commit = ocp.path.atomicity.CommitFileTemporaryPath
+    options = ocp.CheckpointManagerOptions(temporary_path_class=by_commit)
+    manager = ocp.CheckpointManager(tmp_path / "checkpoints", options=options)
+    assert manager.latest_step() == 2
+    (tmp_path / "checkpoints/2/commit_success.txt").unlink()
+    manager.reload()
+    assert manager.latest_step() is None
+    manager.close()
 
 
 def test_places_that_take_no_run_are_refused(s3, tmp_path):
