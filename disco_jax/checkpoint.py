@@ -9,21 +9,27 @@ from pathlib import Path
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.processes.cli import guard
-from disco_jax.runs.checkpoint import Checkpoints
+from disco_jax.runs.places import run_place
+from disco_jax.runs.remote_checkpoints import open_checkpoints
 from disco_jax.runs.workdir import locked
+from disco_jax.storage.lease import leased
+from disco_jax.storage.urls import Url
 
 
 def main() -> None:
     """Moves later checkpoints aside; UserError if the folder is in use or has no such step."""
     parser = argparse.ArgumentParser(prog="python -m disco_jax.checkpoint")
-    parser.add_argument("workdir", type=Path)
+    parser.add_argument("workdir", help="a run's folder, or its URL")
     parser.add_argument("--go_back_to", type=int, required=True, metavar="STEP")
     arguments = parser.parse_args()
-    if not (arguments.workdir / "checkpoints").is_dir():
-        raise UserError(f"{arguments.workdir} holds no checkpoints")
-    with locked(arguments.workdir):
-        for path in Checkpoints(arguments.workdir).set_aside(arguments.go_back_to):
-            say(f"moved to {path}")
+    workdir = run_place(arguments.workdir, "WORKDIR")
+    if isinstance(workdir, Path) and not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} holds no checkpoints")
+    checkpoints = open_checkpoints(workdir)
+    lock = leased(workdir / "lock") if isinstance(workdir, Url) else locked(workdir)
+    with lock:
+        for moved in checkpoints.set_aside(arguments.go_back_to):
+            say(f"moved to {moved}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from disco_jax.storage.urls import check_scheme
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="a model folder or a run's workdir")
+    parser.add_argument("model", help="a model folder or a run's workdir, or its URL")
     parser.add_argument(
         "--images", required=True, help="a pattern of globs and braces; ** matches subfolders"
     )

@@ -18,6 +18,7 @@ from disco_jax.interop.transfer import read_model
 from disco_jax.mesh import make_mesh, replicated
 from disco_jax.models import CLIPConfig, Params
 from disco_jax.processes.plugins import ignore_absent_accelerators
+from disco_jax.runs.places import run_place
 
 Picture = Image.Image | np.ndarray | str | Path
 TEMPLATES = ("a photo of a {}.",)  # from CLIP, section 3.1.4
@@ -162,8 +163,13 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 def load(path: str | Path, batch_size: int = 64) -> Model:
     """Loads the model in a folder written by `interop import`, or a run's newest checkpoint.
 
+    Args:
+      path: the folder, or the URL of one in a bucket.
+      batch_size: as in `Model`.
+
     Raises:
       UserError: if `path` is neither, or is damaged.
+      DataLost: if it is in a bucket whose store does not answer.
     """
     ignore_absent_accelerators()
-    return Model(*read_model(Path(path).expanduser()), batch_size)
+    return Model(*read_model(run_place(str(path), "path")), batch_size)

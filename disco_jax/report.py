@@ -19,8 +19,10 @@ from disco_jax.display.terminal import printable, say
 from disco_jax.errors import UserError
 from disco_jax.processes.cli import guard
 from disco_jax.runs.jsonl import read_lines
-from disco_jax.runs.metrics import read_metrics
+from disco_jax.runs.metrics import METRICS_FILE, read_metrics
+from disco_jax.runs.places import fetched, run_place
 from disco_jax.runs.workdir import read_json, stored_config
+from disco_jax.storage.urls import Place
 
 SETS = {
     "imagenet": "ImageNet",
@@ -64,18 +66,25 @@ class Run(NamedTuple):
         )
 
 
-def read_run(workdir: Path) -> Run:
+def read_run(run: Place) -> Run:
     """Reads a run from its folder, including later evaluations by eval.py.
 
     Raises:
       UserError: if the folder holds no run, or a run without metrics.
+      DataLost: if it is in a bucket whose store does not answer.
     """
+    files = ("config.json", METRICS_FILE, "starts.jsonl", "eval/*.json")
+    with fetched(run, *files) as folder:
+        return _read_folder(folder, run)
+
+
+def _read_folder(workdir: Path, name: Place) -> Run:
     if not (workdir / "config.json").is_file():
-        raise UserError(f"{workdir} holds no run; train one there first")
+        raise UserError(f"{name} holds no run; train one there first")
     config = stored_config(workdir)
     rows = read_metrics(workdir)
     if not rows:
-        raise UserError(f"{workdir} holds no metrics yet")
+        raise UserError(f"{name} holds no metrics yet")
     for path in (workdir / "eval").glob("*.json"):
         rows.append(read_json(path))
     samples = config.data.num_samples
@@ -83,8 +92,8 @@ def read_run(workdir: Path) -> Run:
         counts = [start.get("samples") for start in read_lines(workdir / "starts.jsonl")]
         samples = next((n for n in reversed(counts) if isinstance(n, int)), 0)
         if not samples:
-            raise UserError(f"{workdir / 'starts.jsonl'} does not give the number of samples")
-    return Run(workdir.name, config, sorted(rows, key=lambda row: row["step"]), samples)
+            raise UserError(f"{name / 'starts.jsonl'} does not give the number of samples")
+    return Run(name.name, config, sorted(rows, key=lambda row: row["step"]), samples)
 
 
 def sets_of(runs: Sequence[Run]) -> list[str]:
@@ -162,7 +171,7 @@ td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) {{ text-align: 
 """
 
 
-def report(workdirs: Sequence[Path], out: Path) -> None:
+def report(workdirs: Sequence[Place], out: Path) -> None:
     """Writes the three files.
 
     Raises:
@@ -185,10 +194,10 @@ def report(workdirs: Sequence[Path], out: Path) -> None:
 def main() -> None:
     """Parses the command line and writes the report."""
     parser = argparse.ArgumentParser(prog="python -m disco_jax.report")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its URL")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="output folder")
     arguments = parser.parse_args()
-    report(arguments.runs, arguments.out)
+    report([run_place(run, "RUN") for run in arguments.runs], arguments.out)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ SHORTER = (
     (r"--config=\.\.\.", "--config=configs/shapes.py --workdir=runs/finetuned"),
     (r"'?/data/\{00000\.\.00999\}\.tar'?|'?/data/\*\.tar'?", "stand_ins/00000.tar"),
     (r"'s3://bucket/\S*\.tar'", "stand_ins/00000.tar"),
+    (r"gs://BUCKET/runs/mine", "runs/not_in_a_bucket"),
+    (r"benchmarks/bucket\.py", "benchmarks/bucket.py --pairs=1 --steps=20 --every=10"),
     (r"--part=3/32 --out=\S*", "--out=stand_ins/index"),
     (r"(data\.name=stand_ins\S*)", r"\1 --config.data.num_workers=0 --config.model.dtype=float32"),
     (r"( train\.py.*?| eval\.py.*?)( &)?$", rf"\1 {SHORT}\2"),

@@ -34,9 +34,25 @@ import pytest
 from jax.sharding import Mesh
 
 from disco_jax.mesh import make_mesh
-from tests.object_stores import gcs, gcs_server, no_credentials, proxy, s3, s3_server
+from tests.object_stores import (
+    gcs,
+    gcs_server,
+    gcs_writable,
+    no_credentials,
+    proxy,
+    s3,
+    s3_server,
+)
 
-__all__ = ["gcs", "gcs_server", "no_credentials", "proxy", "s3", "s3_server"]  # fixtures
+__all__ = [  # fixtures
+    "gcs",
+    "gcs_server",
+    "gcs_writable",
+    "no_credentials",
+    "proxy",
+    "s3",
+    "s3_server",
+]
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["DISCO_TEST_CACHE"], ignore_errors=True)

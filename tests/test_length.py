@@ -15,6 +15,7 @@ from disco_jax.data.source import Joined
 from disco_jax.errors import UserError
 from disco_jax.evaluation import main as evaluation
 from disco_jax.runs.checkpoint import Checkpoints
+from disco_jax.runs.home import Home
 from disco_jax.runs.workdir import check_same
 from disco_jax.step.state import TrainState
 from disco_jax.training import loop, progress, setup
@@ -226,10 +227,10 @@ def test_a_run_of_epochs(pairs, tmp_path, monkeypatch, capsys):
     evaluated = [line for line in printed.splitlines() if re.match(r"step \d+ ", line)]
     recall = "retrieval/image_to_text_recall@1 25.0%"
     assert evaluated == [f"step 4  {recall}", f"step 6  {recall}  mine/top1 12.5%"]
-    assert setup.set_up(config, tmp_path).config.num_steps == 6
+    assert setup.set_up(config, Home(tmp_path, tmp_path)).config.num_steps == 6
     config.num_epochs = 4.0
     with pytest.raises(UserError, match=rf"num_steps \(6 there, 12 here\).* init_from={tmp_path}$"):
-        setup.set_up(config, tmp_path)
+        setup.set_up(config, Home(tmp_path, tmp_path))
     config.num_epochs, steps = 2.0, []
     monkeypatch.setattr(evaluation, "Evaluator", Evaluations)
     monkeypatch.setattr(evaluation, "_steps", lambda _, last, **__: [last])
@@ -243,8 +244,8 @@ def test_a_run_of_too_few_samples_does_not_begin(pairs, tmp_path):
     config = pairs.copy_and_resolve_references()
     config.batch_size = 64
     with pytest.raises(UserError, match=r"the data have 48 samples, fewer than a batch, 64"):
-        setup.set_up(config, tmp_path / "run")
+        setup.set_up(config, Home(tmp_path / "run", tmp_path / "run"))
     config.batch_size, config.num_epochs = 16, 1.0
     with pytest.raises(UserError, match=r"is 2\.67 epochs of the 48 samples in data\.name"):
-        setup.set_up(config, tmp_path / "run")
+        setup.set_up(config, Home(tmp_path / "run", tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -177,6 +177,8 @@ def default() -> ConfigDict:
     c.log_every = 50  # steps between metrics
     c.checkpoint_every = 1_000  # steps between checkpoints; the last step is always saved
     c.checkpoint_keep = 3  # number of most recent checkpoints to keep
+    # Folder for the local copies of a run whose workdir is a URL; "": one in ~/.cache/disco_jax.
+    c.workdir_cache = ""
     c.max_bad_steps = 10  # consecutive steps with non-finite loss or gradients that stop the run
     c.peer_timeout = 30.0  # seconds without a heartbeat after which another process counts as lost
     c.start_timeout = 300.0  # seconds to wait for all processes to start

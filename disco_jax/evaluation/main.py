@@ -23,10 +23,12 @@ from disco_jax.mesh import make_mesh
 from disco_jax.models import CLIPConfig, Params
 from disco_jax.models.build import model_config
 from disco_jax.processes.backend import first_then_all
-from disco_jax.runs.checkpoint import Checkpoints
+from disco_jax.runs.places import fetched, send
+from disco_jax.runs.remote_checkpoints import SavedCheckpoints, open_checkpoints
 from disco_jax.runs.workdir import check_same, read_json
 from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import abstract_state
+from disco_jax.storage.urls import Place
 
 SHOWN = 32  # predictions to draw
 WORST = 5  # least accurate classes to print per set
@@ -34,7 +36,7 @@ POLL = 10  # seconds between checks for a new checkpoint
 
 
 def evaluate(
-    config: ConfigDict, workdir: Path, *, every: bool = False, watch: bool = False
+    config: ConfigDict, workdir: Place, *, every: bool = False, watch: bool = False
 ) -> None:
     """Evaluates a run's newest checkpoint or, with `every`, all of its checkpoints.
 
@@ -44,10 +46,18 @@ def evaluate(
 
     Raises:
       UserError: if the folder holds no run, no checkpoint, or a run with another config.
+      DataLost: if `workdir` is in a bucket whose store does not answer.
     """
-    if not (workdir / "config.json").exists():
-        raise UserError(f"workdir {workdir} holds no run; train one there first")
-    stored = read_json(workdir / "config.json")
+    with fetched(workdir, "config.json") as folder:
+        if not (folder / "config.json").exists():
+            raise UserError(f"workdir {workdir} holds no run; train one there first")
+        _evaluate_run(config, workdir, folder, every=every, watch=watch)
+
+
+def _evaluate_run(
+    config: ConfigDict, workdir: Place, folder: Path, *, every: bool, watch: bool
+) -> None:
+    stored = read_json(folder / "config.json")
     if not config.num_steps:  # the run has what followed from num_epochs and its data
         config = config.copy_and_resolve_references()
         config.num_steps = stored.get("num_steps", 0)
@@ -57,7 +67,7 @@ def evaluate(
     mesh, model = make_mesh(fsdp=fsdp), model_config(config)
     evaluator = first_then_all(lambda: Evaluator(config, model, mesh))
     fixed = baselines(config, evaluator.sets, model.vision.image_size)
-    checkpoints = Checkpoints(workdir)
+    checkpoints = open_checkpoints(workdir)
     try:
         for step in _steps(checkpoints, config.num_steps, every=every, watch=watch):
             try:
@@ -65,12 +75,12 @@ def evaluate(
             except FileNotFoundError:  # training keeps only the newest ones
                 console.print(f"checkpoint {step} has been deleted; skipped")
                 continue
-            _evaluate(evaluator, params, fixed, step, workdir)
+            _evaluate(evaluator, params, fixed, step, folder, workdir)
     finally:
         checkpoints.close()
 
 
-def _steps(checkpoints: Checkpoints, last: int, *, every: bool, watch: bool) -> Iterator[int]:
+def _steps(checkpoints: SavedCheckpoints, last: int, *, every: bool, watch: bool) -> Iterator[int]:
     steps = _agreed(checkpoints.steps())
     if not steps and not watch:
         raise UserError(f"there is no checkpoint in {checkpoints.folder}; train first")
@@ -96,7 +106,11 @@ def _agreed(steps: list[int]) -> list[int]:
 
 
 def _restore(
-    checkpoints: Checkpoints, step: int, config: ConfigDict, model: CLIPConfig, mesh: Mesh
+    checkpoints: SavedCheckpoints,
+    step: int,
+    config: ConfigDict,
+    model: CLIPConfig,
+    mesh: Mesh,
 ) -> Params:
     # The optimizer state is restored along with the parameters, on the same mesh, and discarded.
     state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh), step)
@@ -104,37 +118,48 @@ def _restore(
 
 
 def _evaluate(
-    evaluator: Evaluator, params: Params, fixed: dict[str, float], step: int, workdir: Path
+    evaluator: Evaluator,
+    params: Params,
+    fixed: dict[str, float],
+    step: int,
+    folder: Path,
+    run: Place,
 ) -> None:
-    results = {name: evaluator.classify(params, name) for name in evaluator.sets}
+    """Evaluates a checkpoint and writes to `folder`; of a run in a bucket, that is its copy."""
+    results = {key: evaluator.classify(params, key) for key in evaluator.sets}
     metrics: dict[str, float] = {}
-    for name, found in results.items():
-        metrics |= evaluator.metrics(name, found)
+    for key, found in results.items():
+        metrics |= evaluator.metrics(key, found)
     metrics |= evaluator.retrieval(params) | fixed
     if jax.process_index():
         return
     record = {"step": step, **metrics}
-    (workdir / "eval").mkdir(exist_ok=True)
-    (workdir / "eval" / f"{step}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "eval").mkdir(exist_ok=True)
+    written = [folder / "eval" / f"{step}.json"]
+    written[0].write_text(json.dumps(record, indent=2) + "\n")
     if results:
-        _draw(evaluator, {name: found[0] for name, found in results.items()}, workdir)
-    table = Table(title=f"{workdir}, step {step}")
+        written.append(folder / "predictions.png")
+        _draw(evaluator, {key: found[0] for key, found in results.items()}, written[-1])
+        console.print(f"wrote predictions to {run / 'predictions.png'}")
+    table = Table(title=f"{run}, step {step}")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for name, value in sorted(metrics.items()):
-        table.add_row(name, f"{value:.2%}")
+    for metric, value in sorted(metrics.items()):
+        table.add_row(metric, f"{value:.2%}")
     console.print(table)
-    for name, found in results.items():
-        for row in found[0].worst(evaluator.sets[name].classes.names, WORST):
+    for key, found in results.items():
+        for row in found[0].worst(evaluator.sets[key].classes.names, WORST):
             console.print(
-                f"{name}: {row.name} {row.accuracy:.1%}, "
+                f"{key}: {row.name} {row.accuracy:.1%}, "
                 f"mistaken for {row.taken_for} {row.share:.1%}",
                 soft_wrap=True,
             )
     print(json.dumps(record), flush=True)
+    for path in written:
+        send(path, folder, run)
 
 
-def _draw(evaluator: Evaluator, results: dict[str, Results], workdir: Path) -> None:
+def _draw(evaluator: Evaluator, results: dict[str, Results], path: Path) -> None:
     """Draws the same number of predictions from each set, evenly spaced over it."""
     images, truth, guesses = [], [], []
     for name, found in results.items():
@@ -144,6 +169,4 @@ def _draw(evaluator: Evaluator, results: dict[str, Results], workdir: Path) -> N
         images += evaluator.pictures(name, found.places[chosen])
         truth += [names[i] for i in found.labels[chosen]]
         guesses += [names[i] for i in found.nearest[chosen, 0]]
-    path = workdir / "predictions.png"
     plot_predictions(np.stack(images), truth, guesses, path)
-    console.print(f"wrote predictions to {path}")

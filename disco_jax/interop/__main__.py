@@ -9,6 +9,7 @@ from pathlib import Path
 
 from disco_jax.display.terminal import say
 from disco_jax.processes.cli import guard
+from disco_jax.runs.places import run_place
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     taken.add_argument("--image_size", type=int, help="new image size; resizes the positions")
     taken.add_argument("--tokenizer", type=Path, help="tokenizer.json of a SigLIP model")
     given = commands.add_parser("export", help="export to another library's format")
-    given.add_argument("source", type=Path, help="a model folder, or a run's workdir")
+    given.add_argument("source", help="a model folder or a run's workdir, or the URL of one")
     given.add_argument("--to", dest="library", choices=("openclip", "hf"), required=True)
     for command in (taken, given):
         command.add_argument("--out", type=Path, required=True, help="folder to create")
@@ -50,7 +51,8 @@ def main() -> None:
             tokenizer=arguments.tokenizer,
         )
     else:
-        export_model(arguments.source, arguments.library, arguments.out)
+        source = run_place(arguments.source, "MODEL_OR_RUN")
+        export_model(source, arguments.library, arguments.out)
     say(f"Wrote {arguments.out}")
 
 

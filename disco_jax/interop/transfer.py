@@ -4,6 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from disco_jax.data.tokenizer import make_tokenizer
@@ -33,7 +34,9 @@ from disco_jax.models.folder import (
     save_model,
     shapes_of,
 )
+from disco_jax.runs.places import fetched
 from disco_jax.runs.workdir import stored_config
+from disco_jax.storage.urls import Place, Url
 
 
 def table(library: str, config: CLIPConfig) -> list[names.Weight]:
@@ -145,34 +148,42 @@ def _configuration(place: Path, library: str, preset_name: str | None) -> CLIPCo
     return read_preprocessing(folder, library, config)
 
 
-def read_model(source: Path) -> tuple[CLIPConfig, Params]:
-    """Reads a model folder, or the newest checkpoint of a run.
+def read_model(source: Place) -> tuple[CLIPConfig, Params]:
+    """Reads a model folder, or the newest checkpoint of a run; both may be in a bucket.
 
     Raises:
       UserError: if `source` is neither.
+      DataLost: if it is in a bucket whose store does not answer.
     """
-    if (source / MODEL_JSON).is_file():
-        return load_model(source)
-    if not (source / "config.json").is_file() or not (source / "checkpoints").is_dir():
-        raise UserError(f"{source} is neither a model folder nor a run's workdir")
+    with fetched(source, "*.json", "*.safetensors") as folder:
+        if (folder / MODEL_JSON).is_file():
+            return load_model(folder)
+        local = not isinstance(source, Url)
+        if not (folder / "config.json").is_file() or (
+            local and not (folder / "checkpoints").is_dir()
+        ):
+            raise UserError(f"{source} is neither a model folder nor a run's workdir")
+        return _read_run(source, stored_config(folder))
+
+
+def _read_run(source: Place, config: ConfigDict) -> tuple[CLIPConfig, Params]:
     import jax
 
     from disco_jax.mesh import make_mesh, to_host
     from disco_jax.models.build import model_config
-    from disco_jax.runs.checkpoint import Checkpoints
+    from disco_jax.runs.remote_checkpoints import open_checkpoints
     from disco_jax.step.optimizer import make_optimizer
     from disco_jax.step.state import abstract_state
 
-    config = stored_config(source)
     model = model_config(config)
     mesh = make_mesh(fsdp=math.gcd(config.fsdp, jax.device_count()))
-    checkpoints = Checkpoints(source)
+    checkpoints = open_checkpoints(source)
     state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh))
     checkpoints.close()
     return model, jax.tree.map(to_host, state.params)
 
 
-def export_model(source: Path, library: str, out: Path) -> None:
+def export_model(source: Place, library: str, out: Path) -> None:
     """Exports a model folder or a run to a folder that `open_clip` or `transformers` can load.
 
     Raises:

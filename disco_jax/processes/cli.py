@@ -37,18 +37,19 @@ from disco_jax.processes import cluster
 from disco_jax.processes.allocator import reuse_freed_memory
 from disco_jax.processes.peers import Watch, last_message, watched
 from disco_jax.processes.plugins import ignore_absent_accelerators, only_cpu
-from disco_jax.runs.workdir import locked
+from disco_jax.runs.places import host_folder, run_place
+from disco_jax.runs.workdir import LEASE, locked
+from disco_jax.storage.urls import Place
 
 # Fraction of a GPU's memory for JAX's pool; JAX's default is 0.75. The planner's limit is 0.03
 # lower, because that much of the pool may be lost to fragmentation. The rest is for the CUDA
 # context, library workspaces and NCCL's buffers.
 MEMORY_FRACTION = 0.93
-LEASE = 120  # seconds for which a file system may keep the lock of a host that is gone
 LEAVING = 30  # seconds for which preempted processes wait for each other on exit
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/shapes.py.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run, for checkpoints, metrics and curves."
+    "workdir", None, "Folder of the run, local or a URL, for checkpoints, metrics and curves."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, with several processes."
@@ -57,7 +58,7 @@ _COUNT = flags.DEFINE_integer("process_count", None, "Number of processes in the
 _INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
 
 
-def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
+def run(main: Callable[[ConfigDict, Place], None], *, writes: bool) -> None:
     """Sets up JAX and calls an entry point's `main(config, workdir)`.
 
     The processes of a run watch each other. An entry point that `writes` locks the run's folder,
@@ -73,11 +74,11 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
             )
             if not flags.FLAGS.workdir:
                 raise UserError("--workdir=DIR is missing")
+            workdir = run_place(flags.FLAGS.workdir)
         except UserError as error:
             if _tell_others(error):
                 sys.exit(EXIT_USER)
             raise
-        workdir = Path(flags.FLAGS.workdir)
         _stop_at_signals()
         with contextlib.ExitStack() as stack:
             place, watch = _place(config.start_timeout), None
@@ -88,7 +89,7 @@ def run(main: Callable[[ConfigDict, Path], None], *, writes: bool) -> None:
             if writes and (place is None or place.index == 0):
                 # No longer than the other processes wait for this one.
                 patience = min(LEASE, config.start_timeout / 2) if place else 0
-                stack.enter_context(locked(workdir, patience))
+                stack.enter_context(locked(host_folder(workdir, config.workdir_cache), patience))
             _set_up_jax(config, place, watch)
             with _telling_memory():
                 main(config, workdir)

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from disco_jax.errors import UserError
+from disco_jax.storage.urls import Place
 
 
 class _Manager(ocp.CheckpointManager):
@@ -27,12 +28,22 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints in `workdir/checkpoints`, named by step; the newest `keep` are kept."""
+    """The checkpoints in `workdir/checkpoints`, named by step; the newest `keep` are kept.
 
-    def __init__(self, workdir: Path, keep: int | None = None):
+    Args:
+      workdir: The folder of the run.
+      keep: The number of checkpoints to keep; None if none are written.
+      name: What messages call the run, if not `workdir`.
+    """
+
+    def __init__(self, workdir: Path, keep: int | None = None, name: Place | None = None):
         self.folder = (workdir / "checkpoints").absolute()
+        self._name = name or self.folder.parent
+        self._manager = self._open(keep)
+
+    def _open(self, keep: int | None) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-        self._manager = _Manager(self.folder, options=options)
+        return _Manager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None if there is none."""
@@ -42,6 +53,9 @@ class Checkpoints:
         """Returns the steps of all complete checkpoints now on disk, in ascending order."""
         self._manager.reload()
         return sorted(self._manager.all_steps())
+
+    def check(self) -> None:
+        """Raises UserError if it is known that a checkpoint can't be written."""
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Starts writing a checkpoint in the background. A step that is already saved is skipped.
@@ -102,7 +116,7 @@ class Checkpoints:
         """
         step = self.latest_step() if step is None else step
         if step is None:
-            raise UserError(f"there is no checkpoint in {self.folder}; train first")
+            raise UserError(f"there is no checkpoint in {self._shown()}; train first")
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
@@ -113,7 +127,7 @@ class Checkpoints:
                 raise FileNotFoundError(self.folder / str(step)) from error
             if _is_of_the_machine(error):
                 raise UserError(
-                    f"checkpoint {self.folder / str(step)} can't be restored here: {_told(error)}"
+                    f"checkpoint {self._shown(step)} can't be restored here: {_told(error)}"
                 ) from error
             raise self._damaged(step, _told(error)) from error
         state, data = restored["state"], restored["data"]
@@ -126,9 +140,13 @@ class Checkpoints:
 
     def _damaged(self, step: int, reason: str) -> UserError:
         before = [s for s in self.steps() if s < step]
-        back = f"python -m disco_jax.checkpoint {self.folder.parent} --go_back_to="
+        back = f"python -m disco_jax.checkpoint {self._name} --go_back_to="
         hint = f"; {back}{before[-1]} goes back to the previous one" if before else ""
-        return UserError(f"checkpoint {self.folder / str(step)} can't be restored: {reason}{hint}")
+        return UserError(f"checkpoint {self._shown(step)} can't be restored: {reason}{hint}")
+
+    def _shown(self, step: int | None = None) -> Place:
+        folder = self._name / "checkpoints"
+        return folder if step is None else folder / str(step)
 
     def set_aside(self, after: int) -> list[Path]:
         """Moves checkpoints past a step to `checkpoints_set_aside` and returns their new paths.
@@ -158,6 +176,31 @@ class Checkpoints:
         """
         self.wait()
         self._manager.close()
+
+
+class OwnFolderCheckpoints(Checkpoints):
+    """Checkpoints that each process writes to a folder of its own, all of which are kept.
+
+    Each process is the primary one of its folder. Without OCDBT, the files that the processes write
+    are, taken together, one checkpoint: a shard is a file, which one process writes, next to
+    metadata, which are the same everywhere. OCDBT packs shards into few files, but to merge those
+    of several processes, one of them must see all.
+    """
+
+    def _open(self, keep: int | None) -> ocp.CheckpointManager:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        apart = ocp.options.MultiprocessingOptions(primary_host=None)
+        state = ocp.StandardCheckpointHandler(
+            multiprocessing_options=apart, use_ocdbt=jax.process_count() == 1
+        )
+        data = ocp.JsonCheckpointHandler(multiprocessing_options=apart)
+        return _Manager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                create=False, max_to_keep=keep, multiprocessing_options=apart
+            ),
+            item_handlers={"state": state, "data": data},
+        )
 
 
 def digest(state: Any, data: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ class JsonLines:
         new = path.with_name(path.name + ".new")  # if killed in between, the old file survives
         with self._told():
             if damaged or len(rows) < len(found):
-                copy = _free_name(path.with_name(path.name + ".damaged"))
+                copy = free_name(path.with_name(path.name + ".damaged"))
                 shutil.copyfile(path, copy)
                 say(
                     f"note: {damaged + len(found) - len(rows)} lines of {path} can't be read; the "
@@ -104,7 +104,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
     """Returns the path itself if it is free, else with the first free number appended."""
     numbered = (path.with_name(f"{path.name}-{n}") for n in count(2))
     return path if not path.exists() else next(p for p in numbered if not p.exists())

@@ -20,6 +20,7 @@ from disco_jax.config import default, flatten
 from disco_jax.config.validation import validate
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
+from disco_jax.storage.urls import Place
 
 # Fields that may differ when a run resumes, besides all of `eval`. None changes more than rounding.
 FREE_FIELDS = (
@@ -54,7 +55,9 @@ FREE_FIELDS = (
     "profile_steps",
     "stall_timeout",
     "start_timeout",
+    "workdir_cache",
 )
+LEASE = 120  # seconds for which a file system may keep the lock of a host that is gone
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -97,15 +100,20 @@ def _lock(file: TextIO, workdir: Path, patience: float) -> None:
         return
 
 
-def claim(config: ConfigDict, workdir: Path) -> None:
+def claim(config: ConfigDict, workdir: Path, name: Place | None = None) -> None:
     """Writes `config.json` to a new run's folder, or checks that the existing run has this config.
+
+    Args:
+      config: The config.
+      workdir: The folder.
+      name: What messages call the run, if not `workdir`.
 
     Raises:
       UserError: if the folder holds a run with a different config.
     """
     path = workdir / "config.json"
     if path.exists():
-        check_same(read_json(path), config, workdir)
+        check_same(read_json(path), config, name or workdir)
         return
     workdir.mkdir(parents=True, exist_ok=True)
     new = path.with_name("config.json.new")  # a kill in between must not leave a partial file
@@ -179,7 +187,7 @@ def stored_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
+def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Place) -> None:
     """Checks that a stored run's config agrees with this one.
 
     Raises:

@@ -10,8 +10,9 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import obstore
@@ -37,6 +38,7 @@ class Patience(NamedTuple):
 
 
 PATIENCE = Patience()
+ONCE = Patience(first=0.0, later=0.0)  # for callers that try again themselves
 PART = 16 << 20  # bytes of an upload that are sent at once
 _answered: set[str] = set()  # the roots of servers that have, if only with an error
 _found: set[str] = set()  # the roots of buckets that exist
@@ -50,7 +52,7 @@ def head(url: str) -> Meta:
       UserError: if the bucket is missing, or access is denied.
       DataLost: if the store does not answer.
     """
-    return _tried(url, lambda store, path: _meta(obstore.head(store, path)))
+    return tried(url, lambda store, path: _meta(obstore.head(store, path)))
 
 
 def read(url: str, start: int, stop: int, stamp: int | str = "") -> bytes:
@@ -81,6 +83,7 @@ def fetch(
     stop: int | None = None,
     stamp: int | str = "",
     limit: int | None = None,
+    patience: Patience | None = None,
 ) -> tuple[bytes, Meta]:
     """Like `read`, but returns size and stamp too, and stops where the object does.
 
@@ -101,7 +104,7 @@ def fetch(
             raise CutShort
         return content, meta
 
-    return _tried(url, get)
+    return tried(url, get, patience=patience)
 
 
 def glob(pattern: str) -> list[Url]:
@@ -125,7 +128,7 @@ def glob(pattern: str) -> list[Url]:
     return sorted(matches, key=parts_of.__getitem__)
 
 
-def listing(folder: Url, deep: bool = False) -> list[Url]:
+def listing(folder: Url, deep: bool = False, patience: Patience | None = None) -> list[Url]:
     """Returns the objects in a folder, and if `deep` in those below, each with its size and stamp.
 
     A folder that does not exist is empty.
@@ -144,19 +147,56 @@ def listing(folder: Url, deep: bool = False) -> list[Url]:
             urls.append(url)
         return urls
 
-    return _tried(f"{root}/{prefix}".rstrip("/"), look)
+    return tried(f"{root}/{prefix}".rstrip("/"), look, patience=patience)
 
 
-def write(url: str, content: bytes) -> None:
-    """Creates or replaces an object, at once.
+def write(url: str, content: bytes | Path, patience: Patience | None = None) -> None:
+    """Creates or replaces an object, at once. A file's content is sent in parts if it is large.
 
     Raises:
-      UserError: if it can't be written.
+      OSError: if a file can't be read, or the store refuses the content.
+      UserError: if the bucket is missing, or access is denied.
+      DataLost: if the store does not answer.
     """
     _refuse_web(url)
-    _tried(
-        url, lambda store, path: obstore.put(store, path, content, use_multipart=False), "written"
-    )
+    parts: dict[str, Any] = {"use_multipart": False}
+    if isinstance(content, Path) and content.stat().st_size > PART:
+        parts = {"chunk_size": PART, "max_concurrency": 4}
+    tried(url, lambda store, path: obstore.put(store, path, content, **parts), "written", patience)
+
+
+def remove(urls: Sequence[str], patience: Patience | None = None) -> None:
+    """Removes objects of one bucket; those that don't exist are passed over.
+
+    Raises:
+      UserError: if the bucket is missing, or access is denied.
+      DataLost: if the store does not answer.
+    """
+    paths = [split(url)[1] for url in urls]
+
+    def delete(store: Any, _: str) -> None:
+        try:
+            obstore.delete(store, paths)
+        except FileNotFoundError:  # not S3's answer, but Google's; it ends the whole request
+            for path in paths:
+                with suppress(FileNotFoundError):
+                    obstore.delete(store, path)
+
+    if urls:
+        _refuse_web(urls[0])
+        tried(urls[0], delete, "removed", patience)
+
+
+def copy(source: str, target: str) -> None:
+    """Copies an object within its bucket, without downloading it.
+
+    Raises:
+      OSError: if it does not exist.
+      UserError: if the bucket is missing, or access is denied.
+      DataLost: if the store does not answer.
+    """
+    _, to = split(target)
+    tried(source, lambda store, path: obstore.copy(store, path, to), "copied")
 
 
 @contextmanager
@@ -182,12 +222,24 @@ def _refuse_web(url: str) -> None:
         raise UserError(f"{url}: web servers can't be written to; use a bucket or a folder")
 
 
-def _tried(url: str, request: Callable[[Any, str], T], verb: str = "read") -> T:
-    """Returns what a request does with a store and a path, trying again while that may help."""
+def tried(
+    url: str,
+    request: Callable[[Any, str], T],
+    verb: str = "read",
+    patience: Patience | None = None,
+) -> T:
+    """Returns what a request does with a store and a path, trying again while that may help.
+
+    Raises:
+      OSError: if the request concerns one object, and it is missing or the request is refused.
+      UserError: if the bucket is missing, or access is denied.
+      DataLost: if the store does not answer.
+    """
+    patience = patience or PATIENCE
     root, path = split(url)
     if multiprocessing.parent_process() is not None:  # what a worker reads was opened before
         _answered.add(root)
-    began, pause, told = time.monotonic(), PATIENCE.pause, False
+    began, pause, told = time.monotonic(), patience.pause, False
     while True:
         try:
             result = request(open_store(root), path)
@@ -202,16 +254,16 @@ def _tried(url: str, request: Callable[[Any, str], T], verb: str = "read") -> T:
                     _check_bucket(root, known)
                 raise known from error
             why, waited = reason(error), time.monotonic() - began
-            if waited > (PATIENCE.later if root in _answered else PATIENCE.first):
+            if waited > (patience.later if root in _answered else patience.first):
                 message = f"{url} can't be {verb}: {why}"
                 if root not in _answered:
                     raise UserError(message) from error
                 raise DataLost(f"{message}; tried for {waited:.0f} s") from error
-            if waited > PATIENCE.notice and not told:
+            if waited > patience.notice and not told:
                 told = True
-                say(f"{url}: {why}; trying for {PATIENCE.later:.0f} s", sys.stderr)
+                say(f"{url}: {why}; trying for {patience.later:.0f} s", sys.stderr)
         time.sleep(random.uniform(0, pause))
-        pause = min(2 * pause, PATIENCE.longest)
+        pause = min(2 * pause, patience.longest)
 
 
 def _check_bucket(root: str, missing: FileNotFoundError) -> None:

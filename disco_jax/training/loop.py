@@ -17,10 +17,12 @@ from disco_jax.mesh import own_rows, place_batch
 from disco_jax.processes.backend import first_then_all
 from disco_jax.processes.preemption import Preemption
 from disco_jax.processes.pulse import pulse
-from disco_jax.runs.checkpoint import Checkpoints
+from disco_jax.runs.home import RunCheckpoints, opened_home
 from disco_jax.runs.metrics import MetricWriter, read_metrics
+from disco_jax.runs.workdir import LEASE
 from disco_jax.step.host_step import HostStep
 from disco_jax.step.train_step import Metrics, batches_on_devices, make_train_step
+from disco_jax.storage.urls import Place
 from disco_jax.training.health import Health
 from disco_jax.training.length import warm_up_note
 from disco_jax.training.profile import Profiler
@@ -38,26 +40,32 @@ class Resources(NamedTuple):
     metrics: MetricWriter
     preemption: Preemption
     profiler: Profiler
-    checkpoints: Checkpoints
+    checkpoints: RunCheckpoints
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: Place) -> None:
     """Trains to `config.num_steps`, resuming from the newest checkpoint in `workdir`, if any.
+
+    Args:
+      config: The config.
+      workdir: The run's folder, or the URL of one in a bucket, which this locks.
 
     Raises:
       UserError: if there is a problem with the config, data, workdir or disk.
       Preempted: if a signal asked the run to stop. The run has been saved.
       DataLost: if a data worker died or no data arrived.
     """
-    setup = set_up(config, workdir)
-    config = setup.config
-    _announce(config, setup)
-    with _opened(config, setup, workdir) as resources:
-        evaluator = first_then_all(lambda: Evaluator(config, setup.model, setup.mesh))
-        _run_steps(config, setup, evaluator, resources)
-    if jax.process_index() == 0:
-        plot_curves(read_metrics(workdir), workdir / "curves.png")
-    console.print(f"done: {workdir / 'curves.png'}")
+    patience = min(LEASE, config.start_timeout / 2) if jax.process_count() > 1 else 0
+    with opened_home(workdir, config.workdir_cache, patience) as home:
+        setup = set_up(config, home)
+        config = setup.config
+        _announce(config, setup)
+        with _opened(config, setup, home.folder) as resources:
+            evaluator = first_then_all(lambda: Evaluator(config, setup.model, setup.mesh))
+            _run_steps(config, setup, evaluator, resources)
+        if jax.process_index() == 0:
+            plot_curves(read_metrics(home.folder), home.folder / "curves.png")
+    console.print(f"done: {home.name / 'curves.png'}")
 
 
 @contextmanager
@@ -138,10 +146,12 @@ def _run_steps(
             save(step)
         if row:
             metrics.write(step, row | watch.read(step - start))
+        checkpoints.check()
         if stops and not last:
             progress.close()
             raise Preempted(f"stopped by {preemption.reason} after step {step}, which is saved")
     progress.close()
+    checkpoints.wait()
 
 
 def _print_accuracies(step: int, metrics: dict[str, float]) -> None:

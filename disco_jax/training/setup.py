@@ -1,6 +1,5 @@
 """Sets up a run: claims its folder, opens its data, and restores or initializes its state."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +19,11 @@ from disco_jax.models.build import model_config
 from disco_jax.models.folder import flatten, nest
 from disco_jax.processes.backend import first_then_all
 from disco_jax.runs import workdir as workdir_lib
-from disco_jax.runs.checkpoint import Checkpoints
+from disco_jax.runs.home import Home, RunCheckpoints
+from disco_jax.runs.places import run_place
 from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import TrainState, abstract_state, init_state
+from disco_jax.storage.urls import Place
 from disco_jax.training.length import check_length, with_steps
 from disco_jax.training.text_groups import find_text_groups
 
@@ -34,12 +35,12 @@ class Setup(NamedTuple):
     model: CLIPConfig
     mesh: Mesh
     source: Joined
-    checkpoints: Checkpoints
+    checkpoints: RunCheckpoints
     state: TrainState
     position: dict[str, Any]  # data position from the checkpoint; empty for a new run
 
 
-def set_up(config: ConfigDict, workdir: Path) -> Setup:
+def set_up(config: ConfigDict, home: Home) -> Setup:
     """Opens everything a run needs. The first process goes first and creates what others read.
 
     Raises:
@@ -49,11 +50,12 @@ def set_up(config: ConfigDict, workdir: Path) -> Setup:
     mesh, model = make_mesh(fsdp=config.fsdp), model_config(config)
     source = first_then_all(lambda: open_source(config.data, config.data.name, config.data.split))
     config = with_steps(config, len(source))
+    workdir = home.folder
     if not (workdir / "config.json").exists():  # a run that has started keeps its length
         check_length(config, source)
     text_groups = find_text_groups(config, model.text, source)
     if jax.process_index() == 0:
-        workdir_lib.claim(config, workdir)
+        workdir_lib.claim(config, workdir, home.name)
         devices = [device.device_kind for device in jax.devices()]
         workdir_lib.record(
             config,
@@ -63,22 +65,28 @@ def set_up(config: ConfigDict, workdir: Path) -> Setup:
             samples=len(source),
             text_groups=text_groups,
         )
+    home.publish()
     config = config.copy_and_resolve_references()
     config.model.text_groups = text_groups
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
+    checkpoints = home.checkpoints(config.checkpoint_keep)
     state, position = _restore_or_init(config, model, mesh, checkpoints)
     return Setup(config, model, mesh, source, checkpoints, state, position)
 
 
 def _restore_or_init(
-    config: ConfigDict, model: CLIPConfig, mesh: Mesh, checkpoints: Checkpoints
+    config: ConfigDict,
+    model: CLIPConfig,
+    mesh: Mesh,
+    checkpoints: RunCheckpoints,
 ) -> tuple[TrainState, dict[str, Any]]:
     optimizer = make_optimizer(config)
     step = _of_first(checkpoints.latest_step())
     if step is not None:
         return checkpoints.restore(abstract_state(model, optimizer, mesh), step)
     state = init_state(model, optimizer, mesh, config.seed)
-    return (begin_from(Path(config.init_from), model, state) if config.init_from else state), {}
+    if config.init_from:
+        state = begin_from(run_place(config.init_from, "init_from"), model, state)
+    return state, {}
 
 
 def _of_first(step: int | None) -> int | None:
@@ -89,7 +97,7 @@ def _of_first(step: int | None) -> int | None:
     return None if newest < 0 else newest
 
 
-def begin_from(source: Path, model: CLIPConfig, state: TrainState) -> TrainState:
+def begin_from(source: Place, model: CLIPConfig, state: TrainState) -> TrainState:
     """Returns `state` with the parameters of a model folder or a run; shardings stay.
 
     Raises:
