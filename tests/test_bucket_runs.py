@@ -269,18 +269,22 @@ def test_a_checkpoint_that_was_gone_back_from_does_not_return(s3, quick, tmp_pat
 
 def test_a_run_that_lost_its_lock_commits_nothing(s3, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "SECONDS", 0.4)
-    run = Url(f"{s3.url}/run")
+    run, real = Url(f"{s3.url}/run"), BucketSteps.declare
+
+    def taken_over(*given):
+        real(*given)
+        on_another_host(run / "lock")
+        time.sleep(0.3)  # too long to be sure of the lock without asking
 
     def lose():
         with opened_home(run, str(tmp_path)) as home:
             checkpoints = home.checkpoints(3)
-            on_another_host(run / "lock")
-            time.sleep(0.3)  # too long to be sure of the lock without asking
             save(checkpoints, 1)
             while not checkpoints._uploads._error and not BucketSteps(run).steps():
                 time.sleep(0.05)
             checkpoints.wait()
 
+    monkeypatch.setattr(BucketSteps, "declare", taken_over)
     with pytest.raises(UserError, match="was taken over by"):
         lose()
     assert BucketSteps(run).steps() == []
