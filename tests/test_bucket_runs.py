@@ -69,6 +69,7 @@ def state_of(step):
 
 
 def save(checkpoints, step):
+    checkpoints.make_room()
     checkpoints.save(step, state_of(step), {"seen": step})
     checkpoints.check()
 
@@ -166,6 +167,7 @@ with opened_home(Url(sys.argv[1]), sys.argv[2]) as home:
         (home.folder / "metrics.jsonl").write_text(f"line {step}")
         checkpoints.check()
     checkpoints.wait()
+    checkpoints.wait_for_uploads()
 """
 
 
@@ -216,6 +218,7 @@ def test_a_store_that_is_down_stops_training_only_after_a_while(
             checkpoints.check()
             proxy.down = False
             checkpoints.wait()
+            checkpoints.wait_for_uploads()
             err = capfd.readouterr().err
             assert err.count("checkpoint 1 can't be uploaded yet: ") == 1
             assert "the connection was reset; training continues" in err
@@ -255,6 +258,7 @@ def test_a_checkpoint_that_was_gone_back_from_does_not_return(s3, quick, tmp_pat
         for step in (1, 2):
             save(checkpoints, step)
         checkpoints.wait()
+        checkpoints.wait_for_uploads()
         checkpoints._local.save(3, state_of(3), {"seen": 3})
         checkpoints.close()
     (moved,) = CommittedCheckpoints(run).set_aside(1)
@@ -283,6 +287,7 @@ def test_a_run_that_lost_its_lock_commits_nothing(s3, quick, tmp_path, monkeypat
             while not checkpoints._uploads._error and not BucketSteps(run).steps():
                 time.sleep(0.05)
             checkpoints.wait()
+            checkpoints.wait_for_uploads()
 
     monkeypatch.setattr(BucketSteps, "declare", taken_over)
     with pytest.raises(UserError, match="was taken over by"):
@@ -299,6 +304,7 @@ def test_google_storage_takes_a_run_too(gcs_writable, quick, tmp_path):
             for step in (start_at + 1, start_at + 2, start_at + 3):
                 save(checkpoints, step)
             checkpoints.wait()
+            checkpoints.wait_for_uploads()
             checkpoints.close()
     assert saved(run, 6) == [5, 6]
 
@@ -330,6 +336,7 @@ with opened_home(Url(run), f"{cache}/{index}") as home:
         checkpoints.save(step, state, {"seen": step})
         checkpoints.check()
     checkpoints.wait()
+    checkpoints.wait_for_uploads()
     found, data = checkpoints.restore(state, 2)
     assert data == {"seen": 2}
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(

@@ -54,8 +54,14 @@ class Checkpoints:
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
+    def make_room(self) -> None:
+        """Waits, before a save, for uploads that are behind: here, there are none."""
+
     def check(self) -> None:
         """Raises UserError if it is known that a checkpoint can't be written."""
+
+    def wait_for_uploads(self) -> None:
+        """Waits until all saved checkpoints are in the bucket: here, there is none."""
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Starts writing a checkpoint in the background. A step that is already saved is skipped.

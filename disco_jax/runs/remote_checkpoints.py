@@ -118,16 +118,24 @@ class UploadedCheckpoints:
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Starts writing a checkpoint in the background; `check` starts its upload.
 
-        Waits as long as too many others are waiting for theirs. A step that is already saved is
-        skipped.
+        A step that is already saved is skipped.
 
         Raises:
-          UserError: if this checkpoint or the previous one can't be written, or another run has
-            taken the lock.
-          DataLost: if uploads have failed for too long.
+          UserError: if this checkpoint or the previous one can't be written.
         """
         if step in self._done:
             return
+        self._local.save(step, state, data)
+        self._done.add(step)
+        self._unsent.append(step)
+
+    def make_room(self) -> None:
+        """Waits, before a save, as long as too many checkpoints are waiting for their uploads.
+
+        Raises:
+          UserError: if another run has taken the lock.
+          DataLost: if uploads have failed for too long.
+        """
         self._send()
         if not self._uploads.wait(left=WAITING, seconds=0.0 if self._told else 1.0):
             if not self._told:
@@ -139,27 +147,31 @@ class UploadedCheckpoints:
             self._told = True
             self._uploads.wait(left=WAITING)
         agreement.barrier()  # a collective would time out if another process waits for long
-        self._local.save(step, state, data)
-        self._done.add(step)
-        self._unsent.append(step)
 
     def check(self) -> None:
         """Starts the upload of what was saved, once the logs have all lines up to that step.
 
         Raises:
-          UserError, DataLost: as `save`, if that is known already.
+          UserError, DataLost: as `make_room`, if that is known already.
         """
         self._uploads.check()
         self._send()
 
     def wait(self) -> None:
-        """Waits until all saved checkpoints are in the bucket.
+        """Waits until all saved checkpoints are on the local disk, and starts their uploads.
 
         Raises:
-          UserError, DataLost: as `save`.
+          UserError: if a checkpoint can't be written.
         """
         self._local.wait()
         self._send()
+
+    def wait_for_uploads(self) -> None:
+        """Waits until all saved checkpoints are in the bucket.
+
+        Raises:
+          UserError, DataLost: as `make_room`.
+        """
         self._uploads.wait()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:

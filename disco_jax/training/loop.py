@@ -103,7 +103,14 @@ def _run_steps(
 
     def save(step: int) -> None:
         with watch.timed("checkpoint"), progress.paused():
+            with pulse.paused():  # uploads have a time-out of their own
+                checkpoints.make_room()
             checkpoints.save(step, state, data.position() | {"health": health.saved()})
+
+    def finish() -> None:
+        checkpoints.wait()
+        with pulse.paused():
+            checkpoints.wait_for_uploads()
 
     for step in range(start + 1, config.num_steps + 1):
         last = step == config.num_steps
@@ -136,7 +143,7 @@ def _run_steps(
             row |= data.metrics() | health.metrics()
         if stops and not last:  # whoever asked may not wait for an evaluation
             save(step)
-            checkpoints.wait()
+            finish()
         if evaluates:
             with watch.timed("eval"), progress.paused(), pulse.paused():
                 found = evaluator.run(state.params)
@@ -151,7 +158,7 @@ def _run_steps(
             progress.close()
             raise Preempted(f"stopped by {preemption.reason} after step {step}, which is saved")
     progress.close()
-    checkpoints.wait()
+    finish()
 
 
 def _print_accuracies(step: int, metrics: dict[str, float]) -> None:
