@@ -36,7 +36,7 @@ from disco_jax.errors import (
 from disco_jax.processes import cluster
 from disco_jax.processes.allocator import reuse_freed_memory
 from disco_jax.processes.peers import Watch, last_message, watched
-from disco_jax.processes.plugins import ignore_absent_accelerators, only_cpu
+from disco_jax.processes.plugins import has_tpu, ignore_absent_accelerators, only_cpu
 from disco_jax.runs.places import host_folder, run_place
 from disco_jax.runs.workdir import LEASE, locked
 from disco_jax.storage.urls import Place
@@ -99,11 +99,7 @@ def run(main: Callable[[ConfigDict, Place], None], *, writes: bool) -> None:
 
 def _place(timeout: float) -> cluster.Place | None:
     """Returns this process's place in its run, or None if it is the only process."""
-    from disco_jax.processes import backend  # lazy: --help needs no JAX
-
-    launch = cluster.find(
-        _COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, backend.has_tpu()
-    )
+    launch = cluster.find(_COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, has_tpu())
     place = cluster.locate(launch, timeout) if launch else None
     return place if place and place.count > 1 else None
 

@@ -23,11 +23,8 @@ def ignore_absent_accelerators() -> None:
         return
     if any(Path(path).exists() for path in GPUS):
         return
-    if any(map(_of_google, Path("/sys/bus/pci/devices").glob("*/vendor"))):
-        from disco_jax.processes.backend import has_tpu
-
-        if has_tpu():
-            return
+    if has_tpu():
+        return
     if not os.environ.get("JAX_PLATFORMS"):
         os.environ["JAX_PLATFORMS"] = "cpu"
     if jax := sys.modules.get("jax"):  # it has read the environment already
@@ -38,6 +35,15 @@ def only_cpu() -> bool:
     """Whether JAX can use nothing but the CPU, as far as this is known before it starts."""
     platforms = os.environ.get("JAX_PLATFORMS")
     return platforms == "cpu" or not (platforms or any(find_spec(name) for name in PLUGINS))
+
+
+def has_tpu() -> bool:
+    """Whether the machine has a TPU. Imports JAX only if the PCI bus has a device of Google's."""
+    if not any(map(_of_google, Path("/sys/bus/pci/devices").glob("*/vendor"))):
+        return False
+    from disco_jax.processes import backend
+
+    return backend.has_tpu()
 
 
 def _of_google(vendor: Path) -> bool:
