@@ -78,13 +78,16 @@ class Checkpoints:
             return
         self._check_space(state)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=self._of_state(state),
             data=ocp.args.JsonSave({**data, "digest": digest(state, data)}),
         )
         try:
             self._manager.save(step, args=items)
         except Exception as error:  # Orbax and its storage raise many types
             raise self._unwritten(error) from error
+
+    def _of_state(self, state: Any) -> ocp.args.CheckpointArgs:
+        return ocp.args.StandardSave(state)
 
     def _check_space(self, state: Any) -> None:
         """Checks for enough free space up front, instead of failing in the middle of a write."""
@@ -191,22 +194,40 @@ class OwnFolderCheckpoints(Checkpoints):
     are, taken together, one checkpoint: a shard is a file, which one process writes, next to
     metadata, which are the same everywhere. OCDBT packs shards into few files, but to merge those
     of several processes, one of them must see all.
+
+    Managers of several processes know nothing of each other: what Orbax coordinates between them
+    assumes one folder. With its asynchronous creation of folders, saves would hang, because the
+    signal that one process has created its folder counts for all; and its usual handler of arrays
+    takes the primary host of whichever manager was opened last, e.g. to restore.
     """
 
     def _open(self, keep: int | None) -> ocp.CheckpointManager:
         self.folder.mkdir(parents=True, exist_ok=True)
-        apart = ocp.options.MultiprocessingOptions(primary_host=None)
-        state = ocp.StandardCheckpointHandler(
-            multiprocessing_options=apart, use_ocdbt=jax.process_count() == 1
+        apart = ocp.options.MultiprocessingOptions(
+            primary_host=None, active_processes={jax.process_index()}
+        )
+        arrays = ocp.type_handlers.ArrayHandler(primary_host=None)
+        state = ocp.PyTreeCheckpointHandler(
+            multiprocessing_options=apart,
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                (jax.Array, arrays)
+            ),
+            use_ocdbt=jax.process_count() == 1,
         )
         data = ocp.JsonCheckpointHandler(multiprocessing_options=apart)
         return _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                create=False, max_to_keep=keep, multiprocessing_options=apart
+                create=False,
+                max_to_keep=keep,
+                multiprocessing_options=apart,
+                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             ),
             item_handlers={"state": state, "data": data},
         )
+
+    def _of_state(self, state: Any) -> ocp.args.CheckpointArgs:
+        return ocp.args.PyTreeSave(state)  # written like StandardSave
 
 
 def digest(state: Any, data: dict[str, Any]) -> str:
