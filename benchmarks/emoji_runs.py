@@ -22,7 +22,7 @@ from benchmarks.trainer import (
 )
 
 BATCHES = (64, 128, 256, 512)
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1.5e-3, 3e-3, 6e-3)  # muon's
 NEGATIVES = (4, 16, 64, 512)
 BATCH = 512  # of `negatives`
 SETS = ("test/top1", "heldout/top1")
