@@ -20,7 +20,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.replicate import SEEDS, Trainer, batches, config_of, over_seeds  # noqa: E402
+from benchmarks.replicate import config_of  # noqa: E402
+from benchmarks.trainer import SEEDS, Trainer, batches, over_seeds  # noqa: E402
 from disco_jax.processes.backend import use_fake_devices  # noqa: E402
 
 BLOCKS = {"order": "blocks", "block_size": 32, "window": 4, "lanes": 8}

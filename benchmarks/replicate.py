@@ -2,22 +2,23 @@
 
     python benchmarks/replicate.py equivalence    # one curve for four methods on 1 and 8 devices
     python benchmarks/replicate.py batch_size     # accuracy against batch size at equal epochs
+    python benchmarks/replicate.py negatives      # ... against the samples that the loss sees
     python benchmarks/replicate.py memory         # of the losses on 8 A100s, from the planner
     python benchmarks/replicate.py time           # of the losses on this machine
     python benchmarks/replicate.py step           # estimated time of a step on 8 A100s
 
 Each writes EXPERIMENT.json, which records the command, and EXPERIMENT.png to docs/results, or to
---out=FOLDER. `memory` and `step` need requirements-plan.txt.
+--out=FOLDER. `batch_size` and `negatives` train for hours, on the data that `make emoji` unpacks;
+they write each run as it ends, and the same command goes on with those that are missing. `memory`
+and `step` need requirements-plan.txt.
 """
 
 import argparse
-import functools
 import io
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,17 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.emoji_runs import (  # noqa: E402
+    batch_size,
+    draw_batch_size,
+    draw_negatives,
+    negatives,
+)
+from benchmarks.trainer import Trainer, changed, heading  # noqa: E402
 from disco_jax.processes.backend import use_fake_devices  # noqa: E402
 
 METHODS = ("reference", "disco", "stream", "ring")
 DEVICES = (1, 8)
-BATCHES = (32, 64, 128, 256)
-SEEDS = (0, 1, 2)
 STEPS = {
     "XLA's attention, 77 tokens": ["--config.model.attention=xla", "--config.model.text_groups="],
     "cuDNN's attention, 77 tokens": ["--config.model.text_groups="],
@@ -49,7 +55,10 @@ def parse_arguments() -> argparse.Namespace:
         "--every", type=int, default=10, help="steps between evaluations in `equivalence`"
     )
     parser.add_argument(
-        "--samples", type=int, default=40_000, help="samples per run of `batch_size`"
+        "--updates",
+        type=int,
+        default=400,
+        help="updates per run of `negatives`, and of `batch_size` with its largest batch",
     )
     parser.add_argument("--batches", help="batch sizes for `memory` and `time`, comma-separated")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
@@ -57,65 +66,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def config_of(**fields: Any) -> Any:
-    """Returns the demo's config with `fields` changed and, as steps are short, no data workers."""
+    """Returns the demo's config with `fields` changed, for short runs."""
     from configs.shapes import get_config
 
     config = get_config()
     config.eval.baseline_name, config.eval.retrieval_split = "", ""
-    config.data.num_workers = 0
-    for name, value in fields.items():
-        section, _, field = name.rpartition("__")
-        (config[section] if section else config)[field] = value
-    return config
-
-
-class Trainer:
-    """A run without a workdir: its state, training step and evaluation."""
-
-    def __init__(self, config: Any, devices: int):
-        import jax
-
-        from disco_jax.evaluation.evaluator import Evaluator
-        from disco_jax.mesh import make_mesh
-        from disco_jax.models.build import model_config
-        from disco_jax.step.optimizer import make_optimizer
-        from disco_jax.step.state import init_state
-        from disco_jax.step.train_step import make_train_step
-
-        self._mesh, model = make_mesh(jax.devices()[:devices]), model_config(config)
-        self._state = init_state(model, make_optimizer(config), self._mesh, config.seed)
-        self._step = make_train_step(config, model, self._mesh)
-        self._evaluator = functools.cache(lambda: Evaluator(config, model, self._mesh))
-
-    def step(self, arrays: dict[str, np.ndarray]) -> float:
-        """Takes a step and returns the loss of the batch before the update."""
-        from disco_jax.mesh import place_batch
-
-        self._state, values = self._step(self._state, place_batch(arrays, self._mesh))
-        return float(values["train/loss"])
-
-    def accuracy(self) -> dict[str, float]:
-        """Returns zero-shot top-1 accuracy on seen and unseen classes."""
-        found = self._evaluator().run(self._state.params)
-        return {name: value for name, value in found.items() if name.endswith("/top1")}
-
-
-def batches(config: Any, source: Any = None) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the arrays of each step, as in train.py, from `source` (default: the config's)."""
-    from disco_jax.data.load import Load
-    from disco_jax.data.order import make_order
-    from disco_jax.data.pipeline import Collate, train_batches
-    from disco_jax.data.sources import open_source
-    from disco_jax.data.tokenizer import make_tokenizer
-    from disco_jax.models.build import model_config
-
-    model = model_config(config)
-    source = source or open_source(config.data, config.data.name, config.data.split)
-    load = Load(source, config.data, model.vision.image_size, config.seed)
-    order = make_order(config.data, config.seed, source)
-    options = {"batch_size": config.batch_size, "start": 0, "num_workers": 0}
-    for batch in train_batches(order, load, Collate(make_tokenizer(model.text)), **options):
-        yield batch.arrays
+    return changed(config, **fields)
 
 
 def drawn_batches(config: Any) -> Iterator[dict[str, np.ndarray]]:
@@ -161,48 +117,6 @@ def equivalence(arguments: argparse.Namespace) -> dict[str, Any]:
     off = {n: float(np.abs(np.array(c["loss"]) / first - 1).max()) for n, c in curves.items()}
     print(f"largest relative difference of the losses: {max(off.values()):.1e}")
     return {"batch_size": 64, "largest_relative_difference": off, "curves": curves}
-
-
-def batch_size(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns zero-shot top-1 by batch size and seed, after the same number of samples."""
-    rows = []
-    for size in BATCHES:
-        for seed in SEEDS:
-            steps = arguments.samples // size
-            config = config_of(
-                batch_size=size,
-                num_steps=steps,
-                seed=seed,
-                loss__method="ring",
-                optimizer__warmup_steps=steps // 25,
-            )
-            run, stream = Trainer(config, 2), batches(config)
-            for _ in range(steps):
-                loss = run.step(next(stream))
-            rows.append({"batch_size": size, "seed": seed, "steps": steps, "loss": loss})
-            rows[-1] |= run.accuracy()
-            print(json.dumps(rows[-1]), flush=True)
-    print("\n".join(batch_size_table(rows)))
-    return {"samples": arguments.samples, "rows": rows}
-
-
-def batch_size_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns a Markdown row per batch size: steps, mean and std of top-1 (%) over seeds."""
-    lines = []
-    for size in sorted({row["batch_size"] for row in rows}):
-        runs = [row for row in rows if row["batch_size"] == size]
-        cells = [str(size), f"{runs[0]['steps']:,}", *over_seeds(runs)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def over_seeds(runs: list[dict[str, Any]]) -> list[str]:
-    """Returns mean and std of top-1 (%), for the classes seen in training and the others."""
-    cells = []
-    for name in ("zeroshot/top1", "zeroshot_heldout/top1"):
-        values = 100 * np.array([run[name] for run in runs])
-        cells.append(f"{values.mean():.1f} ± {values.std(ddof=1):.1f}")
-    return cells
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -268,27 +182,6 @@ def draw_equivalence(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_batch_size(found: dict[str, Any], path: Path) -> None:
-    from disco_jax.display.plots import subplots
-
-    figure, axis = subplots(figsize=(6, 4), layout="constrained")
-    for name in ("zeroshot/top1", "zeroshot_heldout/top1"):
-        values = np.array(
-            [
-                [100 * row[name] for row in found["rows"] if row["batch_size"] == size]
-                for size in BATCHES
-            ]
-        )
-        axis.errorbar(
-            BATCHES, values.mean(1), values.std(1, ddof=1), marker="o", capsize=4, label=name
-        )
-    axis.set(xscale="log", xlabel="batch", ylabel="top-1 (%)", title="Equal epochs, three seeds")
-    axis.set_xticks(BATCHES, [str(size) for size in BATCHES])
-    axis.minorticks_off()
-    axis.legend()
-    figure.savefig(path, dpi=120)
-
-
 def draw_memory(found: dict[str, Any], path: Path) -> None:
     from disco_jax.plan.charts import draw_memory as draw
 
@@ -320,6 +213,7 @@ def draw_step(found: dict[str, Any], path: Path) -> None:
 EXPERIMENTS = {
     "equivalence": (equivalence, draw_equivalence),
     "batch_size": (batch_size, draw_batch_size),
+    "negatives": (negatives, draw_negatives),
     "memory": (memory, draw_memory),
     "time": (time, draw_time),
     "step": (step, draw_step),
@@ -330,8 +224,7 @@ def main() -> None:
     arguments = parse_arguments()
     use_fake_devices(8)
     run, draw = EXPERIMENTS[arguments.experiment]
-    found = {"command": " ".join(["python", "benchmarks/replicate.py", *sys.argv[1:]])}
-    found |= {"jax": version("jax")} | run(arguments)
+    found = heading() | run(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.experiment}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")

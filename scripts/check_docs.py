@@ -60,6 +60,11 @@ SHORT = " ".join(
 # Substitutions that shorten commands. They apply in order, each to the result of those before it.
 SHORTER = (
     (r"^make demo.*", "python train.py --config=configs/shapes.py --workdir=runs/shapes"),
+    (
+        r"^make emoji.*",
+        "make emoji-data && python train.py --config=configs/emoji.py --workdir=runs/emoji",
+    ),
+    (r"(nearest_pixels\.py)", r"\1 --sizes=8 --out=runs/nearest_pixels.json"),
     (r"^make test.*", "python -m pytest tests/test_collectives.py"),
     (r"^make plan.*", "make -n plan"),
     (r"--config=\.\.\.", "--config=configs/shapes.py --workdir=runs/finetuned"),
@@ -76,7 +81,7 @@ SHORTER = (
     (r"(chaos\.py) --kills=\d+( --steps=\d+)?", r"\1 --kills=2 --steps=20"),
     (r"input\.py --remote", "input.py --remote --images=512 --repeats=1"),
     (r"(replicate\.py equivalence)", r"\1 --steps=2 --every=2 --out=runs/results"),
-    (r"(replicate\.py batch_size)", r"\1 --samples=512 --out=runs/results"),
+    (r"(replicate\.py (batch_size|negatives))", r"\1 --help"),  # many runs
     (r"(benchmarks/order\.py)", r"\1 --samples=512 --out=runs/order.json"),
     (r"(replicate\.py memory)", r"\1 --batches=8192 --out=runs/results"),
     (r"(replicate\.py time)", r"\1 --batches=512 --out=runs/results"),
@@ -94,6 +99,7 @@ ELSEWHERE = (
     (r"^sbatch (\S+)", r"bash -n \1"),
     (r"^kubectl apply -f (\S+)", rf"python -c '{YAML}' < \1"),
     (r"^pip install", "true"),
+    (r"emoji/make\.py", "true"),  # needs npm
     (r"--peer openclip|parity\.py", "true"),  # needs requirements-bench.txt
 )  # fmt: skip
 # Names that the Python examples may use without defining them.

@@ -143,6 +143,12 @@ def default() -> ConfigDict:
     # Whether to turn images upright as their EXIF orientation says. OpenCLIP does not.
     c.data.exif_orientation = False
     c.data.crop_scale = 0.9  # minimum area fraction of the training crop; 1: no random crop
+    # Random changes of color in training, as OpenCLIP's `color_jitter` and `gray_scale`, which come
+    # after the crop: the strengths of brightness, contrast, saturation and hue (at most 0.5), and
+    # the probabilities with which an image's colors are jittered and with which it becomes gray.
+    c.data.color_jitter = (0.32, 0.32, 0.32, 0.08)
+    c.data.color_jitter_prob = 0.0
+    c.data.gray_scale_prob = 0.0
     c.data.num_workers = 8  # worker processes that decode and tokenize; 0: the main process does
     # Seconds without data (e.g. because a file system does not respond) after which the run exits
     # with code 74. Rerunning the same command resumes it.

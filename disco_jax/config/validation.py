@@ -71,6 +71,7 @@ POSITIVE = (
     "start_timeout",
 )
 BELOW_1 = ("model.dropout", "model.patch_dropout", "optimizer.b1", "optimizer.b2")
+PROBABILITIES = ("data.color_jitter_prob", "data.gray_scale_prob")
 UP_TO_1 = ("data.crop_scale", "data.max_bad_fraction")
 # Upper bounds of integers that JAX, the system or a dtype limits. All others are limited to COUNT.
 AT_MOST = {
@@ -109,6 +110,7 @@ def problems_of(config: ConfigDict) -> list[str]:
         (AT_LEAST_MINUS_1, lambda x: x >= -1, "must be at least -1"),
         (POSITIVE, lambda x: x > 0, "must be greater than 0"),
         (BELOW_1, lambda x: 0 <= x < 1, "must be at least 0 and less than 1"),
+        (PROBABILITIES, lambda x: 0 <= x <= 1, "must be at least 0 and at most 1"),
         (UP_TO_1, lambda x: 0 < x <= 1, "must be greater than 0 and at most 1"),
     )
     beyond = {field: demand for field, value in c.items() if (demand := _beyond(field, value))}
@@ -182,6 +184,12 @@ def _of_several(c: dict[str, Any]) -> list[str]:
     elif weights and (min(weights) < LEAST or max(weights) > min(weights) / LEAST):
         problems.append(
             f"data.weights must be at least {LEAST:g} and differ by at most a factor of a million"
+        )
+    strengths = c["data.color_jitter"]
+    if len(strengths) != 4 or min(strengths) < 0 or strengths[3] > 0.5:
+        problems.append(
+            f"data.color_jitter is {tuple(strengths)}; it must be four numbers of at least 0, for "
+            "brightness, contrast, saturation and hue, the last at most 0.5"
         )
     if c["data.window"] > 0 and c["data.window"].bit_count() != 1:
         problems.append(f"data.window is {c['data.window']}; it must be a power of two")

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from numpy.random import Generator
 
+from disco_jax.data.colors import ColorChanges, change_colors
 from disco_jax.data.source import MAX_TEXT_BYTES, BadSample, Failure, Joined, Sample
 from disco_jax.data.transforms import (
     CLIP_RESIZE,
@@ -56,6 +57,7 @@ class Load:
         self._source, self._size, self._seed, self._resize = source, size, seed, resize
         self._least_area = data.crop_scale
         self._by_line = data.captions_by_line
+        self._changes = ColorChanges(*(data[name] for name in ColorChanges._fields))
         self._look = Look(*(data[name] for name in Look._fields))
         self._limits = ImageLimits(*(data[name] for name in ImageLimits._fields))
 
@@ -69,7 +71,7 @@ class Load:
         """Loads sample `index` of the source for a stream position, or a replacement if it is bad.
 
         Args:
-          position: the position, which seeds the crop and the choice of the caption.
+          position: the position, which seeds the crop, the colors and the choice of the caption.
           index: the sample at this position.
           near: returns the indices from which a replacement is preferably drawn.
           read: reads a sample or one near it; the source does by default.
@@ -119,6 +121,9 @@ class Load:
         return Loaded(sample.key, pixels, captions, _index(sample), sample.image_name, ())
 
     def _pixels(self, sample: Sample, rng: Generator) -> np.ndarray:
+        return change_colors(self._cropped(sample, rng), self._changes, rng)
+
+    def _cropped(self, sample: Sample, rng: Generator) -> np.ndarray:
         image = open_image(sample.image, self._limits, sample.key)
         if self._least_area < 1:
             return to_random_pixels(

@@ -83,6 +83,12 @@ PRESETS = {
         text=TextConfig(context_length=32, width=64, layers=1, heads=2),
         unroll=3,
     ),
+    "tiny-32": CLIPConfig(  # for 32 pixels: more and smaller patches at about the same cost
+        embed_dim=128,
+        vision=VisionConfig(image_size=32, patch_size=8, width=128, layers=4, heads=4),
+        text=TextConfig(context_length=32, width=64, layers=1, heads=2),
+        unroll=4,
+    ),
 }
 
 
