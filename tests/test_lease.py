@@ -28,9 +28,11 @@ def holder(url) -> dict:
 
 def on_another_host(url) -> None:
     """Changes the lock's object, as a process of another host would have written it."""
-    content, version = conditional.read(url)
-    changed = json.dumps(json.loads(content) | {"id": "other", "machine": "another"}).encode()
-    assert conditional.replace(url, changed, version)
+    replaced = None
+    while replaced is None:  # its holder may renew it in between
+        content, version = conditional.read(url)
+        changed = json.dumps(json.loads(content) | {"id": "other", "machine": "another"}).encode()
+        replaced = conditional.replace(url, changed, version)
 
 
 def test_one_of_several_that_try_holds_a_lock_and_hands_it_on(url):
