@@ -69,7 +69,7 @@ lint: $(VENV)/dev.stamp
 # Runs under real schedulers, which it does not install: Slurm on two nodes of this machine, Open MPI 4,
 # and the Kubernetes manifests against the API's schemas. Some five minutes.
 cluster-check: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n 0 -v tests/cluster tests/test_manifests.py
+	$(BIN)/python -m pytest -n 0 -vv tests/cluster tests/test_manifests.py
 
 # Runs the commands of README.md and docs/, shortened where they would take hours.
 docs-check: $(VENV)/dev.stamp
