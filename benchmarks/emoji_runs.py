@@ -34,11 +34,8 @@ def train(steps: int, negatives: int = 0, **fields: Any) -> dict[str, Any]:
 
     warmup = steps // 20
     config = changed(get_config(), num_steps=steps, optimizer__warmup_steps=warmup, **fields)
-    run, stream, begun = (
-        Trainer(config, config.fake_devices, negatives),
-        batches(config),
-        time.time(),
-    )
+    begun, stream = time.time(), batches(config)
+    run = Trainer(config, config.fake_devices, negatives)
     for _ in range(steps):
         loss = run.step(next(stream))
     return {"loss": loss, **run.accuracy(), "seconds": round(time.time() - begun)}

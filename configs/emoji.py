@@ -30,7 +30,10 @@ def get_config() -> ConfigDict:
     config.data.name = f"{SHARDS}/{{noto,noto-v1,twemoji}}.tar"
     config.data.caption_key = "captions"  # several per drawing, of which one is drawn each time
     config.data.num_workers = 1
-    config.data.crop_scale = 0.6
+    # Strong augmentation, so that little but the shapes and rough colors can be learned by heart.
+    config.data.crop_scale = 0.5
+    config.data.color_jitter_prob = 0.8
+    config.data.gray_scale_prob = 0.1
     config.eval.every = 500
     names, prompts = f"{LISTS}/names.txt", f"{LISTS}/prompts.txt"
     for name, classes, subset in (

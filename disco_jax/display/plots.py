@@ -112,9 +112,9 @@ def plot_predictions(
     for axis, image, true, guess in zip(axes, images, truth, predicted, strict=False):
         axis.imshow(image, interpolation="nearest")
         right = true == guess
-        true, guess = printable(true), printable(guess)
+        lines = [printable(guess)] if right else [printable(guess), f"(is {printable(true)})"]
         axis.set_title(
-            guess if right else f"{guess}\n(is {true})",
+            "\n".join(textwrap.fill(textwrap.shorten(x, 72, placeholder="…"), 24) for x in lines),
             fontsize=8,
             color="darkgreen" if right else "darkred",
             parse_math=False,
