@@ -17,6 +17,7 @@ from disco_jax.data.patterns import existing_part, expand_braces
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.processes.cli import guard
+from disco_jax.storage import stores
 from disco_jax.storage.urls import check_scheme
 
 
@@ -40,15 +41,10 @@ def embed(arguments: argparse.Namespace) -> None:
     """
     paths: set[str] = set()
     try:
-        if check_scheme(arguments.images):
-            raise UserError(f"{arguments.images} is a URL; images are read from local files")
-        names = expand_braces(arguments.images)
+        for name in expand_braces(arguments.images):
+            paths.update(_matches(name))
     except UserError as error:
         raise UserError(f"--images: {error}") from error
-    for name in names:
-        folder, rest = existing_part(name)
-        found = glob.glob(rest, root_dir=folder, recursive=True) if rest else [""]  # noqa: PTH207
-        paths.update(str(folder / match) for match in found)
     if not paths:
         raise UserError(f"--images: no file matches {arguments.images}")
     if arguments.out.suffix != ".npz" or arguments.out.exists():
@@ -67,6 +63,15 @@ def embed(arguments: argparse.Namespace) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
     say(f"wrote {count} features to {arguments.out}")
+
+
+def _matches(name: str) -> list[str]:
+    """Returns the files, or the objects of a bucket, that match a name with globs."""
+    if check_scheme(name):
+        return list(stores.glob(name)) if glob.has_magic(name) else [name]
+    folder, rest = existing_part(name)
+    found = glob.glob(rest, root_dir=folder, recursive=True) if rest else [""]  # noqa: PTH207
+    return [str(folder / match) for match in found]
 
 
 def _embed_into(file: BinaryIO, arguments: argparse.Namespace, paths: list[str]) -> int:

@@ -19,6 +19,8 @@ from disco_jax.mesh import make_mesh, replicated
 from disco_jax.models import CLIPConfig, Params
 from disco_jax.processes.plugins import ignore_absent_accelerators
 from disco_jax.runs.places import run_place
+from disco_jax.storage.files import read_whole
+from disco_jax.storage.urls import place
 
 Picture = Image.Image | np.ndarray | str | Path
 TEMPLATES = ("a photo of a {}.",)  # from CLIP, section 3.1.4
@@ -136,7 +138,7 @@ class Model:
                     f"an image is a {type(image).__name__}; it must be a path, a Pillow image or "
                     "a uint8 array [h, w, 3]"
                 )
-            opened = open_image(Path(image).read_bytes(), LIMITS, str(image))
+            opened = open_image(read_whole(place(str(image))), LIMITS, str(image))
             return to_pixels(opened, size, "", resize)
         except BadSample as bad:
             raise UserError(f"{image}: {bad.kind} {bad.detail}".rstrip()) from bad

@@ -199,6 +199,6 @@ def test_embed_expands_braces(tmp_path, monkeypatch):
         (tmp_path / "out.npz").unlink()
         assert seen == [f"{tmp_path}/[a]/1.jpg", f"{tmp_path}/[a]/2.png"]
         seen.clear()
-    for wrong, why in (("{a", "the braces of"), ("s3://b/*.jpg", "s3://b/.* is a URL; images are")):
+    for wrong, why in (("{a", "the braces of"), ("ftp://b/*.jpg", "ftp://b/.* is a URL of an")):
         with pytest.raises(UserError, match=f"^--images: {why}"):
             run(embed, embed_arguments, monkeypatch, "model", f"--images={wrong}", options[1])

@@ -10,17 +10,20 @@ import pytest
 
 from disco_jax.config import default
 from disco_jax.data import sidecar_index, tar_scan, tar_source
+from disco_jax.data.folder_source import FolderSource
 from disco_jax.data.load import Load
 from disco_jax.data.order import make_order
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.sidecars import HEADER
 from disco_jax.data.source import BadSample, Joined
-from disco_jax.data.sources import open_source
+from disco_jax.data.sources import class_folders, open_source
 from disco_jax.data.tar_scan import scan
 from disco_jax.data.tar_source import TarSource
 from disco_jax.data.tokenizer import CLIPTokenizer
+from disco_jax.embed import _matches
 from disco_jax.errors import UserError
-from disco_jax.storage.urls import Url
+from disco_jax.storage.files import read_whole
+from disco_jax.storage.urls import Url, place
 from tests.indexing import everything, opened, run_index, shards, upload
 from tests.tars import picture, write
 
@@ -120,6 +123,35 @@ def test_labeled_sets_may_be_remote(s3, tmp_path):
     name = f"{s3.url}/d/1.tar"
     with pytest.raises(UserError, match=r"^eval\.sets\.x\.source: no sample in .* has a label"):
         open_source(data, name, "", field="eval.sets.x.source", captions=False, label_of=int)
+
+
+def test_class_folders_may_be_in_a_bucket(s3, tmp_path):
+    names = ["cat/2.png", "cat/1.JPG", "cat/notes.txt", "dog/a.png", ".git/x.png", "top.png"]
+    for number, name in enumerate(names):
+        s3.put(f"set/v1.0/{name}", picture(number))
+    root = class_folders(f"{s3.url}/set/v1.0/")
+    source = FolderSource(root, ["cat", "dog"].index)
+    found = [source[i] for i in range(len(source))]
+    assert [sample.label for sample in found] == [0, 0, 1]
+    assert [sample.image for sample in found] == [picture(1), picture(0), picture(3)]
+    assert found[0].key == f"{s3.url}/set/v1.0/cat/1.JPG"
+    s3.delete("set/v1.0/dog/a.png")
+    with pytest.raises(BadSample, match="no such object"):
+        _ = source[2]
+    with pytest.raises(UserError, match="has no images"):
+        FolderSource(class_folders(f"{s3.url}/none"), int)
+    assert class_folders(f"{s3.url}/d/{{0..9}}.tar") is None
+    assert class_folders("https://host/imagenet") is None
+    assert class_folders(str(tmp_path)) == tmp_path
+    assert class_folders("imagenet_v2") is None
+
+
+def test_images_of_a_bucket_are_found_and_read(s3):
+    for number in range(2):
+        s3.put(f"photos/{number}.png", picture(number))
+    assert _matches(f"{s3.url}/photos/*.png") == [f"{s3.url}/photos/{n}.png" for n in range(2)]
+    assert _matches(f"{s3.url}/photos/1.png") == [f"{s3.url}/photos/1.png"]
+    assert read_whole(place(f"{s3.url}/photos/1.png")) == picture(1)
 
 
 def test_a_shard_that_is_replaced_is_noticed(s3, tmp_path, proxy):

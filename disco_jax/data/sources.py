@@ -14,7 +14,7 @@ from disco_jax.data.table_source import TableSource
 from disco_jax.data.tar_source import TarSource
 from disco_jax.data.text_table import Dialect
 from disco_jax.errors import UserError
-from disco_jax.storage.urls import check_scheme, place
+from disco_jax.storage.urls import WEB, Place, Url, check_scheme, place
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 LABELED = "a labeled set is a folder of class folders, shards with .cls members, or a TFDS dataset"
@@ -54,6 +54,20 @@ def open_source(
             message = re.sub(r"^data\.(image|caption)_key", r"eval.retrieval_\1_key", str(error))
             raise UserError(message) from error
         raise UserError(f"{field}: {error}") from error
+
+
+def class_folders(name: str) -> Place | None:
+    """Returns the folder, local or in a bucket, that the source of a labeled set names, if any.
+
+    Raises:
+      UserError: if it is a URL that can't be read.
+    """
+    found = place(name.rstrip("/"))
+    if isinstance(found, Url):
+        files = (".tar", *table_source.SUFFIXES, *COMPRESSED)
+        listed = found.partition("://")[0] not in WEB  # web servers have no listings
+        return found if listed and found.suffix.lower() not in files else None
+    return found if found.is_dir() else None
 
 
 def _open(

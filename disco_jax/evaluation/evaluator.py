@@ -4,7 +4,6 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from disco_jax.data.folder_source import FolderSource
 from disco_jax.data.load import Load, Loaded
 from disco_jax.data.pipeline import EvalBatch, eval_batches
 from disco_jax.data.source import Failure, Joined, describe
-from disco_jax.data.sources import open_source
+from disco_jax.data.sources import class_folders, open_source
 from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.data.transforms import Resize
 from disco_jax.display.terminal import say
@@ -74,13 +73,16 @@ class Evaluator:
             classes = Classes(class_names(spec.source, self._data.dir), [])
         else:
             classes = load_classes(spec.classes)
-        root = Path(spec.source).expanduser()
-        if root.is_dir():
+        field = f"eval.sets.{name}.source"
+        try:
+            root = class_folders(spec.source)
+        except UserError as error:
+            raise UserError(f"{field}: {error}") from error
+        if root is not None:
             source = Joined([FolderSource(root, classes.label_of)])
         else:
             data = self._data.copy_and_resolve_references()
             data.image_key = spec.image_key
-            field = f"eval.sets.{name}.source"
             source = open_source(
                 data,
                 spec.source,
