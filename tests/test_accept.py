@@ -37,6 +37,7 @@ def test_the_check_on_the_cpu(tmp_path, monkeypatch):
         top1=0.0,
     )
     monkeypatch.setattr(checks, "size_of", lambda platform, memory: smaller)
+    monkeypatch.setattr(checks, "METHODS", "auto,ring,default")  # each is compiled twice
     monkeypatch.setattr(sys, "argv", ["accept", "--platform=cpu", f"--out={tmp_path}"])
     settings = ("XLA_", "JAX_NUMPY")  # eight devices and slower code; no promotion of dtypes
     for name in [name for name in os.environ if name.startswith(settings)]:

@@ -17,7 +17,6 @@ STEPS = 30  # three epochs of batches of 20
 
 CHANGES = {
     "cut": lambda content, place: content[:place],
-    "one byte": lambda content, place: content[:place] + b"x" + content[place + 1 :],
     "moved": lambda content, place: content[2048:] + content[:2048],
 }
 

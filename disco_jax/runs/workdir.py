@@ -193,8 +193,9 @@ def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Place) -> No
     Raises:
       UserError: if it differs. The message names the fields.
     """
-    old = flatten(default()) | flatten(ConfigDict(stored))  # fields may have been added since
-    new = flatten(ConfigDict(json.loads(config.to_json())))
+    # Fields may have been added since. JSON turns tuples into lists.
+    added, new = (flatten(ConfigDict(json.loads(c.to_json()))) for c in (default(), config))
+    old = added | flatten(ConfigDict(stored))
     for fields in (old, new):  # configs/pairs.py once had what "auto" stands for
         shards = str(fields["data.name"]).lower().endswith(".tar")
         for field, value in (
