@@ -207,3 +207,26 @@ def test_nearest_pixels_are_counted_by_class():
     owners = np.array([3, 3, 1, 0, 2, 4, 5])
     found = accuracy(distances(images, others), owners, np.array([1, 0]))
     assert found == {"top1": 0.5, "top5": 1.0}
+
+
+def test_the_docs_have_the_results_numbers():
+    results = ROOT / "docs/results"
+    found = json.loads((results / "emoji.json").read_text())
+    near = json.loads((results / "nearest_pixels.json").read_text())
+    assert (found["command"], near["command"]) == (
+        "make emoji",
+        "python benchmarks/nearest_pixels.py",
+    )
+    metrics = found["metrics"]
+    best = max((r for r in near["rows"] if r["set"] == "test"), key=lambda row: row["top1"])
+    text = (ROOT / "docs/evaluation.md").read_text()
+    for top1, top5 in (
+        (metrics["test/top1"], metrics["test/top5"]),
+        (best["top1"], best["top5"]),
+        (metrics["heldout/top1"], metrics["heldout/top5"]),
+        (metrics["heldout/top1_of_all_1177"], metrics["heldout/top5_of_all_1177"]),
+    ):
+        assert f"| {100 * top1:.1f} | {100 * top5:.1f} |" in text
+    assert metrics["step"] == get_config().num_steps
+    readme = (ROOT / "README.md").read_text()
+    assert f"It finds {100 * metrics['test/top1']:.1f} % of them" in " ".join(readme.split())
