@@ -1,6 +1,6 @@
 """The experiments of `replicate.py` that train on drawings of emojis, a run at a time.
 
-Each run is written as it ends; the same command goes on with those that are missing. There are more
+Each run is written as it ends; the same command resumes with the missing ones. There are more
 names than samples in any of the batches.
 """
 

@@ -6,14 +6,13 @@
 The shards hold random scenes one after another, so the blocks are as random as any. The third row
 is harder: the same samples sorted by caption, which makes every block a group of similar samples.
 
-Each run is written to docs/results/order.json, or --out=FILE, as it ends; the same command goes on
-with the runs that are missing.
+Each run is written to docs/results/order.json, or --out=FILE, as it ends; the same command
+resumes with the runs that are missing.
 """
 
 import argparse
-import json
+import functools
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.replicate import config_of  # noqa: E402
-from benchmarks.trainer import SEEDS, Trainer, batches, over_seeds  # noqa: E402
+from benchmarks.trainer import (  # noqa: E402
+    SEEDS,
+    Trainer,
+    batches,
+    heading,
+    over_seeds,
+    train_missing,
+)
 from disco_jax.processes.backend import use_fake_devices  # noqa: E402
 
 BLOCKS = {"order": "blocks", "block_size": 32, "window": 4, "lanes": 8}
@@ -48,13 +54,13 @@ class Sorted:
         return self._source[self._index[index]]
 
 
-def train(name: str, seed: int, steps: int) -> dict[str, Any]:
+def train(order: str, seed: int, steps: int) -> dict[str, Any]:
     """Returns the last loss and zero-shot top-1 of a run."""
     from configs.tars import get_config
     from disco_jax.data.source import Joined
     from disco_jax.data.sources import open_source
 
-    tars, (fields, in_order) = get_config(), ORDERS[name]
+    tars, (fields, in_order) = get_config(), ORDERS[order]
     config = config_of(num_steps=steps, seed=seed)
     config.data.update(name=tars.data.name, caption_key=tars.data.caption_key, **fields)
     source = open_source(config.data, config.data.name, config.data.split)
@@ -62,7 +68,7 @@ def train(name: str, seed: int, steps: int) -> dict[str, Any]:
     run = Trainer(config, config.fake_devices)
     for _ in range(steps):
         loss = run.step(next(stream))
-    return {"order": name, "seed": seed, "loss": loss} | run.accuracy()
+    return {"loss": loss} | run.accuracy()
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -79,17 +85,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/order.json")
     arguments = parser.parse_args()
     use_fake_devices(8)
-    command = " ".join(["python", "benchmarks/order.py", *sys.argv[1:]])
-    same = {"command": command, "jax": version("jax"), "blocks": BLOCKS}
-    before = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    rows = before["rows"] if same.items() <= before.items() else []
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in SEEDS:
-        for name in ORDERS:
-            if not any((row["order"], row["seed"]) == (name, seed) for row in rows):
-                rows.append(train(name, seed, arguments.samples // 128))
-                print(json.dumps(rows[-1]), flush=True)
-                arguments.out.write_text(json.dumps(same | {"rows": rows}, indent=1) + "\n")
+    runs = [{"order": name, "seed": seed} for seed in SEEDS for name in ORDERS]
+    of = functools.partial(train, steps=arguments.samples // 128)
+    rows = train_missing(arguments.out, heading() | {"blocks": BLOCKS}, runs, of)
     print("\n".join(table(rows)))
 
 

@@ -9,7 +9,7 @@
 
 Each writes EXPERIMENT.json, which records the command, and EXPERIMENT.png to docs/results, or to
 --out=FOLDER. `batch_size` and `negatives` train for hours, on the data that `make emoji` unpacks;
-they write each run as it ends, and the same command goes on with those that are missing. `memory`
+they write each run as it ends, and the same command resumes with the missing ones. `memory`
 and `step` need requirements-plan.txt.
 """
 

@@ -92,6 +92,13 @@ def golden() -> Path:
     return GOLDEN
 
 
+@pytest.fixture(scope="module")
+def standard_promotion() -> Generator[None]:
+    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def mesh_of(devices: int, fsdp: int = 1) -> Mesh:
     """Returns a mesh over the first `devices` of the eight fake devices."""
     return make_mesh(jax.devices()[:devices], fsdp)

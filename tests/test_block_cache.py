@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -30,7 +29,6 @@ from disco_jax.data.sources import open_source
 from disco_jax.data.tokenizer import CLIPTokenizer
 from disco_jax.data.train_data import fetching_of
 from disco_jax.errors import UserError
-from disco_jax.storage import stores
 from tests.tars import shard
 from tests.test_sidecars import run_index, upload
 
@@ -265,65 +263,6 @@ def test_a_block_that_a_crash_has_cut_is_fetched_again(remote, local, tmp_path, 
     os.close(ended._file)
     assert streams(config).keys(4) == expected(local, 4)
     assert not ended.path.exists()
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_disturbed_requests_lose_no_sample(
-    seed, remote, local, tmp_path, proxy, streams, monkeypatch
-):
-    monkeypatch.setattr(stores, "PATIENCE", stores.PATIENCE._replace(pause=0.01))
-    config = config_of(f"{remote.url}/d/*.tar", tmp_path / "c")
-    kinds = ["", "", "", "reset", "short", "lie", (500, ""), (503, "slow down"), (429, "<Code>")]
-    proxy.faults += random.Random(seed).choices(kinds, k=40)
-    stream = streams(config)
-    assert stream.keys(12) == expected(local, 12)
-    assert not proxy.faults
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda whole: whole[:-1] + b"x", "has changed"),
-        (lambda whole: whole[:700], "has changed"),
-        (lambda whole: b"", "has changed"),
-        (lambda whole: whole + bytes(512), "has changed"),
-        (None, "no such object"),
-    ],
-)
-def test_a_shard_that_is_replaced_during_the_run_is_bad_samples(
-    change, reason, remote, local, tmp_path, streams
-):
-    """And none of another shard, though blocks hold samples of two."""
-    keys = expected(local, 10)
-    stream = streams(config_of(f"{remote.url}/d/*.tar", tmp_path / "c"))
-    if change:
-        remote.put("d/00003.tar", change((local / "00003.tar").read_bytes()))
-    else:
-        remote.delete("d/00003.tar")
-    check_unreadable(stream, reason, keys)
-
-
-def test_a_local_shard_that_becomes_shorter_is_bad_samples(local, tmp_path, streams, monkeypatch):
-    monkeypatch.setattr(train_data, "limit_of", lambda *_: 1)  # else all is copied before
-    keys = expected(local, 10)
-    stream = streams(config_of(local / "*.tar", tmp_path / "c"))
-    os.truncate(local / "00003.tar", 700)
-    check_unreadable(stream, "has changed", keys)
-
-
-def check_unreadable(stream, reason, keys):
-    """Checks three epochs in which the samples of shard 00003 and no others are unreadable."""
-    seen, failures = [], []
-    for _ in range(30):
-        batch = stream.next()
-        seen += names(batch)
-        failures += batch.failures
-    assert failures
-    assert {kind for kind, _, _ in failures} == {"unreadable"}
-    assert all("/00003.tar" in key and reason in detail for _, key, detail in failures)
-    others = [key for step in keys for key in step if key[:5] != "00003"]
-    assert len(others) == SAMPLES - EACH
-    assert set(seen[-SAMPLES:]) >= set(others)
 
 
 def test_a_cache_that_is_too_small_is_told_before_the_run(remote, tmp_path):

@@ -36,12 +36,7 @@ from tests.object_stores import CLEARED, forget, free_port
 from tests.small_run import command, config_of, start
 from tests.test_lease import on_another_host
 
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +328,7 @@ with opened_home(Url(run), f"{cache}/{index}") as home:
             k: jax.make_array_from_callback(x.shape, NamedSharding(mesh, s), lambda i, x=x: x[i])
             for k, (x, s) in arrays.items()
         }
+        checkpoints.make_room()
         checkpoints.save(step, state, {"seen": step})
         checkpoints.check()
         if step == 2:  # Orbax must not mistake the next save for one to a common folder

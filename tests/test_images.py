@@ -4,6 +4,7 @@ import io
 import warnings
 from collections import Counter
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
@@ -18,6 +19,8 @@ from disco_jax.data.transforms import (
     to_random_pixels,
 )
 from disco_jax.display.terminal import ignore_warnings_of_pillow
+from disco_jax.models import VisionConfig
+from disco_jax.models.vision import normalize_pixels
 
 SQUASH = Resize(squash=True)
 LIMITS = ImageLimits(max_image_pixels=10**8, min_image_side=1, max_aspect_ratio=1e4)
@@ -175,3 +178,12 @@ def test_damaged_chunks_of_a_png_are_a_broken_image_at_most(base):
         except BadSample as bad:
             seen[bad.kind] += 1
     assert seen.keys() == {"good", "not_an_image", "broken_image"}
+
+
+def test_pixels_are_normalised_as_clips():
+    black, white = (np.full((1, 1, 1, 3), v, np.uint8) for v in (0, 255))
+    low, high = (
+        np.asarray(normalize_pixels(x, VisionConfig(), jnp.float32)).ravel() for x in (black, white)
+    )
+    np.testing.assert_allclose(low, [-1.79226, -1.75209, -1.48021], atol=1e-4)
+    np.testing.assert_allclose(high, [1.93033, 2.07488, 2.14590], atol=1e-4)

@@ -12,7 +12,7 @@ import pytest
 from disco_jax.config import default
 from disco_jax.errors import UserError
 from disco_jax.processes import backend, peers, plugins
-from disco_jax.processes.cluster import Launch, Place, find, locate
+from disco_jax.processes.cluster import Launch, Rank, find, locate
 from tests import small_run
 
 KUBERNETES = {"JAX_COORDINATOR_ADDRESS": "job-0.svc:1234", "JAX_NUM_PROCESSES": "8"}
@@ -164,8 +164,8 @@ def test_jax_tells_what_slurm_does_not(nodes, address, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     launch = find(None, None, None, env)
-    place = Place("77.0.0", address, 61440 + 77, 2, 8, (1,))
-    assert locate(launch, 1.0) == place
+    rank = Rank("77.0.0", address, 61440 + 77, 2, 8, (1,))
+    assert locate(launch, 1.0) == rank
     assert locate(dataclasses.replace(launch, local_devices=(0, 1)), 1.0).local_devices == (0, 1)
     monkeypatch.setitem(sys.modules, "jax._src.clusters", None)
     with pytest.raises(UserError, match=r"jax .* is not supported by DisCo-JAX .*clusters"):
@@ -174,8 +174,8 @@ def test_jax_tells_what_slurm_does_not(nodes, address, monkeypatch):
 
 @pytest.mark.parametrize("address", ["h:8476", "[fd00::1]:8476"])
 def test_the_coordinators_address_has_a_host_and_a_port(address):
-    place = locate(find(address, 2, 1, {}), 1.0)
-    assert (place.host, place.port) == (address[:-5].strip("[]"), 8476)
+    rank = locate(find(address, 2, 1, {}), 1.0)
+    assert (rank.host, rank.port) == (address[:-5].strip("[]"), 8476)
 
 
 def test_a_port_that_is_in_use_is_named(monkeypatch):
@@ -183,7 +183,7 @@ def test_a_port_that_is_in_use_is_named(monkeypatch):
     with socket.create_server(("", 0)) as used:
         port = used.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {port} of the coordinator .* in use; choose"):
-            peers.Watch(Place("a run", "127.0.0.1", port, 0, 2), default())
+            peers.Watch(Rank("a run", "127.0.0.1", port, 0, 2), default())
 
 
 def test_a_jax_that_keeps_its_test_for_tpus_elsewhere_is_named(monkeypatch):

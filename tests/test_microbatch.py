@@ -33,6 +33,8 @@ from disco_jax.training.health import Health
 from tests import small_run
 from tests.conftest import mesh_of
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 BATCH = 32
 # devices, devices per copy of the state, samples per device in a microbatch, mode
 DIVISIONS = [
@@ -40,13 +42,6 @@ DIVISIONS = [
     (8, 1, 2, "scan"),
     (8, 4, 1, "scan"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def small(kind="softmax", method="ring", microbatch=0, drop=(0.5, 0.1), **model):

@@ -25,7 +25,6 @@ from disco_jax.models import (
 from disco_jax.models.attention import TOKEN_MULTIPLE, project
 from disco_jax.models.build import model_config
 from disco_jax.models.transformer import LayerNorm, gelu
-from disco_jax.models.vision import normalize_pixels
 from disco_jax.step.gradients import make_model_fns, split
 from tests.conftest import mesh_of
 
@@ -366,15 +365,6 @@ def test_presets_have_openclips_sizes(name, millions):
     shapes = nnx.state(nnx.eval_shape(lambda: CLIP(PRESETS[name], rngs=nnx.Rngs(0))), nnx.Param)
     count = sum(x.size for x in jax.tree.leaves(shapes))
     assert count / 1e6 == pytest.approx(millions, abs=0.01)
-
-
-def test_pixels_are_normalised_as_clips():
-    black, white = (np.full((1, 1, 1, 3), v, np.uint8) for v in (0, 255))
-    low, high = (
-        np.asarray(normalize_pixels(x, VisionConfig(), jnp.float32)).ravel() for x in (black, white)
-    )
-    np.testing.assert_allclose(low, [-1.79226, -1.75209, -1.48021], atol=1e-4)
-    np.testing.assert_allclose(high, [1.93033, 2.07488, 2.14590], atol=1e-4)
 
 
 def test_mistakes_in_sizes_are_named():

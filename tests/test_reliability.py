@@ -36,12 +36,7 @@ from tests.conftest import mesh_of
 from tests.small_run import command, config_of, losses, start
 from tests.test_microbatch import random_batch, small
 
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import re
 import signal
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -21,16 +20,11 @@ from tests.tars import shard
 from tests.test_data_tools import run
 from tests.test_sidecars import run_index, upload
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 SHARDS, EACH = 6, 20
 STEPS = 30  # four epochs
 BLOCKS = {"order": "blocks", "block_size": 4, "window": 2, "lanes": 4}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

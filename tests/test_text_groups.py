@@ -42,6 +42,8 @@ from disco_jax.training.text_groups import find_text_groups
 from tests.conftest import mesh_of
 from tests.test_microbatch import difference
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 BATCH, CONTEXT, END = 16, 8, 63
 GROUPS = "4:0.75"  # the rest have 8 tokens
 SHORT = [2, 3, 4, 8]  # fits four texts or any multiple
@@ -59,13 +61,6 @@ MODEL = CLIPConfig(
         context_length=CONTEXT, vocab_size=64, width=16, layers=2, heads=2, dropout=0.2
     ),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def texts(lengths, context=CONTEXT, seed=0):

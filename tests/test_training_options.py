@@ -18,12 +18,7 @@ from disco_jax.step.train_step import make_train_step
 from tests.conftest import mesh_of
 from tests.test_microbatch import first_state, random_batch, small
 
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Disables strict dtype promotion, because Optax's Adam raises a float to an integer power."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def curve(fsdp, **options):

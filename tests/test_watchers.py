@@ -18,14 +18,14 @@ HOST = socket.gethostname()
 PROCESS = """
 import ctypes, json, os, sys, time
 from disco_jax.config import default
-from disco_jax.processes.cluster import Place
+from disco_jax.processes.cluster import Rank
 from disco_jax.processes.peers import watched
 from disco_jax.processes.pulse import pulse
 index, port, count, fields, then = sys.argv[1:]
 config = default()
 config.update({"peer_timeout": 1.0, "start_timeout": 20.0, **json.loads(fields)})
-place = Place("a run", "127.0.0.1", int(port), int(index), int(count))
-with watched(place, config) as watch:
+rank = Rank("a run", "127.0.0.1", int(port), int(index), int(count))
+with watched(rank, config) as watch:
     seconds = 60
     exec(then)
     time.sleep(seconds)

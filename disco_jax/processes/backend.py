@@ -3,18 +3,15 @@
 import socket
 import zlib
 from collections.abc import Callable
-from itertools import count
 from typing import TypeVar
 
 import jax
 import numpy as np
 
 from disco_jax.errors import UserError
+from disco_jax.runs import agreement
 
 T = TypeVar("T")
-
-DAY = 24 * 60 * 60  # seconds
-_BARRIERS = count()  # a barrier's name can be used only once
 
 
 def has_tpu() -> bool:
@@ -52,18 +49,11 @@ def processes_on_host() -> int:
 def first_then_all(make: Callable[[], T]) -> T:
     """Calls `make` in the first process, then in the others, which find what it has written.
 
-    The others may wait for hours, e.g. while the first one indexes thousands of shards. They wait
-    at the coordinator, because a collective on CPU devices times out after half a minute. Meanwhile
+    The others may wait for hours, e.g. while the first one indexes thousands of shards. Meanwhile
     the watchers detect a lost process (peers.py).
     """
-    index, total = processes()
-    made = make() if index == 0 else None
-    if total > 1:
-        # JAX's coordinator barrier is private; this is Orbax's public wrapper of it.
-        from orbax.checkpoint.multihost import get_barrier_sync_fn
-
-        wait = get_barrier_sync_fn()
-        wait(key=f"first_then_all_{next(_BARRIERS)}", timeout_ms=1000 * DAY)
+    made = make() if jax.process_index() == 0 else None
+    agreement.barrier()
     return make() if made is None else made
 
 

@@ -81,27 +81,27 @@ def run(main: Callable[[ConfigDict, Place], None], *, writes: bool) -> None:
             raise
         _stop_at_signals()
         with contextlib.ExitStack() as stack:
-            place, watch = _place(config.start_timeout), None
-            if place or (writes and config.stall_timeout):
-                watch = stack.enter_context(watched(place, config))
-            if place and watch:
+            rank, watch = _rank(config.start_timeout), None
+            if rank or (writes and config.stall_timeout):
+                watch = stack.enter_context(watched(rank, config))
+            if rank and watch:
                 stack.enter_context(_blaming_peers(watch))
-            if writes and (place is None or place.index == 0):
+            if writes and (rank is None or rank.index == 0):
                 # No longer than the other processes wait for this one.
-                patience = min(LEASE, config.start_timeout / 2) if place else 0
+                patience = min(LEASE, config.start_timeout / 2) if rank else 0
                 stack.enter_context(locked(host_folder(workdir, config.workdir_cache), patience))
-            _set_up_jax(config, place, watch)
+            _set_up_jax(config, rank, watch)
             with _telling_memory():
                 main(config, workdir)
 
     guard(call)
 
 
-def _place(timeout: float) -> cluster.Place | None:
-    """Returns this process's place in its run, or None if it is the only process."""
+def _rank(timeout: float) -> cluster.Rank | None:
+    """Returns this process's rank in its run, or None if it is the only process."""
     launch = cluster.find(_COORDINATOR.value, _COUNT.value, _INDEX.value, os.environ, has_tpu())
-    place = cluster.locate(launch, timeout) if launch else None
-    return place if place and place.count > 1 else None
+    rank = cluster.locate(launch, timeout) if launch else None
+    return rank if rank and rank.count > 1 else None
 
 
 def _tell_others(error: UserError) -> bool:
@@ -112,15 +112,15 @@ def _tell_others(error: UserError) -> bool:
     if not flags.FLAGS.is_parsed():
         return False
     with contextlib.suppress(UserError):
-        place = _place(default().start_timeout)
-        if place:
+        rank = _rank(default().start_timeout)
+        if rank:
             say(f"error: {error}", sys.stderr)
-            Watch(place, default()).leave(*last_message(error))
+            Watch(rank, default()).leave(*last_message(error))
             return True
     return False
 
 
-def _set_up_jax(config: ConfigDict, place: cluster.Place | None, watch: Watch | None) -> None:
+def _set_up_jax(config: ConfigDict, rank: cluster.Rank | None, watch: Watch | None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     from disco_jax.processes import backend
 
@@ -128,9 +128,9 @@ def _set_up_jax(config: ConfigDict, place: cluster.Place | None, watch: Watch | 
         reuse_freed_memory()
     if config.fake_devices:
         backend.use_fake_devices(config.fake_devices)
-    if place and watch:
+    if rank and watch:
         port = watch.coordinator_port()
-        cluster.start(place, port, config.start_timeout, config.peer_timeout)
+        cluster.start(rank, port, config.start_timeout, config.peer_timeout)
     console.quiet = backend.processes()[0] > 0
 
 

@@ -27,8 +27,8 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process's place among those of its run."""
+class Rank:
+    """A process's rank among those of its run."""
 
     name: str  # of this start, as in Launch
     host: str  # the address of process 0
@@ -135,8 +135,8 @@ def _slurm_devices(env: Mapping[str, str]) -> tuple[int, ...] | None:
     return tuple(range(int(gpus))) if alone and gpus.isdigit() and int(gpus) else None
 
 
-def locate(launch: Launch, timeout: float) -> Place:
-    """Returns this process's place. JAX detects what Slurm, Open MPI or a Cloud TPU have not said.
+def locate(launch: Launch, timeout: float) -> Rank:
+    """Returns this process's rank. JAX detects what Slurm, Open MPI or a Cloud TPU have not said.
 
     Raises:
       UserError: if JAX can't detect it within `timeout` seconds, or this version of JAX does not
@@ -173,7 +173,7 @@ def locate(launch: Launch, timeout: float) -> Place:
             "--process_count and --process_index"
         )
     host, _, port = address.rpartition(":")
-    return Place(launch.name, host.strip("[]"), int(port), index, count, devices)
+    return Rank(launch.name, host.strip("[]"), int(port), index, count, devices)
 
 
 def free_port() -> int:
@@ -182,13 +182,11 @@ def free_port() -> int:
         return opened.getsockname()[1]
 
 
-def start(
-    place: Place, port: int, start_timeout: float = 300.0, peer_timeout: float = 30.0
-) -> None:
+def start(rank: Rank, port: int, start_timeout: float = 300.0, peer_timeout: float = 30.0) -> None:
     """Connects this process to the others. Must be called before JAX is first used.
 
     Args:
-      place: This process's place.
+      rank: This process's rank.
       port: A free port of process 0's host, for JAX's coordinator.
       start_timeout: Seconds to wait for all processes.
       peer_timeout: Seconds without a sign of life after which a process is lost.
@@ -198,15 +196,15 @@ def start(
     """
     import jax
 
-    host = f"[{place.host}]" if ":" in place.host else place.host
+    host = f"[{rank.host}]" if ":" in rank.host else rank.host
     try:
         with warnings.catch_warnings():  # about the kubernetes client, which is not needed
             warnings.simplefilter("ignore")
             jax.distributed.initialize(
                 f"{host}:{port}",
-                place.count,
-                place.index,
-                local_device_ids=place.local_devices,
+                rank.count,
+                rank.index,
+                local_device_ids=rank.local_devices,
                 cluster_detection_method="deactivate",
                 coordinator_bind_address=f"[::]:{port}",
                 initialization_timeout=math.ceil(start_timeout) + MISSING_LATER,

@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 
 from disco_jax.display.terminal import printable, say
 from disco_jax.errors import EXIT_PEER_LOST, EXIT_USER, Preempted, UserError, says_unwritable
-from disco_jax.processes.cluster import Place, free_port
+from disco_jax.processes.cluster import Rank, free_port
 from disco_jax.processes.pulse import pulse
 from disco_jax.processes.watcher import BEATS, RETRY, STACKS, Settings
 
@@ -48,13 +48,13 @@ LAST = 30.0  # seconds for which a process that ends the run waits for the other
 
 
 @contextmanager
-def watched(place: Place | None, config: ConfigDict) -> Iterator["Watch"]:
+def watched(rank: Rank | None, config: ConfigDict) -> Iterator["Watch"]:
     """Context in which the loss of another process, or a stall, ends this one.
 
     The exit code is EXIT_USER if the other process ended with a user error, else EXIT_PEER_LOST.
 
     Args:
-      place: The place of this process in the run; None if it is the only one.
+      rank: The rank of this process in the run; None if it is the only one.
       config: Provides `peer_timeout`, seconds without a heartbeat after which a process is lost,
         `start_timeout`, seconds within which it must have started, and `stall_timeout`, seconds
         within which a step must finish.
@@ -62,7 +62,7 @@ def watched(place: Place | None, config: ConfigDict) -> Iterator["Watch"]:
     Raises:
       UserError: if the port of process 0 is in use.
     """
-    watch = Watch(place, config)
+    watch = Watch(rank, config)
     try:
         yield watch
     except Preempted:  # all processes stop at the same step
@@ -84,9 +84,9 @@ def last_message(error: BaseException) -> tuple[str, int]:
 class Watch:
     """The watcher of this process, and the threads that report to it and do what it says."""
 
-    def __init__(self, place: Place | None, config: ConfigDict):
-        self._place = place or Place("", "", 0, 0, 1)
-        self._several = self._place.count > 1
+    def __init__(self, rank: Rank | None, config: ConfigDict):
+        self._rank = rank or Rank("", "", 0, 0, 1)
+        self._several = self._rank.count > 1
         self._timeouts = config.peer_timeout, config.start_timeout, config.stall_timeout
         self._lock = threading.Lock()  # for the watcher's input
         self._left, self._alone = False, threading.Event()
@@ -94,7 +94,7 @@ class Watch:
         faulthandler.register(STACKS, all_threads=True)
         if self._several:
             _delay_aborts()
-        p = self._place
+        p = self._rank
         with contextlib.ExitStack() as stack:
             hub = stack.enter_context(_listen(p)).fileno() if p.index == 0 else None
             # -I and -S limit imports to the standard library, for a fast start.
@@ -117,7 +117,7 @@ class Watch:
 
     def coordinator_port(self) -> int:
         """Returns the port of JAX's coordinator, which process 0 chooses, once it has."""
-        if self._place.index == 0:
+        if self._rank.index == 0:
             port = free_port()
             self._say({"coordinator": port})
             return port
@@ -168,25 +168,25 @@ class Watch:
             self._process.stdin.close()
 
 
-def _listen(place: Place) -> socket.socket:
+def _listen(rank: Rank) -> socket.socket:
     """Opens the port on which the watchers meet.
 
     Raises:
       UserError: if it is in use, and not only for a moment by an earlier start.
     """
-    if place.count == 1:
+    if rank.count == 1:
         return socket.create_server(("127.0.0.1", 0))
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     end = time.monotonic() + PORT_IN_USE
     while True:  # on all interfaces, as JAX's coordinator
         try:
-            return socket.create_server(("", place.port), family=family, dualstack_ipv6=both)
+            return socket.create_server(("", rank.port), family=family, dualstack_ipv6=both)
         except OSError as error:
             if time.monotonic() > end:
                 why = os.strerror(error.errno) if error.errno else error
                 raise UserError(
-                    f"port {place.port} of the coordinator can't be opened on this host: {why}; "
+                    f"port {rank.port} of the coordinator can't be opened on this host: {why}; "
                     "choose another one"
                 ) from error
         time.sleep(RETRY)

@@ -24,9 +24,7 @@ from disco_jax.storage.stores import Patience
 from disco_jax.storage.urls import Place, Url
 
 # What a run's own process does not upload: checkpoints, which `uploads` does, and the locks.
-APART = ("checkpoints", "checkpoints_set_aside", COMMITTED, "processes", "lock")
-
-
+APART = ("checkpoints", "checkpoints_set_aside", COMMITTED, "lock")
 RunCheckpoints = Checkpoints | UploadedCheckpoints
 
 

@@ -66,7 +66,7 @@ def opened(file: Place) -> Path | RemoteFile:
 def download(url: Url) -> Path:
     """Returns a local copy of a file, which the processes of a machine share.
 
-    It lies in the user's cache, under a name that depends on the version.
+    It is kept in the user's cache, under a name that depends on the version.
 
     Raises:
       OSError, UserError, DataLost: as `stores.read`.
@@ -80,16 +80,25 @@ def download(url: Url) -> Path:
         if _is_whole(file, meta.size):
             return file
         say(f"copying {url} ({meta.size / 2**20:,.0f} MiB) to {file}")
-        try:
-            with replacing(file) as new:
-                for start in range(0, meta.size, CHUNK):
-                    stop = min(start + CHUNK, meta.size)
-                    new.write(stores.read(url, start, stop, meta.stamp))
-        except OSError as error:
-            if error.filename == url:
-                raise
-            raise UserError(f"{url} can't be copied to {file}: {error.strerror}") from error
+        copy(url, meta, file)
     return file
+
+
+def copy(url: Url, meta: Meta, file: Path) -> None:
+    """Downloads a version of an object to a file, which appears as a whole.
+
+    Raises:
+      OSError, UserError, DataLost: as `stores.read`; UserError if the file can't be written.
+    """
+    try:
+        with replacing(file) as new:
+            for start in range(0, meta.size, CHUNK):
+                stop = min(start + CHUNK, meta.size)
+                new.write(stores.read(url, start, stop, meta.stamp))
+    except OSError as error:
+        if error.filename == url:
+            raise
+        raise UserError(f"{url} can't be copied to {file}: {error.strerror}") from error
 
 
 def _is_whole(file: Path, size: int) -> bool:

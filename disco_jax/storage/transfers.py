@@ -4,10 +4,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from disco_jax.errors import UserError
 from disco_jax.storage import stores
-from disco_jax.storage.files import CHUNK
-from disco_jax.storage.local import replacing
+from disco_jax.storage.files import copy, status
 from disco_jax.storage.urls import Url
 
 AT_ONCE = 8  # files
@@ -46,15 +44,6 @@ def download(files: dict[Url, Path]) -> None:
 
 
 def _download(url: Url, file: Path) -> None:
-    meta = url.listed or stores.head(url)
-    if file.is_file() and file.stat().st_size == meta.size:
-        return
-    try:
-        with replacing(file) as new:
-            for start in range(0, meta.size, CHUNK):
-                stop = min(start + CHUNK, meta.size)
-                new.write(stores.read(url, start, stop, meta.stamp))
-    except OSError as error:
-        if error.filename == url:
-            raise
-        raise UserError(f"{url} can't be copied to {file}: {error.strerror}") from error
+    meta = status(url)
+    if not file.is_file() or file.stat().st_size != meta.size:
+        copy(url, meta, file)

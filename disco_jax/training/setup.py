@@ -3,8 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,6 +16,7 @@ from disco_jax.models import CLIPConfig
 from disco_jax.models.build import model_config
 from disco_jax.models.folder import flatten, nest
 from disco_jax.processes.backend import first_then_all
+from disco_jax.runs import agreement
 from disco_jax.runs import workdir as workdir_lib
 from disco_jax.runs.home import Home, RunCheckpoints
 from disco_jax.runs.places import run_place
@@ -80,21 +79,15 @@ def _restore_or_init(
     checkpoints: RunCheckpoints,
 ) -> tuple[TrainState, dict[str, Any]]:
     optimizer = make_optimizer(config)
-    step = _of_first(checkpoints.latest_step())
-    if step is not None:
-        return checkpoints.restore(abstract_state(model, optimizer, mesh), step)
+    newest = checkpoints.latest_step()
+    # A network file system may show the other processes an older list.
+    step = agreement.of_first("" if newest is None else str(newest))
+    if step:
+        return checkpoints.restore(abstract_state(model, optimizer, mesh), int(step))
     state = init_state(model, optimizer, mesh, config.seed)
     if config.init_from:
         state = begin_from(run_place(config.init_from, "init_from"), model, state)
     return state, {}
-
-
-def _of_first(step: int | None) -> int | None:
-    """Returns the first process's value: a network file system may show others an older list."""
-    if jax.process_count() == 1:
-        return step
-    newest = int(broadcast_one_to_all(np.int32(-1 if step is None else step)))
-    return None if newest < 0 else newest
 
 
 def begin_from(source: Place, model: CLIPConfig, state: TrainState) -> TrainState:
