@@ -67,7 +67,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/lint-imports --no-logo
 
 # Runs under real schedulers, which it does not install: Slurm on two nodes of this machine, Open MPI 4,
-# and the Kubernetes manifests against the API's schemas. Some five minutes.
+# and the Kubernetes manifests against the API's schemas. Five to ten minutes.
 cluster-check: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 0 -vv tests/cluster tests/test_manifests.py
 

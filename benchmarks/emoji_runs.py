@@ -42,7 +42,7 @@ def train(steps: int, negatives: int = 0, **fields: Any) -> dict[str, Any]:
 
 
 def negatives(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains with the loss among so many samples, at one batch, one rate and equal updates."""
+    """Trains with the loss within groups of n samples; batch, rate and updates stay the same."""
     steps = arguments.updates
     same = heading() | {"data": "emoji", "batch_size": BATCH, "steps": steps}
     runs = [{"negatives": n, "seed": seed} for seed in SEEDS for n in NEGATIVES]

@@ -79,8 +79,8 @@ def grouped_step(config: Any, model: Any, mesh: Any, negatives: int) -> Callable
 def grouped_loss(image: Any, text: Any, logit_scale: Any, negatives: int) -> Any:
     """Returns the mean loss of groups of `negatives` consecutive samples, each by itself.
 
-    That is the loss of a batch on devices that hold so many samples each and don't gather the
-    others' features. image and text are `[B, D]`, and `negatives` divides B.
+    That is the loss on devices that hold `negatives` samples each and don't gather the others'
+    features. image and text are `[B, D]`, and `negatives` divides B.
     """
     import jax
 

@@ -1,7 +1,7 @@
 """The checkpoints of a run in a bucket.
 
     checkpoints/STEP/...                  what Orbax has written, from all processes
-    checkpoints/STEP/commit_success.txt   put last, removed first: with it, the checkpoint is there
+    checkpoints/STEP/commit_success.txt   put last, removed first: marks a complete checkpoint
     uploads/STEP/INDEX.json               what process INDEX is uploading or has uploaded
 
 Orbax takes the same object as the sign that a checkpoint on gs:// is complete. Data without it may
