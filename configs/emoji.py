@@ -4,7 +4,7 @@
 
 Trains on some 4,200 drawings. Evaluation names drawings in a style that is never trained on, among
 the 1,177 names that all four artists draw. Of these, 103 are held out: they are not trained on in
-any style. The set `validation`, with other names, is there to choose settings by. See docs/data.md.
+any style. Settings were chosen by the set `validation`, which has other names. See docs/data.md.
 """
 
 from ml_collections import ConfigDict

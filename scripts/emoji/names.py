@@ -10,7 +10,7 @@ from scripts.emoji.packages import Emoji, Style
 TEMPLATES = ("{}", "an emoji of {}", "a drawing of {}")
 KEYWORDS = 3  # in a caption
 LISTS = 3  # captions with keywords
-HELD_OUT = 10  # one in so many
+HELD_OUT = 10  # one name in ten is held out
 _VARIANT = re.compile(r"\b(man|men|woman|women|person|people)\b")
 
 
