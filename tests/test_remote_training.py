@@ -14,7 +14,7 @@ from disco_jax.data import inspect
 from disco_jax.evaluation.main import evaluate
 from disco_jax.training.loop import train
 from tests import small_run
-from tests.object_stores import CLEARED
+from tests.object_stores import CLEARED, free_port
 from tests.small_run import command, config_of, losses, start
 from tests.tars import shard
 from tests.test_data_tools import run
@@ -54,24 +54,40 @@ def calm(made, tmp_path_factory):
 
 
 def keys(workdir):
-    """Returns the keys of all steps, from the shard's name on."""
-    rows = [json.loads(line) for line in (workdir / "keys.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [[re.sub(r".*/(\d+\.tar/)", r"\1", key) for key in row["keys"]] for row in rows]
+    """Returns the keys of all steps, from the shard's name on, whichever processes logged them.
+
+    A start with other processes logs to other files: `keys-0.jsonl` and `keys-1.jsonl` replace
+    what `keys.jsonl` has of the same steps.
+    """
+    found = {}
+    for names in (["keys"], ["keys-0", "keys-1"]):
+        files = [workdir / f"{name}.jsonl" for name in names]
+        # A kill may have cut the last line.
+        lines = [file.read_text().split("\n")[:-1] for file in files if file.exists()]
+        for rows in zip(*(map(json.loads, each) for each in lines), strict=True):
+            assert len({row["step"] for row in rows}) == 1
+            joined = [key for row in rows for key in row["keys"]]
+            found[rows[0]["step"]] = [re.sub(r".*/(\d+\.tar/)", r"\1", key) for key in joined]
+    assert list(found) == list(range(1, STEPS + 1))
+    return list(found.values())
 
 
-def test_a_killed_run_on_one_store_goes_on_from_another(made, calm, s3, gcs, tmp_path, capsys):
-    """With other data workers. It trains on the samples that local shards give it."""
+def command_on(made, workdir, name, **fields):
+    """Returns the command of a run of one device per process, on shards in a bucket."""
+    data = BLOCKS | {"name": f"{name}/d/*.tar", "caption_key": "txt", "record_keys": True} | fields
+    options = {"fake_devices": 1, "num_steps": STEPS, "checkpoint_every": 3}
+    options |= {f"data.{field}": value for field, value in data.items()}
+    return command(made, workdir, *(f"--config.{field}={x}" for field, x in options.items()))
+
+
+def test_a_killed_run_on_one_store_goes_on_from_another(made, calm, s3, gcs, tmp_path):
+    """With two processes and other data workers. Its samples are those of an undisturbed run on
+    local shards."""
     for bucket in (s3, gcs):
         upload(bucket, made / "shards")
     workdir, cache = tmp_path / "run", tmp_path / "blocks"
-    data = BLOCKS | {"name": f"{s3.url}/d/*.tar", "cache": cache, "num_workers": 1}
-    data |= {"caption_key": "txt", "record_keys": True}
-    options = {"fake_devices": 1, "num_steps": STEPS, "checkpoint_every": 3}
-    options |= {f"data.{name}": value for name, value in data.items()}
     env = {name: value for name, value in os.environ.items() if name.startswith(CLEARED)}
-    flags = [f"--config.{name}={value}" for name, value in options.items()]
-    job = start(*command(made, workdir, *flags), env=env)
+    job = start(*command_on(made, workdir, s3.url, cache=cache, num_workers=1), env=env)
     last = random.randint(9, STEPS - 10)  # the checkpoint of step 3 is complete
     log = workdir / "metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= last):
@@ -82,9 +98,12 @@ def test_a_killed_run_on_one_store_goes_on_from_another(made, calm, s3, gcs, tmp
     assert job.returncode == -signal.SIGKILL  # it had not ended
     assert list(cache.iterdir())
 
-    config = config_on(made, f"{gcs.url}/d/*.tar", cache=str(cache))
-    train(config, workdir)
-    assert "resuming from step" in capsys.readouterr().out
+    where = [f"--coordinator=127.0.0.1:{free_port()}", "--process_count=2"]
+    again = [*command_on(made, workdir, gcs.url, cache=cache, num_workers=0), *where]
+    jobs = [start(*again, f"--process_index={index}", env=env) for index in (0, 1)]
+    ends = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], ends
+    assert "resuming from step" in ends[0][0]
     assert keys(workdir) == keys(calm)
     np.testing.assert_allclose(losses(workdir), losses(calm), rtol=1e-5)
     assert not list(cache.iterdir())
