@@ -62,7 +62,7 @@ def grouped_step(config: Any, model: Any, mesh: Any, negatives: int) -> Callable
     from disco_jax.step.gradients import make_model_fns, whole_batch
     from disco_jax.step.train_step import make_update, state_shardings
 
-    def loss(scalars: Any, features: Any) -> Any:
+    def loss(scalars: Any, features: Any, _: Any) -> Any:
         return grouped_loss(*features, jnp.exp(scalars["logit_scale"]), negatives)
 
     fns = make_model_fns(config, model, mesh)._replace(loss=loss)

@@ -15,7 +15,6 @@ from disco_jax.mesh import batch_sharding, place_batch
 from disco_jax.models.clip import abstract_model
 from disco_jax.models.folder import nest, shapes_of
 from disco_jax.step import host_step, train_step
-from disco_jax.step.equal_captions import group_ids
 from disco_jax.step.state import TrainState
 from tests.conftest import mesh_of
 from tests.small_run import SIZES
@@ -99,7 +98,7 @@ def test_ids_are_equal_where_rows_are(devices):
     tokens = tokens[: len(tokens) // 8 * 8]
     mesh = mesh_of(devices)
     placed = jax.device_put(tokens, batch_sharding(mesh))
-    ids = np.asarray(jax.jit(lambda x: group_ids(x, mesh))(placed))
+    ids = np.asarray(jax.jit(lambda x: equal_rows(hashes_of(x), mesh))(placed))
     assert (ids.dtype, ids.shape) == (np.int32, tokens.shape[:1])
     np.testing.assert_array_equal(
         ids[:, None] == ids[None, :], (tokens[:, None] == tokens[None, :]).all(axis=2)
@@ -110,5 +109,5 @@ def test_300000_captions_do_not_collide():
     """A 32-bit hash of this many captions would have ten collisions on average."""
     tokens = np.zeros((300_000, 4), np.int32)
     tokens[:, 0], tokens[:, 3] = np.divmod(np.arange(300_000), 997)
-    ids = np.asarray(jax.jit(lambda x: group_ids(x, mesh_of(1)))(tokens))
+    ids = np.asarray(jax.jit(lambda x: equal_rows(hashes_of(x), mesh_of(1)))(tokens))
     assert len(np.unique(ids)) == 300_000

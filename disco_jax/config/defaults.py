@@ -37,6 +37,10 @@ def default() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.name = "ViT-B-32"  # a preset from disco_jax/models/presets.py, or a model folder
+    # Pixels of an image's side and tokens of a text; 0: the model's own. Positions are interpolated
+    # if init_from names a model of other sizes.
+    c.model.image_size = 0
+    c.model.context_length = 0
     c.model.activation = ""  # in both towers: gelu, quick_gelu or gelu_tanh; "": the model's own
     c.model.tokenizer = ""  # a tokenizer.json, for SigLIP models; "": the model's own, or CLIP's
     c.model.dtype = "bfloat16"  # compute dtype of the towers: bfloat16 or float32
@@ -78,6 +82,18 @@ def default() -> ConfigDict:
     c.loss.precision = "default"
     # Samples of a batch whose captions have equal tokens are not each other's negatives.
     c.loss.group_equal_captions = False
+    # Samples of a batch that are each other's positives, besides each pair: `images`, those of the
+    # same image (equal files), such as its several captions; `captions`, those whose captions have
+    # equal tokens; "": none.
+    c.loss.positives = ""
+
+    c.distill = ConfigDict()
+    # A trained model whose features of each batch are distilled: a model folder that reads the same
+    # tokens (see `python -m disco_jax.interop`); "": none. For the softmax loss.
+    c.distill.teacher = ""
+    # Weight of the cross-entropies with the teacher's softmax as targets, which are added to the
+    # contrastive loss.
+    c.distill.weight = 1.0
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw, lion, adafactor or muon (disco_jax/step/optimizer.py)
@@ -94,6 +110,12 @@ def default() -> ConfigDict:
     # Added to denominators in adamw and muon. lion has none; adafactor adds 1e-30 to the squares.
     c.optimizer.eps = 1e-6
     c.optimizer.grad_clip_norm = 0.0  # maximum global gradient norm; 0 disables clipping
+    # Factor on the learning rate of each layer of a tower, relative to the layer after it; 1 trains
+    # all layers at the same rate.
+    c.optimizer.layer_decay = 1.0
+    # Decay of an exponential moving average of the parameters, e.g. 0.9998, which then is what is
+    # evaluated and exported; 0: no average.
+    c.optimizer.ema_decay = 0.0
 
     c.data = ConfigDict()
     # Images and captions: a TFDS dataset; tar shards as written by img2dataset, e.g.
@@ -131,8 +153,10 @@ def default() -> ConfigDict:
     # TFDS feature or table column. For tar shards: "txt" for the .txt files, or a key of the .json
     # files, such as "title" or the nested "meta.text". "auto": "txt" for tar shards, else "caption"
     # or, for tables, another common name. If a sample has a list of captions, one is drawn at
-    # random each time.
+    # random each time. Join several keys with "::", e.g. "txt::synthetic": one of those that a
+    # sample has is drawn each time, by `caption_weights`.
     c.data.caption_key = "caption"
+    c.data.caption_weights = ()  # e.g. (0.7, 0.3), of the caption keys; (): equal
     c.data.captions_by_line = False  # whether each line of a text is a separate caption
     # How CSV and TSV tables are written. If empty, the separator (comma, tab, semicolon or bar) and
     # the encoding (UTF-8 or UTF-16) are detected, and quotes are ordinary characters.

@@ -22,6 +22,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "loss.dtype": ("float32", "bfloat16"),
     "loss.kind": ("softmax", "sigmoid"),
     "loss.method": METHODS,
+    "loss.positives": ("", "images", "captions"),
     "loss.precision": ("default", "high", "highest"),
     "microbatch_mode": ("scan", "host"),
     "model.activation": ("", "gelu", "quick_gelu", "gelu_tanh"),
@@ -52,8 +53,11 @@ AT_LEAST_0 = (
     "eval.every",
     "fake_devices",
     "data.cache_bytes",
+    "distill.weight",
     "loss.keep_bytes",
     "microbatch",
+    "model.context_length",
+    "model.image_size",
     "num_epochs",
     "num_steps",
     "optimizer.grad_clip_norm",
@@ -70,9 +74,15 @@ POSITIVE = (
     "peer_timeout",
     "start_timeout",
 )
-BELOW_1 = ("model.dropout", "model.patch_dropout", "optimizer.b1", "optimizer.b2")
+BELOW_1 = (
+    "model.dropout",
+    "model.patch_dropout",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.ema_decay",
+)
 PROBABILITIES = ("data.color_jitter_prob", "data.gray_scale_prob")
-UP_TO_1 = ("data.crop_scale", "data.max_bad_fraction")
+UP_TO_1 = ("data.crop_scale", "data.max_bad_fraction", "optimizer.layer_decay")
 # Upper bounds of integers that JAX, the system or a dtype limits. All others are limited to COUNT.
 AT_MOST = {
     "data.lanes": 2**14,
@@ -185,6 +195,11 @@ def _of_several(c: dict[str, Any]) -> list[str]:
         problems.append(
             f"data.weights must be at least {LEAST:g} and differ by at most a factor of a million"
         )
+    weights, keys = c["data.caption_weights"], len(str(c["data.caption_key"]).split("::"))
+    if weights and (len(weights) != keys or min(weights) <= 0):
+        problems.append(
+            f"data.caption_weights must be {keys} positive numbers, one per key in data.caption_key"
+        )
     strengths = c["data.color_jitter"]
     if len(strengths) != 4 or min(strengths) < 0 or strengths[3] > 0.5:
         problems.append(
@@ -198,6 +213,10 @@ def _of_several(c: dict[str, Any]) -> list[str]:
     if c["microbatch_mode"] == "host" and not c["microbatch"]:
         problems.append(
             "microbatch_mode 'host' requires microbatch, the samples per device in a microbatch"
+        )
+    if c["distill.teacher"] and c["loss.kind"] != "softmax":
+        problems.append(
+            f"distill.teacher requires loss.kind softmax; the {c['loss.kind']} loss has no targets"
         )
     groups = c["model.text_groups"]
     try:

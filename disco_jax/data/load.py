@@ -1,5 +1,6 @@
 """Loads one sample of the stream: reads, decodes, draws a caption, and replaces a bad sample."""
 
+import hashlib
 import html
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 from numpy.random import Generator
 
 from disco_jax.data.colors import ColorChanges, change_colors
-from disco_jax.data.source import MAX_TEXT_BYTES, BadSample, Failure, Joined, Sample
+from disco_jax.data.source import MAX_TEXT_BYTES, BadSample, ByKey, Failure, Joined, Sample
 from disco_jax.data.transforms import (
     CLIP_RESIZE,
     ImageLimits,
@@ -37,6 +38,7 @@ class Loaded(NamedTuple):
     label: int | None
     image_name: str | None  # equal for samples that share an image; None: not shared
     failures: tuple[Failure, ...]  # the bad samples that it replaces
+    image_hash: np.ndarray | None = None  # uint32 [2], of the encoded image; None: not wanted
 
 
 class Load:
@@ -53,10 +55,14 @@ class Load:
         size: int,
         seed: int = 0,
         resize: Resize = CLIP_RESIZE,
+        hash_images: bool = False,
     ):
+        self._hash_images = hash_images
         self._source, self._size, self._seed, self._resize = source, size, seed, resize
         self._least_area = data.crop_scale
         self._by_line = data.captions_by_line
+        keys = len(data.caption_key.split("::"))
+        self._weights = tuple(data.caption_weights) or (1.0,) * keys
         self._changes = ColorChanges(*(data[name] for name in ColorChanges._fields))
         self._look = Look(*(data[name] for name in Look._fields))
         self._limits = ImageLimits(*(data[name] for name in ImageLimits._fields))
@@ -102,11 +108,10 @@ class Load:
         """Like `train`, but raises BadSample instead of drawing a replacement."""
         rng = np.random.default_rng((self._seed, position, attempt))
         sample = read(index) if read else self._source[index]
-        captions = usable_captions(sample, self._by_line)
-        if len(captions) > 1:
-            captions = (captions[int(rng.integers(len(captions)))],)
+        captions = self._drawn(sample, rng)
         pixels = self._pixels(sample, rng)
-        return Loaded(sample.key, pixels, captions, _index(sample), None, ())
+        hashed = hash_of(sample.image) if self._hash_images else None
+        return Loaded(sample.key, pixels, captions, _index(sample), None, (), hashed)
 
     def evaluate(self, index: int) -> Loaded:
         """Loads sample `index` with the evaluation transform and all of its captions.
@@ -119,6 +124,16 @@ class Load:
         pixels = to_pixels(image, self._size, sample.key, self._resize, self._look)
         captions = usable_captions(sample, self._by_line)
         return Loaded(sample.key, pixels, captions, _index(sample), sample.image_name, ())
+
+    def _drawn(self, sample: Sample, rng: Generator) -> tuple[str, ...]:
+        """Draws one of the captions, of several keys by their weights; empty if none are read."""
+        if not isinstance(sample.captions, ByKey):
+            captions = usable_captions(sample, self._by_line)
+        else:
+            found = captions_by_key(sample, self._by_line)
+            weights = np.array([w if f else 0 for w, f in zip(self._weights, found, strict=True)])
+            captions = found[int(rng.choice(len(found), p=weights / weights.sum()))]
+        return (captions[int(rng.integers(len(captions)))],) if len(captions) > 1 else captions
 
     def _pixels(self, sample: Sample, rng: Generator) -> np.ndarray:
         return change_colors(self._cropped(sample, rng), self._changes, rng)
@@ -153,6 +168,11 @@ class Load:
         return indices[drawn]
 
 
+def hash_of(image: bytes) -> np.ndarray:
+    """Returns uint32 `[2]`, a 64-bit hash of an encoded image."""
+    return np.frombuffer(hashlib.blake2b(image, digest_size=8).digest(), np.uint32)
+
+
 def _index(sample: Sample) -> int | None:
     return sample.label if isinstance(sample.label, int) else None
 
@@ -167,6 +187,8 @@ def usable_captions(sample: Sample, by_line: bool = False) -> tuple[str, ...]:
     """
     if sample.captions is None:
         return ()
+    if isinstance(sample.captions, ByKey):
+        return tuple(caption for found in captions_by_key(sample, by_line) for caption in found)
     several = isinstance(sample.captions, Sequence) and not isinstance(sample.captions, str | bytes)
     captions: Sequence[Any] = sample.captions if several else [sample.captions]
     if not captions:
@@ -181,6 +203,27 @@ def usable_captions(sample: Sample, by_line: bool = False) -> tuple[str, ...]:
     if not usable:
         raise BadSample("empty_caption", sample.key)
     return usable
+
+
+def captions_by_key(sample: Sample, by_line: bool = False) -> list[tuple[str, ...]]:
+    """Returns the usable captions of each key of a sample with several; empty where there is none.
+
+    Raises:
+      BadSample: as `usable_captions`, if no key has a usable caption.
+    """
+    assert isinstance(sample.captions, ByKey)
+    found: list[tuple[str, ...]] = []
+    failures = []
+    for captions in sample.captions.captions:
+        try:
+            one = () if captions is None else captions
+            found.append(usable_captions(sample._replace(captions=one), by_line))
+        except BadSample as bad:
+            found.append(())
+            failures.append(bad)
+    if len(failures) == len(found):
+        raise failures[0]
+    return found
 
 
 def _decode(caption: Any, key: str) -> str:

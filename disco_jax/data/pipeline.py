@@ -51,6 +51,9 @@ class Collate:
         captions = [sample.captions[0] for sample in samples if sample.captions]
         if captions:
             arrays["tokens"] = self._tokenizer(captions)
+        hashes = [sample.image_hash for sample in samples if sample.image_hash is not None]
+        if hashes:
+            arrays["image_hashes"] = np.stack(hashes)
         labels = [sample.label for sample in samples if sample.label is not None]
         return Batch(
             arrays,

@@ -9,12 +9,18 @@ Failure = tuple[str, str, str]  # kind, key and detail of a bad sample
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp")
 
 
+class ByKey(NamedTuple):
+    """The captions of a sample under each of several keys; None where there is none."""
+
+    captions: tuple[Caption | Sequence[Caption] | None, ...]
+
+
 class Sample(NamedTuple):
     """One encoded image with its captions or label."""
 
     key: str  # identifies it to people: shard and key, path, or split and index
     image: bytes  # encoded
-    captions: Caption | Sequence[Caption] | None = None  # one or several; training draws one
+    captions: Caption | Sequence[Caption] | ByKey | None = None  # training draws one
     # A class index, or what stands in a `.cls` instead if the source has no list of classes.
     label: int | str | None = None
     image_name: str | None = None  # equal for samples that share an image; None: not shared

@@ -12,7 +12,7 @@ import pyarrow.parquet
 
 from disco_jax.data import columns
 from disco_jax.data.parquet_images import ParquetImages, holds_images
-from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample, Failure, Sample, describe
+from disco_jax.data.source import MAX_IMAGE_BYTES, BadSample, ByKey, Failure, Sample, describe
 from disco_jax.data.text_table import FOUND_OUT, Dialect, read_text_table
 from disco_jax.errors import DataLost, UserError
 from disco_jax.storage import stores
@@ -30,7 +30,8 @@ class TableSource:
         cache, unless it holds the images: then they are fetched from it.
       image_key: the column of image paths: URLs, absolute, or relative to the table's folder. In
         Parquet, also of encoded images, or of Hugging Face's structs of `bytes` and `path`.
-      caption_key: the column of captions, each a text or a list of texts; "" for no captions.
+      caption_key: the column of captions, each a text or a list of texts; several columns, joined
+        by `::`; "" for no captions.
       dialect: how CSV and TSV are written.
 
     Both keys may be `auto`, for a common name.
@@ -45,9 +46,9 @@ class TableSource:
         self._table, self._dialect = table, dialect
         self._file = table  # or the local copy
         self._is_parquet = table.suffix.lower() == ".parquet"
-        self._keys = {"image_key": image_key}
-        if caption_key:
-            self._keys["caption_key"] = caption_key
+        self._caption_keys = caption_key.split("::") if caption_key else []
+        self._keys = [("image_key", image_key)]
+        self._keys += [("caption_key", key) for key in self._caption_keys]
         self._images: ParquetImages | None = None
         self._broken: list[tuple[int, str]] = []
         self._columns: list[pa.Array] | None = None  # of paths, unless it holds images; of captions
@@ -84,7 +85,7 @@ class TableSource:
     def _load_parquet(self) -> list[pa.Array]:
         schema = pa.parquet.read_schema(opened(self._file))
         wanted = []
-        for field, key in self._keys.items():
+        for field, key in self._keys:
             found = columns.find(schema.names, field, key)
             if found is None:
                 raise columns.missing(self._table, schema.names, field, key)
@@ -120,14 +121,15 @@ class TableSource:
     def __getitem__(self, index: int) -> Sample:
         read = self._loaded()
         key, image, name = self._image(index, read)
-        captions = None
-        if "caption_key" in self._keys:
+        captions: Any = None
+        if count := len(self._caption_keys):
             try:
-                captions = read[-1][index].as_py()
+                found = tuple(column[index].as_py() for column in read[-count:])
             except (ValueError, IndexError) as error:  # damaged: not UTF-8, or too few
                 raise BadSample("broken_caption", key, str(error)) from error
-            if captions is None:
+            if not any(caption is not None for caption in found):
                 raise BadSample("missing_caption", key)
+            captions = found[0] if count == 1 else ByKey(found)
         return Sample(key, image, captions, image_name=name)
 
     def _image(self, index: int, read: list[pa.Array]) -> tuple[str, bytes, str]:

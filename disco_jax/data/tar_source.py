@@ -20,6 +20,7 @@ from disco_jax.data.source import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     BadSample,
+    ByKey,
     Caption,
     Failure,
     Sample,
@@ -54,7 +55,8 @@ class TarSource:
     Args:
       paths: the shards, all local or all remote.
       caption_key: `txt` for the sample's text file; a key of its `.json`, with dots between the
-        keys of nested objects, e.g. `meta.text`; or "" for no captions.
+        keys of nested objects, e.g. `meta.text`; several of these, joined by `::`; or "" for no
+        captions.
       label_of: for a labeled set, maps a class name in a `.cls` to its index and raises UserError
         for an unknown one; a sample without a label is then a bad sample.
       index: the folder or URL of the shards' index; "" if it is beside them.
@@ -73,7 +75,8 @@ class TarSource:
         index: str = "",
         pattern: str = "",
     ):
-        self._caption_key, self._label_of = caption_key, label_of
+        self._caption_keys = caption_key.split("::") if caption_key else []
+        self._label_of = label_of
         self.remote = isinstance(paths[0], Url)
         self._index = _open_index(paths, index, pattern)
         shards = self._index.shards
@@ -140,9 +143,11 @@ class TarSource:
         """
         members = _Members(self.shards[number], row, read or read_shard)
         key, image = members.read(IMAGE, members.shard.path, MAX_IMAGE_BYTES)
-        captions: Caption | Sequence[Caption] | None = None
-        if self._caption_key:
-            captions = self._captions(members, key)
+        captions: Caption | Sequence[Caption] | ByKey | None = None
+        if len(self._caption_keys) == 1:
+            captions = self._captions(members, key, self._caption_keys[0])
+        elif self._caption_keys:
+            captions = self._by_key(members, key)
         return Sample(key, image, captions, self._label(members, key))
 
     def _label(self, members: "_Members", key: str) -> int | str | None:
@@ -160,8 +165,21 @@ class TarSource:
         except UserError as error:
             raise BadSample("broken_label", key, f"in its .cls: {error}"[:300]) from error
 
-    def _captions(self, members: "_Members", key: str) -> Any:
-        column = TEXT if self._caption_key == "txt" else JSON
+    def _by_key(self, members: "_Members", key: str) -> ByKey:
+        """Returns the captions of all keys. A sample is bad if none of them can be read."""
+        found, failures = [], []
+        for caption_key in self._caption_keys:
+            try:
+                found.append(self._captions(members, key, caption_key))
+            except BadSample as bad:
+                found.append(None)
+                failures.append(bad)
+        if len(failures) == len(found):
+            raise failures[0]
+        return ByKey(tuple(found))
+
+    def _captions(self, members: "_Members", key: str, caption_key: str) -> Any:
+        column = TEXT if caption_key == "txt" else JSON
         if not members.has(column):
             raise BadSample("missing_caption", key)
         text = members.read(column, key)[1]
@@ -171,9 +189,9 @@ class TarSource:
             parsed = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadSample("broken_caption", key, "its .json can't be read") from error
-        caption = _value(parsed, self._caption_key)
+        caption = _value(parsed, caption_key)
         if caption is None:
-            raise BadSample("missing_caption", key, f"no {self._caption_key!r} in its .json")
+            raise BadSample("missing_caption", key, f"no {caption_key!r} in its .json")
         return caption
 
 

@@ -39,6 +39,10 @@ class Dialect(NamedTuple):
 FOUND_OUT = Dialect()
 
 
+# Columns by config field: one `image_key`, then any number of `caption_key`.
+Keys = Sequence[tuple[str, str]]
+
+
 class TextTable(NamedTuple):
     """The wanted columns of a table, and the rows that have more or fewer columns than the header.
 
@@ -50,8 +54,8 @@ class TextTable(NamedTuple):
     broken: list[tuple[int, str]]  # the number of the row's first line, from 1, and what is wrong
 
 
-def read_text_table(file: Path, path: Place, keys: dict[str, str], dialect: Dialect) -> TextTable:
-    """Reads the columns that `keys` names, by config field: `image_key` and `caption_key`.
+def read_text_table(file: Path, path: Place, keys: Keys, dialect: Dialect) -> TextTable:
+    """Reads the columns that `keys` names.
 
     Args:
       file: the file.
@@ -104,16 +108,14 @@ def _as_utf8(path: Place, data: mmap.mmap, encoding: str) -> bytes | mmap.mmap:
         raise UserError(f"data.encoding: {path} can't be read as {encoding}: {error}") from error
 
 
-def _header(
-    path: Place, line: str, keys: dict[str, str], dialect: Dialect
-) -> tuple[_Layout, list[int]]:
+def _header(path: Place, line: str, keys: Keys, dialect: Dialect) -> tuple[_Layout, list[int]]:
     """Returns the layout that the first line shows, and the positions of the wanted columns."""
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     given = dialect.separator.replace(r"\t", "\t")
     best: tuple[list[str], str] = ([], "")
     for separator in [given] if given else dict.fromkeys((usual, *SEPARATORS)):
         names = _split(line, separator, dialect.quote, padded=True)
-        places = [columns.find(names, field, key) for field, key in keys.items()]
+        places = [columns.find(names, field, key) for field, key in keys]
         wanted = [place for place in places if place is not None]
         if len(wanted) == len(keys):
             padded = bool(names[1:]) and line.count(f"{separator} ") == line.count(separator)
@@ -121,7 +123,7 @@ def _header(
         if len(names) > len(best[0]):
             best = names, separator
     names, separator = best
-    field, key = next((f, k) for f, k in keys.items() if columns.find(names, f, k) is None)
+    field, key = next((f, k) for f, k in keys if columns.find(names, f, k) is None)
     how = f", separated by {SEPARATORS.get(separator, repr(separator))}," if names[1:] else ""
     raise columns.missing(path, names, field, key, how)
 

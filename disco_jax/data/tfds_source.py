@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 import disco_jax.data.shapes.builder  # noqa: F401  (registers `shapes` with TFDS)
-from disco_jax.data.source import Failure, Sample
+from disco_jax.data.source import ByKey, Failure, Sample
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
 from disco_jax.storage.local import building
@@ -80,21 +80,23 @@ class TfdsSource:
       split: e.g. `train` or `train[:1000]`.
       data_dir: where TFDS datasets are stored.
       image_key: the image feature.
-      caption_key: the caption feature, e.g. `captions/text` for a nested one; "" for no captions.
+      caption_key: the caption feature, e.g. `captions/text` for a nested one; several, joined by
+        `::`; "" for no captions.
 
     Raises:
       UserError: if the dataset, split or feature does not exist, or is not stored as ArrayRecord.
     """
 
     def __init__(self, name: str, split: str, data_dir: str, image_key: str, caption_key: str):
-        self._image_key, self._caption_key = image_key, caption_key
+        self._image_key = image_key
+        self._caption_keys = caption_key.split("::") if caption_key else []
         builder = load_builder(name, data_dir)
         features = builder.info.features
         if any(p.split("[")[0].strip() not in builder.info.splits for p in split.split("+")):
             raise UserError(
                 f"dataset {name} has no split {split!r}, only {', '.join(builder.info.splits)}"
             )
-        for key in filter(None, (image_key, caption_key)):
+        for key in (image_key, *self._caption_keys):
             if not _has(features, key.split("/")):
                 raise UserError(
                     f"dataset {name} has no feature {key!r}; its features: {', '.join(features)}"
@@ -124,15 +126,17 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Sample:
         example = self._examples[index]
-        captions = None
-        if self._caption_key:
-            captions = example
-            for part in self._caption_key.split("/"):
-                captions = captions[part]
-        if isinstance(captions, np.ndarray):
-            captions = captions.tolist()
+        found = tuple(_feature(example, key) for key in self._caption_keys)
+        captions = ByKey(found) if len(found) > 1 else (found[0] if found else None)
         label = int(example["label"]) if self.labeled else None
         return Sample(f"{self._split}/{index}", example[self._image_key], captions, label)
+
+
+def _feature(example: Any, key: str) -> Any:
+    """Returns the value of a feature, nested ones by slashes."""
+    for part in key.split("/"):
+        example = example[part]
+    return example.tolist() if isinstance(example, np.ndarray) else example
 
 
 def _has(features: Any, path: list[str]) -> bool:

@@ -93,7 +93,14 @@ class TrainData:
         self._keys = JsonLines(process_file(workdir, "keys"), step) if keys else None
         self._batches = train_batches(
             self._order,
-            Load(source, config.data, vision.image_size, config.seed, resize),
+            Load(
+                source,
+                config.data,
+                vision.image_size,
+                config.seed,
+                resize,
+                hash_images=config.loss.positives == "images",
+            ),
             Collate(make_tokenizer(model.text)),
             batch_size=config.batch_size,
             start=start,

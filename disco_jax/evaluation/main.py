@@ -27,7 +27,7 @@ from disco_jax.runs.places import fetched, send
 from disco_jax.runs.remote_checkpoints import SavedCheckpoints, open_checkpoints
 from disco_jax.runs.workdir import check_same, read_json
 from disco_jax.step.optimizer import make_optimizer
-from disco_jax.step.state import abstract_state
+from disco_jax.step.state import abstract_state, averaged
 from disco_jax.storage.urls import Place
 
 SHOWN = 32  # predictions to draw
@@ -114,7 +114,7 @@ def _restore(
 ) -> Params:
     # The optimizer state is restored along with the parameters, on the same mesh, and discarded.
     state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh), step)
-    return state.params
+    return averaged(model, state)
 
 
 def _evaluate(

@@ -118,3 +118,14 @@ def resize_positions(positions: np.ndarray, wanted: int) -> np.ndarray:
     grid = positions[first:].reshape(old, old, -1)
     resized = jax.image.resize(jnp.asarray(grid), (new, new, grid.shape[-1]), "cubic")
     return np.concatenate([positions[:first], np.asarray(resized).reshape(new * new, -1)])
+
+
+def resize_text_positions(positions: np.ndarray, wanted: int) -> np.ndarray:
+    """Resizes position embeddings of texts, fp32 `[n, width]` to `[wanted, width]`.
+
+    Linearly with antialiasing, like OpenCLIP's `resize_text_pos_embed`.
+    """
+    if len(positions) == wanted:
+        return positions
+    shape = wanted, positions.shape[1]
+    return np.asarray(jax.image.resize(jnp.asarray(positions), shape, "linear"))

@@ -173,14 +173,14 @@ def _read_run(source: Place, config: ConfigDict) -> tuple[CLIPConfig, Params]:
     from disco_jax.models.build import model_config
     from disco_jax.runs.remote_checkpoints import open_checkpoints
     from disco_jax.step.optimizer import make_optimizer
-    from disco_jax.step.state import abstract_state
+    from disco_jax.step.state import abstract_state, averaged
 
     model = model_config(config)
     mesh = make_mesh(fsdp=math.gcd(config.fsdp, jax.device_count()))
     checkpoints = open_checkpoints(source)
     state, _ = checkpoints.restore(abstract_state(model, make_optimizer(config), mesh))
     checkpoints.close()
-    return model, jax.tree.map(to_host, state.params)
+    return model, jax.tree.map(to_host, averaged(model, state))
 
 
 def export_model(source: Place, library: str, out: Path) -> None:

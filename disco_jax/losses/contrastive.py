@@ -1,9 +1,8 @@
 """The public loss functions: over global arrays on a mesh, and over local shards."""
 
-import difflib
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +10,46 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 
-from disco_jax.losses import disco, reference, ring, stream
-from disco_jax.losses.collectives import AxisName, replicated_axes, to_varying
-from disco_jax.losses.reference import Precision
+from disco_jax.losses import arguments, disco, reference, ring, stream
+from disco_jax.losses.collectives import AxisName, to_varying
+from disco_jax.losses.reference import Precision, Teacher
 from disco_jax.losses.sigmoid import tiled_sigmoid
+from disco_jax.losses.soft_targets import tiled_soft_targets
 from disco_jax.losses.softmax import tiled_softmax
-from disco_jax.losses.tiles import Pass, Side, plan_pass
+from disco_jax.losses.tiles import Pass, Side, Teaching, plan_pass
 
 Array = jax.Array
 
-KINDS = ("softmax", "sigmoid")
-# How the loss is computed over devices. `auto` leaves the dense loss to XLA to partition;
-# `reference` first gathers all features on every device; `disco` is the paper's; `stream` and
-# `ring` hold only tiles of the logits, and `default` picks one of these two.
-METHODS = ("default", "auto", "reference", "disco", "stream", "ring")
-PRECISIONS = ("default", "high", "highest")
 # Bytes of logits per device that `stream` and `ring` keep for the backward pass by default: little
 # beside a training step's activations, and enough for all logits of 32,768 pairs on 8 devices.
 KEEP_BYTES = 2**29
 # `default` gathers the text features while they and their gradient take at most this many bytes.
 GATHERED_BYTES = 2**30
+
+
+class Labels(NamedTuple):
+    """What is not differentiated of each sample. What was not given is None."""
+
+    weights: Array | None
+    group_ids: Array | None
+    positive_ids: Array | None
+    teacher: tuple[Array, Array] | None  # features of its images and of its texts
+
+
+class Rows(NamedTuple):
+    """What a loss takes of each sample, sharded over the devices."""
+
+    image: Array
+    text: Array
+    labels: Labels
+
+
+class Scalars(NamedTuple):
+    """What a loss takes of a whole batch, replicated over the devices."""
+
+    logit_scale: Array
+    logit_bias: Array | None
+    teaching: Teaching | None
 
 
 def contrastive_loss(
@@ -48,6 +67,8 @@ def contrastive_loss(
     precision: Precision = None,
     weights: Array | None = None,
     group_ids: Array | None = None,
+    positive_ids: Array | None = None,
+    teacher: Teacher | None = None,
 ) -> Array:
     """Contrastive loss of CLIP (softmax) or SigLIP (sigmoid) over a batch sharded over a mesh.
 
@@ -81,6 +102,11 @@ def contrastive_loss(
       weights: `[B]` non-negative sample weights. 0 removes a sample from rows AND columns, as if it
         were not in the batch. Not differentiated.
       group_ids: Integers `[B]`. Samples with equal IDs are not each other's negatives.
+      positive_ids: Integers `[B]`. Samples with equal IDs are each other's positives, e.g. captions
+        of one image. For softmax, `L_ii` then becomes the mean over the positives, as in UniCL
+        (Yang et al., 2022, equations 2 and 3). They stay positives if their group_ids are equal.
+      teacher: Features of a trained model, for distillation; softmax only. `teacher.weight` times
+        the cross-entropies with the teacher's softmax as targets is added to the loss.
 
     Returns:
       The loss, an fp32 scalar averaged over samples.
@@ -106,11 +132,10 @@ def contrastive_loss(
         raise ValueError(
             f"axis_name {unknown[0]!r} is not an axis of the mesh; its axes are {mesh.axis_names}"
         )
-    _check(image, text, logit_scale, logit_bias, kind, method, tile, weights, group_ids)
-    _check_options(keep_bytes, precision)
-    arguments: tuple[Any, ...] = (image, text, logit_scale, logit_bias, weights, group_ids)
-    rows = P(names)
-    specs = (rows, rows, P(), P(), rows, rows)
+    rows, scalars = _inputs(
+        image, text, logit_scale, logit_bias, kind, weights, group_ids, positive_ids, teacher
+    )
+    arguments.check_options(method, tile, keep_bytes, precision)
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     explicit = tuple(name for name, of_axis in types.items() if of_axis == AxisType.Explicit)
     devices = math.prod(mesh.shape[name] for name in names)
@@ -121,48 +146,49 @@ def contrastive_loss(
 
     if explicit:  # Explicit axes are never resharded implicitly
         split = P(tuple(name for name in names if name in explicit))
-        arguments = tuple(
-            None if x is None else reshard(x, NamedSharding(mesh, split if spec == rows else P()))
-            for x, spec in zip(arguments, specs, strict=True)
-        )
+        rows = jax.tree.map(lambda x: reshard(x, NamedSharding(mesh, split)), rows)
+        scalars = jax.tree.map(lambda x: reshard(x, NamedSharding(mesh, P())), scalars)
     if method == "auto":
-        return _auto(arguments, precision, mesh, explicit)
-
-    def local(image, text, logit_scale, logit_bias, weights, group_ids):
-        return local_contrastive_loss(
-            image,
-            text,
-            logit_scale,
-            logit_bias,
-            axis_name=names,
-            kind=kind,
-            method=method,
-            tile=tile,
-            keep_bytes=keep_bytes,
-            precision=precision,
-            platform=platform,
-            weights=weights,
-            group_ids=group_ids,
-        )
+        return _auto(rows, scalars, precision, mesh, explicit)
 
     # An abstract mesh has no devices.
     platform = None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(*arguments)
+    local = partial(
+        _local,
+        names=names,
+        method=method,
+        tile=tile,
+        keep_bytes=keep_bytes,
+        precision=precision,
+        platform=platform,
+    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(names), P()), out_specs=P())(rows, scalars)
 
 
 def _auto(
-    arguments: tuple[Any, ...], precision: Precision, mesh: Mesh, explicit: tuple[str, ...]
+    rows: Rows, scalars: Scalars, precision: Precision, mesh: Mesh, explicit: tuple[str, ...]
 ) -> Array:
     """Returns the dense loss as XLA partitions it over the mesh."""
-    dense = partial(_dense, precision)
+    dense = partial(_dense, precision=precision)
     if not explicit:
-        return dense(*arguments)
+        return dense(rows, scalars)
     if len(explicit) < len(mesh.axis_names):
         raise ValueError("method 'auto' needs mesh axes of one type: all Auto or all Explicit")
     # Without a shard_map, a `jit` of arguments on one device would compile for that device.
-    scale = jax.shard_map(lambda x: x, mesh=mesh, in_specs=P(), out_specs=P())(arguments[2])
+    scale = jax.shard_map(lambda x: x, mesh=mesh, in_specs=P(), out_specs=P())(scalars.logit_scale)
     dense = auto_axes(dense, axes=explicit, out_sharding=NamedSharding(mesh, P()))
-    return dense(*arguments[:2], scale, *arguments[3:])
+    return dense(rows, scalars._replace(logit_scale=scale))
+
+
+def _dense(rows: Rows, scalars: Scalars, precision: Precision) -> Array:
+    (scale, bias, teaching), labels = scalars, rows.labels
+    options: dict[str, Any] = {"precision": precision, **labels._replace(teacher=None)._asdict()}
+    if bias is not None:
+        del options["teacher"]
+        return reference.sigmoid(rows.image, rows.text, scale, bias, **options)
+    if teaching is not None and labels.teacher is not None:
+        options["teacher"] = Teacher(*labels.teacher, teaching.logit_scale, teaching.weight)
+    return reference.softmax(rows.image, rows.text, scale, **options)
 
 
 def local_contrastive_loss(
@@ -180,6 +206,8 @@ def local_contrastive_loss(
     platform: str | None = None,
     weights: Array | None = None,
     group_ids: Array | None = None,
+    positive_ids: Array | None = None,
+    teacher: Teacher | None = None,
 ) -> Array:
     """`contrastive_loss` for use inside a `jax.shard_map` with `check_vma=True` (the default).
 
@@ -194,39 +222,88 @@ def local_contrastive_loss(
       ValueError: as in `contrastive_loss`, or if the features do not vary over `axis_name`, because
         every device would then contribute the same samples.
     """
-    _check(image, text, logit_scale, logit_bias, kind, method, tile, weights, group_ids)
-    _check_options(keep_bytes, precision)
+    arguments.check_options(method, tile, keep_bytes, precision)
     if method == "auto":
         raise ValueError("method 'auto' needs global arrays; use contrastive_loss")
+    rows, scalars = _inputs(
+        image, text, logit_scale, logit_bias, kind, weights, group_ids, positive_ids, teacher
+    )
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     for argument, x in (("image", image), ("text", text)):
-        _check_varies(argument, x, names)
+        arguments.check_varies(argument, x, names)
+    return _local(rows, scalars, names, method, tile, keep_bytes, precision, platform)
+
+
+def _inputs(
+    image: Array,
+    text: Array,
+    logit_scale: Array,
+    logit_bias: Array | None,
+    kind: str,
+    weights: Array | None,
+    group_ids: Array | None,
+    positive_ids: Array | None,
+    teacher: Teacher | None,
+) -> tuple[Rows, Scalars]:
+    """Checks and sorts the arguments of a loss. Scalars become fp32."""
+    arguments.check_features(("image", "text"), image, text)
+    arguments.check_scalars(kind, logit_scale, logit_bias)
+    arguments.check_labels(len(image), weights, group_ids, positive_ids)
+    arguments.check_teacher(kind, len(image), teacher)
+    labels = Labels(weights, group_ids, positive_ids, None)
+    scalars = Scalars(_fp32(logit_scale), None if logit_bias is None else _fp32(logit_bias), None)
+    if teacher is not None:
+        labels = labels._replace(teacher=(teacher.image, teacher.text))
+        teaching = Teaching(_fp32(teacher.logit_scale), _fp32(teacher.weight))
+        scalars = scalars._replace(teaching=teaching)
+    return Rows(image, text, labels), scalars
+
+
+def _fp32(scalar: Any) -> Array:
+    return jnp.asarray(scalar, jnp.float32)
+
+
+def _local(
+    rows: Rows,
+    scalars: Scalars,
+    names: tuple[str, ...],
+    method: str,
+    tile: int | None,
+    keep_bytes: int,
+    precision: Precision,
+    platform: str | None,
+) -> Array:
+    """Returns the loss of the whole batch, from this device's rows."""
+    labels = jax.tree.map(lambda x: to_varying(x, names), lax.stop_gradient(rows.labels))
     share = None
-    if weights is not None:
-        weights = lax.stop_gradient(to_varying(weights.astype(jnp.float32), names))
+    if labels.weights is not None:
+        weights = labels.weights.astype(jnp.float32)
         total = lax.psum(jnp.sum(weights), names)
         share = weights / jnp.where(total > 0, total, 1)
-    if group_ids is not None:
-        group_ids = to_varying(group_ids, names)
-    rows, columns = Side(image, share, group_ids), Side(text, share, group_ids)
-    scale = to_varying(jnp.asarray(logit_scale, jnp.float32), names)
-    bias = None
-    if logit_bias is not None:
-        bias = to_varying(jnp.asarray(logit_bias, jnp.float32), names)
+    taught = labels.teacher or (None, None)
+    image, text = (
+        Side(x, share, labels.group_ids, labels.positive_ids, of_teacher)
+        for x, of_teacher in zip((rows.image, rows.text), taught, strict=True)
+    )
+    scale, bias, teaching = jax.tree.map(lambda x: to_varying(x, names), scalars)
     if method == "reference":
-        part = disco.gathered(rows, columns, scale, bias, names, precision)
+        part = disco.gathered(image, text, scale, bias, teaching, names, precision)
     elif method == "disco":
         if bias is None:
-            part = disco.softmax(rows, columns, scale, names, precision)
+            part = disco.softmax(image, text, scale, teaching, names, precision)
         else:
-            part = disco.sigmoid(rows, columns, scale, bias, names, precision)
+            part = disco.sigmoid(image, text, scale, bias, names, precision)
     else:
         platform = platform or jax.default_backend()
-        plan = _plan(method, image.shape, names, platform, tile, keep_bytes, precision)
-        if bias is None:
-            part = tiled_softmax(plan, rows, columns, scale)
+        soft = teaching is not None or labels.positive_ids is not None
+        keep_bytes = 0 if soft else keep_bytes
+        plan = _plan(method, rows.image.shape, names, platform, tile, keep_bytes, precision)
+        if bias is not None:
+            part = tiled_sigmoid(plan, image, text, scale, bias)
+        elif soft:
+            part = tiled_soft_targets(plan, image, text, scale, teaching)
         else:
-            part = tiled_sigmoid(plan, rows, columns, scale, bias)
+            part = tiled_softmax(plan, image, text, scale)
     return lax.psum(part, names)
 
 
@@ -255,95 +332,3 @@ def _plan(
         keep_bytes=keep_bytes,
         precision=precision,
     )
-
-
-def _dense(
-    precision: Precision,
-    image: Array,
-    text: Array,
-    logit_scale: Array,
-    logit_bias: Array | None,
-    weights: Array | None,
-    group_ids: Array | None,
-) -> Array:
-    options: dict[str, Any] = {"weights": weights, "group_ids": group_ids, "precision": precision}
-    scale = jnp.asarray(logit_scale, jnp.float32)
-    if logit_bias is None:
-        return reference.softmax(image, text, scale, **options)
-    return reference.sigmoid(image, text, scale, jnp.asarray(logit_bias, jnp.float32), **options)
-
-
-def _check(
-    image: Array,
-    text: Array,
-    logit_scale: Array,
-    logit_bias: Array | None,
-    kind: str,
-    method: str,
-    tile: int | None,
-    weights: Array | None,
-    group_ids: Array | None,
-) -> None:
-    _check_name("kind", kind, KINDS)
-    _check_name("method", method, METHODS)
-    for name, x in (("image", image), ("text", text)):
-        if not hasattr(x, "dtype"):
-            raise ValueError(f"{name} must be an array, not a {type(x).__name__}")
-        if jnp.ndim(x) != 2 or not len(x):
-            raise ValueError(f"{name} must have shape [batch, D], not {jnp.shape(x)}")
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            # float16 gradients would underflow; both dtypes are accumulated in float32.
-            raise ValueError(f"{name} must be float32 or bfloat16, not {x.dtype}")
-    if image.shape != text.shape:
-        raise ValueError(
-            f"image {image.shape} and text {text.shape} differ in shape; they must match"
-        )
-    if image.dtype != text.dtype:
-        raise ValueError(
-            f"image ({image.dtype}) and text ({text.dtype}) differ in dtype; they must match"
-        )
-    if kind == "sigmoid" and logit_bias is None:
-        raise ValueError("logit_bias is missing; the sigmoid loss requires it")
-    if kind == "softmax" and logit_bias is not None:
-        raise ValueError("logit_bias is for the sigmoid loss only; the softmax loss cancels it")
-    for name, scalar in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        if scalar is not None and not _is_float_scalar(scalar):
-            raise ValueError(f"{name} must be a floating-point scalar, not {scalar!r}")
-    if tile is not None and (not isinstance(tile, int) or tile < 1):
-        raise ValueError(f"tile must be a positive number of columns, not {tile!r}")
-    for name, labels in (("weights", weights), ("group_ids", group_ids)):
-        if labels is not None and not hasattr(labels, "dtype"):
-            raise ValueError(f"{name} must be an array, not a {type(labels).__name__}")
-        if labels is not None and labels.shape != image.shape[:1]:
-            raise ValueError(f"{name} must have shape {image.shape[:1]}, not {labels.shape}")
-    if weights is not None and jnp.issubdtype(weights.dtype, jnp.complexfloating):
-        raise ValueError(f"weights must be real, not {weights.dtype}")
-    if group_ids is not None and not jnp.issubdtype(group_ids.dtype, jnp.integer):
-        raise ValueError(f"group_ids must be integers, not {group_ids.dtype}")
-
-
-def _check_options(keep_bytes: int, precision: Precision) -> None:
-    if isinstance(keep_bytes, bool) or not isinstance(keep_bytes, int) or keep_bytes < 0:
-        raise ValueError(f"keep_bytes must be a number of bytes, 0 or more, not {keep_bytes!r}")
-    if precision is not None:
-        _check_name("precision", precision, PRECISIONS)
-
-
-def _is_float_scalar(x: Array) -> bool:
-    return jnp.ndim(x) == 0 and jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-
-def _check_name(argument: str, given: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        near = difflib.get_close_matches(str(given), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{argument} {given!r} is not one of {', '.join(known)}{hint}")
-
-
-def _check_varies(argument: str, x: Array, names: tuple[str, ...]) -> None:
-    missing = replicated_axes(x, names)
-    if missing:
-        raise ValueError(
-            f"{argument} is replicated over axis_name {missing[0]!r}: every device would "
-            "contribute the same samples; shard the batch over it and keep check_vma=True"
-        )

@@ -5,6 +5,7 @@ its own texts against all images, and differentiates only these. Its contributio
 of other devices' features reach them through the backward collective of `all_gather`.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,38 +15,63 @@ from jax import lax
 from disco_jax.losses import reference
 from disco_jax.losses.collectives import AxisName, all_gather
 from disco_jax.losses.reference import MASKED, Precision, scaled_cosines
-from disco_jax.losses.tiles import Side, share_of, tile_masks
+from disco_jax.losses.tiles import Side, Teaching, share_of, tile_masks
 
 Array = jax.Array
 
 
 def softmax(
-    rows: Side, columns: Side, logit_scale: Array, axis_name: AxisName, precision: Precision
+    rows: Side,
+    columns: Side,
+    logit_scale: Array,
+    teaching: Teaching | None,
+    axis_name: AxisName,
+    precision: Precision,
 ) -> Array:
     """Returns this device's part of the softmax loss.
 
     `rows` are the images and `columns` the texts, `[b, D]` each.
     """
-    return (
-        _cross_entropy(rows, columns, logit_scale, axis_name, precision)
-        + _cross_entropy(columns, rows, logit_scale, axis_name, precision)
-    ) / 2
+    part = partial(
+        _cross_entropy,
+        logit_scale=logit_scale,
+        teaching=teaching,
+        axis_name=axis_name,
+        precision=precision,
+    )
+    return (part(rows, columns) + part(columns, rows)) / 2
 
 
 def _cross_entropy(
-    own: Side, others: Side, logit_scale: Array, axis_name: AxisName, precision: Precision
+    own: Side,
+    others: Side,
+    *,
+    logit_scale: Array,
+    teaching: Teaching | None,
+    axis_name: AxisName,
+    precision: Precision,
 ) -> Array:
     everyone = _gather(others, axis_name)
     logits = scaled_cosines(own.features, everyone.features, logit_scale, precision)
-    # Rank r's positives are in columns r b to (r + 1) b: the offset labels of Algorithm 1.
-    b = len(own.features)
-    target = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
-    positives = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-    _, allowed = tile_masks(own, everyone, jnp.int32(0), axis_name)
+    positive, allowed = tile_masks(own, everyone, jnp.int32(0), axis_name)
+    if own.positive is None:
+        # Rank r's positives are in columns r b to (r + 1) b: the offset labels of Algorithm 1.
+        b = len(own.features)
+        target = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
+        matched = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+    else:
+        count = jnp.sum(positive, axis=1)
+        matched = jnp.sum(jnp.where(positive, logits, 0), axis=1) / count
     if allowed is not None:
         logits = jnp.where(allowed, logits, MASKED)
-    share = share_of(own, len(everyone.features))
-    return jnp.sum(share * (jax.nn.logsumexp(logits, axis=1) - positives))
+    lse = jax.nn.logsumexp(logits, axis=1)
+    losses = lse - matched
+    if teaching is not None and own.teacher is not None and everyone.teacher is not None:
+        given = scaled_cosines(own.teacher, everyone.teacher, teaching.logit_scale, precision)
+        if allowed is not None:
+            given = jnp.where(allowed, given, MASKED)
+        losses += teaching.weight * (lse - jnp.sum(jax.nn.softmax(given, axis=1) * logits, axis=1))
+    return jnp.sum(share_of(own, len(everyone.features)) * losses)
 
 
 def sigmoid(
@@ -76,6 +102,7 @@ def gathered(
     columns: Side,
     logit_scale: Array,
     logit_bias: Array | None,
+    teaching: Teaching | None,
     axis_name: AxisName,
     precision: Precision,
 ) -> Array:
@@ -89,11 +116,16 @@ def gathered(
     options: dict[str, Any] = {
         "weights": image.share,
         "group_ids": image.group,
+        "positive_ids": image.positive,
         "precision": precision,
     }
-    if logit_bias is None:
-        return reference.softmax(*features, logit_scale, **options) / n
-    return reference.sigmoid(*features, logit_scale, logit_bias, **options) / n
+    if logit_bias is not None:
+        return reference.sigmoid(*features, logit_scale, logit_bias, **options) / n
+    if teaching is not None and image.teacher is not None and text.teacher is not None:
+        options["teacher"] = reference.Teacher(
+            image.teacher, text.teacher, teaching.logit_scale, teaching.weight
+        )
+    return reference.softmax(*features, logit_scale, **options) / n
 
 
 def _gather(side: Side, axis_name: AxisName) -> Side:

@@ -4,6 +4,8 @@ Under a plain `jit` with inputs sharded over a mesh, they are the method `auto`.
 `[B, D]` and L2-normalized, and row k of both is a pair. Logits and losses are computed in fp32.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,24 @@ Precision = str | None
 MASKED = -1e30
 
 
+class Teacher(NamedTuple):
+    """A trained model's features of the same samples, for distillation.
+
+    They are not differentiated.
+
+    Attributes:
+      image: `[B, D']` L2-normalized features, fp32 or bf16. D' need not be the student's D.
+      text: `[B, D']` features of the same dtype.
+      logit_scale: Scalar that multiplies the teacher's cosines.
+      weight: Scalar, the weight of the distillation loss. The contrastive loss has weight 1.
+    """
+
+    image: Array
+    text: Array
+    logit_scale: Array
+    weight: Array
+
+
 def softmax(
     image: Array,
     text: Array,
@@ -22,20 +42,38 @@ def softmax(
     *,
     weights: Array | None = None,
     group_ids: Array | None = None,
+    positive_ids: Array | None = None,
+    teacher: Teacher | None = None,
     precision: Precision = None,
 ) -> Array:
     """CLIP's loss: the mean of the image-to-text and text-to-image cross-entropies.
 
-    `mean_i(lse_j L_ij + lse_j L_ji - 2 L_ii) / 2` with `L = logit_scale * image @ text.T`.
+    `mean_i(lse_j L_ij + lse_j L_ji - 2 L_ii) / 2` with `L = logit_scale * image @ text.T`. With
+    several positives, `L_ii` is the mean over them. A teacher adds `weight` times the
+    cross-entropies with its own softmax as targets (docs/losses.md).
     """
     logits = scaled_cosines(image, text, logit_scale, precision)
-    positives = jnp.diagonal(logits)
-    allowed = allowed_pairs(len(image), weights, group_ids)
+    allowed = allowed_pairs(len(image), weights, group_ids, positive_ids)
     if allowed is not None:
         logits = jnp.where(allowed, logits, MASKED)
+    share = shares(len(image), weights)
     rows = jax.nn.logsumexp(logits, axis=1)
     columns = jax.nn.logsumexp(logits, axis=0)
-    return jnp.sum(shares(len(image), weights) * (rows + columns - 2 * positives)) / 2
+    if positive_ids is None:
+        matched = 2 * jnp.diagonal(logits)
+    else:
+        positive = positive_pairs(len(image), weights, positive_ids)
+        parts = jnp.where(positive, logits, 0) / jnp.sum(positive, axis=1)
+        matched = jnp.sum(parts, axis=1) + jnp.sum(parts, axis=0)
+    loss = jnp.sum(share * (rows + columns - matched)) / 2
+    if teacher is None:
+        return loss
+    given = teacher_logits(teacher, precision)
+    if allowed is not None:
+        given = jnp.where(allowed, given, MASKED)
+    by_row, by_column = jax.nn.softmax(given, axis=1), jax.nn.softmax(given, axis=0)
+    matched = jnp.sum(by_row * logits, axis=1) + jnp.sum(by_column * logits, axis=0)
+    return loss + teacher.weight * jnp.sum(share * (rows + columns - matched)) / 2
 
 
 def sigmoid(
@@ -46,17 +84,20 @@ def sigmoid(
     *,
     weights: Array | None = None,
     group_ids: Array | None = None,
+    positive_ids: Array | None = None,
     precision: Precision = None,
 ) -> Array:
     """SigLIP's loss (Zhai et al., 2023): binary classification of every pair in the batch.
 
-    `-sum_ij log sigmoid(z_ij (logit_scale * cos_ij + logit_bias)) / B`, where z is 1 on the
-    diagonal and -1 elsewhere. With weights, pair ij counts `(w_i + w_j) / 2`.
+    `-sum_ij log sigmoid(z_ij (logit_scale * cos_ij + logit_bias)) / B`, where z is 1 for
+    positives, by default the diagonal, and -1 elsewhere. With weights, pair ij counts
+    `(w_i + w_j) / 2`.
     """
     n = len(image)
     logits = scaled_cosines(image, text, logit_scale, precision) + logit_bias
-    losses = jax.nn.softplus(jnp.where(jnp.eye(n, dtype=bool), -logits, logits))
-    allowed = allowed_pairs(n, weights, group_ids)
+    positive = positive_pairs(n, weights, positive_ids)
+    losses = jax.nn.softplus(jnp.where(positive, -logits, logits))
+    allowed = allowed_pairs(n, weights, group_ids, positive_ids)
     if allowed is not None:
         losses = jnp.where(allowed, losses, 0)
     share = shares(n, weights)
@@ -96,11 +137,33 @@ def shares(n: int, weights: Array | None) -> Array:
     return weights / jnp.where(total > 0, total, 1)
 
 
-def allowed_pairs(n: int, weights: Array | None, group_ids: Array | None) -> Array | None:
-    """Returns bool `[n, n]`, the pairs that count: the diagonal and all negatives not excluded.
+def teacher_logits(teacher: Teacher, precision: Precision) -> Array:
+    """Returns a teacher's logits, which are not differentiated."""
+    fixed = jax.lax.stop_gradient(teacher)
+    return scaled_cosines(fixed.image, fixed.text, fixed.logit_scale, precision)
 
-    A weight of 0 excludes a sample's row and column; equal group IDs exclude the pair. Returns None
-    if neither is given, in which case all pairs count.
+
+def positive_pairs(n: int, weights: Array | None, positive_ids: Array | None) -> Array:
+    """Returns bool `[n, n]`, the positives: the diagonal, and pairs of equal IDs.
+
+    Pairs with a sample of weight 0 are none.
+    """
+    own = jnp.eye(n, dtype=bool)
+    if positive_ids is None:
+        return own
+    equal = positive_ids[:, None] == positive_ids[None, :]
+    if weights is not None:
+        equal &= (weights > 0)[:, None] & (weights > 0)[None, :]
+    return own | equal
+
+
+def allowed_pairs(
+    n: int, weights: Array | None, group_ids: Array | None, positive_ids: Array | None = None
+) -> Array | None:
+    """Returns bool `[n, n]`, the pairs that count: the positives and all negatives not excluded.
+
+    A weight of 0 excludes a sample's row and column; equal group IDs exclude the pair, unless it is
+    a positive. Returns None if neither is given, in which case all pairs count.
     """
     if weights is None and group_ids is None:
         return None
@@ -109,4 +172,4 @@ def allowed_pairs(n: int, weights: Array | None, group_ids: Array | None) -> Arr
         negatives &= (weights > 0)[:, None] & (weights > 0)[None, :]
     if group_ids is not None:
         negatives &= group_ids[:, None] != group_ids[None, :]
-    return negatives | jnp.eye(n, dtype=bool)
+    return negatives | positive_pairs(n, weights, positive_ids)

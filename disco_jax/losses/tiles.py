@@ -36,11 +36,20 @@ WORTH_KEEPING = 1 / 8
 
 
 class Side(NamedTuple):
-    """Features and labels of rows or of columns. Labels that were not given are None."""
+    """Features and labels of rows or of columns. What was not given is None."""
 
     features: Array  # [b, D]
     share: Array | None  # fp32 [b], the samples' shares of the loss; None: equal shares
-    group: Array | None  # int [b]
+    group: Array | None  # int [b]; equal ones are no negatives
+    positive: Array | None = None  # int [b]; equal ones are positives
+    teacher: Array | None = None  # [b, D'], a teacher's features
+
+
+class Teaching(NamedTuple):
+    """The scalars of a teacher: the scale of its logits, and the weight of what it teaches."""
+
+    logit_scale: Array
+    weight: Array
 
 
 class Combine(NamedTuple):
@@ -203,9 +212,12 @@ def tile_masks(
     row = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
     column = first + jnp.arange(tile, dtype=jnp.int32)
     positive = row[:, None] == column[None, :]
-    negative = None
+    present = negative = None
     if rows.share is not None and columns.share is not None:
-        negative = (rows.share > 0)[:, None] & (columns.share > 0)[None, :]
+        present = negative = (rows.share > 0)[:, None] & (columns.share > 0)[None, :]
+    if rows.positive is not None and columns.positive is not None:
+        same = rows.positive[:, None] == columns.positive[None, :]
+        positive |= same if present is None else same & present
     if rows.group is not None and columns.group is not None:
         other = rows.group[:, None] != columns.group[None, :]
         negative = other if negative is None else negative & other

@@ -18,7 +18,8 @@ INITIAL_LOGIT_BIAS = -10.0  # most pairs are negatives and start as such (SigLIP
 
 def model_config(config: ConfigDict) -> CLIPConfig:
     """Returns the preset that the config names, with the config's settings applied."""
-    base, c = _base(config.model.name), config.model
+    c = config.model
+    base = _resized(_base(c.name), c.image_size, c.context_length)
     image_remat, image_blocks = parse_remat(c.image_remat)
     text_remat, text_blocks = parse_remat(c.text_remat)
     for field, blocks, tower in (
@@ -56,6 +57,41 @@ def model_config(config: ConfigDict) -> CLIPConfig:
             trained_blocks=c.text_trained_blocks,
         ),
         logit_bias=INITIAL_LOGIT_BIAS if config.loss.kind == "sigmoid" else None,
+    )
+
+
+def teacher_config(config: ConfigDict) -> CLIPConfig:
+    """Returns the model whose features the config distills.
+
+    Raises:
+      UserError: if there is none, or it reads other tokens than the model that is trained.
+    """
+    folder, ours = config.distill.teacher, model_config(config).text
+    try:
+        teacher = load_config(Path(folder))
+    except UserError as error:
+        raise UserError(f"distill.teacher: {error}") from error
+    for field in ("context_length", "vocab_size", "pool"):
+        if getattr(teacher.text, field) != getattr(ours, field):
+            raise UserError(
+                f"distill.teacher: {folder} has text.{field} {getattr(teacher.text, field)}, and "
+                f"this model has {getattr(ours, field)}; both must read the same tokens"
+            )
+    return dataclasses.replace(teacher, dtype=config.model.dtype)
+
+
+def _resized(base: CLIPConfig, image_size: int, context_length: int) -> CLIPConfig:
+    """Returns the model for other sizes of its inputs; 0 keeps its own."""
+    vision, text = base.vision, base.text
+    if image_size % vision.patch_size:
+        raise UserError(
+            f"model.image_size is {image_size}; it must be a multiple of the model's patches of "
+            f"{vision.patch_size} pixels"
+        )
+    return dataclasses.replace(
+        base,
+        vision=dataclasses.replace(vision, image_size=image_size or vision.image_size),
+        text=dataclasses.replace(text, context_length=context_length or text.context_length),
     )
 
 

@@ -41,7 +41,7 @@ def step_job(config: ConfigDict, mesh: Mesh) -> Job:
     """Returns the training step that `train.py` runs, on shapes instead of arrays."""
     model = model_config(config)
     state = abstract_state(model, make_optimizer(config), mesh)
-    batch = abstract_batch(model, config.batch_size, mesh)
+    batch = abstract_batch(config, model, config.batch_size, mesh)
     parts = {"param": state.params, "optimizer": state.opt_state, "batch": batch}
     return Job(make_train_step(config, model, mesh), (state, batch), parts)
 
@@ -82,7 +82,7 @@ def measure_step(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]
             known["count"] += phase.turns * use["count"]
             known["bytes"] += phase.turns * use["bytes"]
     state = abstract_state(model, make_optimizer(config), mesh)
-    samples = abstract_batch(model, 2 * config.microbatch * mesh.devices.size, mesh)
+    samples = abstract_batch(config, model, 2 * config.microbatch * mesh.devices.size, mesh)
     return total | {
         "param_bytes": shard_bytes(state.params),
         "optimizer_bytes": shard_bytes(state.opt_state),

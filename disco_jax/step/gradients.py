@@ -28,12 +28,13 @@ from disco_jax.models import CLIPConfig, Params, abstract_model
 from disco_jax.models.group_choice import groups_of
 from disco_jax.models.text_groups import Groups, too_long
 from disco_jax.step import scopes
+from disco_jax.step.labels import NO_LABELS, Labels
 from disco_jax.step.state import trained, with_trained
 
 Array = jax.Array
 Batch = dict[str, Array]
 Features = tuple[Array, Array]  # of images and of texts, fp32 `[n, D]` each
-GradientFn = Callable[[Params, Batch, Array], tuple[Array, Params]]
+GradientFn = Callable[..., tuple[Array, Params]]  # (parameters, samples, step, labels)
 
 SCALARS = ("logit_scale", "logit_bias")
 ROWS = P(BATCH_AXES)
@@ -46,8 +47,8 @@ class ModelFns(NamedTuple):
     cast_params: Callable[[Params], Params]
     # (cast parameters, samples, their places in the batch, step) -> features
     encode: Callable[[Params, Batch, Array, Array], Features]
-    # (scalar parameters, features of the whole batch) -> loss
-    loss: Callable[[Params, Features], Array]
+    # (scalar parameters, features of the whole batch, its labels) -> loss
+    loss: Callable[[Params, Features, Labels], Array]
     # of the texts that a device encodes at once; empty if they are encoded at full length
     groups: Groups
 
@@ -92,8 +93,8 @@ def make_model_fns(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> ModelFn
                 tokens, keys(1, model.text.trained_blocks, places, step), groups(len(tokens))
             )
 
-    def loss(scalars: Params, features: Features) -> Array:
-        return batch_loss(config, mesh, scalars, features)
+    def loss(scalars: Params, features: Features, labels: Labels) -> Array:
+        return batch_loss(config, mesh, scalars, features, labels)
 
     return ModelFns(cast_params, encode, loss, groups(texts_at_once(config, mesh.devices.size)))
 
@@ -104,7 +105,7 @@ def batch_loss(
     mesh: Mesh,
     scalars: Params,
     features: Features,
-    group_ids: Array | None = None,
+    labels: Labels,
 ) -> Array:
     """Returns the loss of a whole batch, as `config.loss` says."""
     image, text = (x.astype(config.loss.dtype) for x in features)
@@ -118,7 +119,7 @@ def batch_loss(
         method=config.loss.method,
         keep_bytes=config.loss.keep_bytes,
         precision=config.loss.precision,
-        group_ids=group_ids,
+        **labels._asdict(),
     )
 
 
@@ -164,12 +165,14 @@ def whole_batch(config: ConfigDict, fns: ModelFns, model: CLIPConfig, mesh: Mesh
 
     encode_all = jax.shard_map(encode, mesh=mesh, in_specs=(P(), ROWS, ROWS, P()), out_specs=ROWS)
 
-    def gradient(params: Params, batch: Batch, step: Array) -> tuple[Array, Params]:
+    def gradient(
+        params: Params, batch: Batch, step: Array, labels: Labels = NO_LABELS
+    ) -> tuple[Array, Params]:
         towers, scalars = split(params)
         towers = fns.cast_params(towers)
 
         def loss(copies: Params, scalars: Params) -> Array:
-            return fns.loss(scalars, encode_all(towers, copies, batch, step))
+            return fns.loss(scalars, encode_all(towers, copies, batch, step), labels)
 
         copies = one_each(mesh, trained(model, towers))
         value, (own, d_scalars) = jax.value_and_grad(loss, (0, 1))(copies, scalars)
@@ -209,11 +212,14 @@ def by_microbatches(config: ConfigDict, fns: ModelFns, model: CLIPConfig, mesh: 
         backward, mesh=mesh, in_specs=(P(), ROWS, ROWS, P()), out_specs=ROWS
     )
 
-    def gradient(params: Params, batch: Batch, step: Array) -> tuple[Array, Params]:
+    def gradient(
+        params: Params, batch: Batch, step: Array, labels: Labels = NO_LABELS
+    ) -> tuple[Array, Params]:
         towers, scalars = split(params)
         towers = fns.cast_params(towers)
         features = forward_all(towers, batch, step)
-        value, (d_scalars, d_features) = jax.value_and_grad(fns.loss, (0, 1))(scalars, features)
+        loss = jax.value_and_grad(fns.loss, (0, 1))
+        value, (d_scalars, d_features) = loss(scalars, features, labels)
         own = backward_all(towers, batch, d_features, step)
         return value, sum_over_devices(mesh, own, config.reduce_dtype) | d_scalars
 

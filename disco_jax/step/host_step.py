@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from disco_jax.mesh import batch_sharding, place_batch, replicated
 from disco_jax.models import CLIPConfig, Params
 from disco_jax.models.text_groups import too_long
-from disco_jax.step.equal_captions import group_ids, with_groups
 from disco_jax.step.gradients import (
     ROWS,
     Features,
@@ -29,6 +28,7 @@ from disco_jax.step.gradients import (
     sum_over_devices,
     zeros,
 )
+from disco_jax.step.labels import SAMPLES, Labels, arrays_of, labels_of
 from disco_jax.step.optimizer import make_optimizer
 from disco_jax.step.state import TrainState, abstract_batch, abstract_state, trained
 from disco_jax.step.train_step import Metrics, make_update, state_shardings
@@ -51,8 +51,8 @@ class Phase(NamedTuple):
 class HostStep:
     """(state, batch) -> (state, metrics), like `make_train_step`, but with a batch of NumPy arrays.
 
-    The batch contains this process's rows: uint8 `images` `[B / processes, h, w, 3]` and int32
-    `tokens`.
+    The batch contains this process's rows: uint8 `images` `[B / processes, h, w, 3]`, int32
+    `tokens`, and what `labels_of` reads, which may already be on the devices.
     """
 
     # Longer than other functions because the phases are closures over the same few values.
@@ -89,12 +89,11 @@ class HostStep:
             return ((image, text), long_texts), new[0][0, :1]
 
         def loss(
-            scalars: Params, folded: Features, ids: Array | None
+            scalars: Params, folded: Features, labels: Labels
         ) -> tuple[Array, Params, Features]:
-            of_batch = fns if ids is None else with_groups(fns, ids, config, mesh)
             features = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), folded)
-            gradient = jax.value_and_grad(of_batch.loss, (0, 1))
-            value, (d_scalars, d_features) = gradient(scalars, features)
+            gradient = jax.value_and_grad(fns.loss, (0, 1))
+            value, (d_scalars, d_features) = gradient(scalars, features, labels)
             return (
                 value,
                 d_scalars,
@@ -132,7 +131,7 @@ class HostStep:
         self._empty = jax.jit(empty, out_shardings=rows)
         self._encode = jax.jit(on_devices(encode, P(), ROWS, ROWS, P(), P()), donate_argnums=1)
         self._loss = jax.jit(loss, donate_argnums=1, out_shardings=(whole, whole, (rows, rows)))
-        self._group_ids = jax.jit(lambda tokens: group_ids(tokens, mesh), out_shardings=whole)
+        self._labels = jax.jit(lambda arrays: labels_of(config, arrays, mesh))
         self._begin = jax.jit(on_devices(lambda towers: zeros(trained(model, towers)), P()))
         self._pull = jax.jit(on_devices(pull, P(), ROWS, ROWS, ROWS, P(), P()), donate_argnums=1)
         self._update = jax.jit(finish, donate_argnums=0, out_shardings=(shardings, whole))
@@ -163,11 +162,10 @@ class HostStep:
             self._empty(),
             lambda x, samples, i: self._encode(towers, x, samples, i, state.step),
         )
-        ids = None
-        if self._config.loss.group_equal_captions:
-            tokens = place_batch({"tokens": batch["tokens"]}, self._mesh)["tokens"]
-            ids = self._group_ids(tokens)
-        value, d_scalars, d_features = self._loss(split(state.params)[1], features, ids)
+        given = {name: batch[name] for name in arrays_of(self._config)}
+        here = {name: x for name, x in given.items() if isinstance(x, np.ndarray)}
+        labels = self._labels(given | place_batch(here, self._mesh))
+        value, d_scalars, d_features = self._loss(split(state.params)[1], features, labels)
         total = self._each(
             batch,
             self._begin(towers),
@@ -183,6 +181,7 @@ class HostStep:
         folded = {
             name: x.reshape(self._local_devices, self._count, -1, *x.shape[1:])
             for name, x in batch.items()
+            if name in SAMPLES
         }
 
         def place(i: int) -> Samples:
@@ -206,13 +205,15 @@ class HostStep:
         encoded = _like(jax.eval_shape(self._empty), lambda _: batch_sharding(mesh))
         features, long_texts = encoded
         total = _like(jax.eval_shape(self._begin, towers), lambda _: batch_sharding(mesh))
-        samples = abstract_batch(model, config.microbatch * mesh.devices.size, mesh)
+        micro, whole = (
+            abstract_batch(config, model, size, mesh)
+            for size in (config.microbatch * mesh.devices.size, config.batch_size)
+        )
+        samples = {name: micro[name] for name in SAMPLES}
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
         value = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-        ids = None  # their own program is too small to count
-        if config.loss.group_equal_captions:
-            shape = (config.batch_size,)
-            ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
+        # The program that makes the labels is too small to count.
+        labels = jax.eval_shape(self._labels, {name: whole[name] for name in arrays_of(config)})
         return {
             "prepare": Phase(self._cast_params, (state.params,), 1, (state.opt_state,)),
             "encode": Phase(
@@ -221,7 +222,7 @@ class HostStep:
                 self._count,
                 (state, samples),
             ),
-            "loss": Phase(self._loss, (scalars, features, ids), 1, (state, towers)),
+            "loss": Phase(self._loss, (scalars, features, labels), 1, (state, towers)),
             "pull": Phase(
                 self._pull,
                 (towers, total, samples, features, number, number),

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from disco_jax.mesh import batch_sharding, state_sharding
 from disco_jax.models import CLIP, CLIPConfig, Params
-
-# A tower's parameters after its blocks, trained together with the last blocks.
-AFTER_BLOCKS = ("ln_post", "pool", "ln_final", "proj", "proj_bias")
+from disco_jax.step.labels import label_shapes
+from disco_jax.step.optimizer import AFTER_BLOCKS
 
 
 class TrainState(NamedTuple):
@@ -58,6 +58,12 @@ def with_trained(config: CLIPConfig, params: Params, changed: Params) -> Params:
     return merged
 
 
+def averaged(config: CLIPConfig, state: TrainState) -> Params:
+    """Returns the parameters to evaluate and export: their average, if the optimizer keeps one."""
+    average = optax.tree.get(state.opt_state, "average")
+    return state.params if average is None else with_trained(config, state.params, average)
+
+
 def _partly_trained(config: CLIPConfig, params: Params) -> list[tuple[str, int]]:
     towers = {"visual": config.vision.trained_blocks, "text": config.text.trained_blocks}
     return [(name, n) for name, n in towers.items() if n >= 0 and name in params]
@@ -79,14 +85,18 @@ def abstract_state(
     )
 
 
-def abstract_batch(config: CLIPConfig, batch_size: int, mesh: Mesh) -> dict[str, Any]:
+def abstract_batch(
+    config: ConfigDict, model: CLIPConfig, batch_size: int, mesh: Mesh
+) -> dict[str, Any]:
     """Returns a training batch as shapes with shardings."""
-    size, length = config.vision.image_size, config.text.context_length
-    rows = batch_sharding(mesh)
-    return {
-        "images": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=rows),
-        "tokens": jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=rows),
+    size, length = model.vision.image_size, model.text.context_length
+    shapes = {
+        "images": ((batch_size, size, size, 3), jnp.uint8),
+        "tokens": ((batch_size, length), jnp.int32),
     }
+    shapes |= label_shapes(config, batch_size)
+    rows = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in shapes.items()}
 
 
 def init_state(

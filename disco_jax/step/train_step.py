@@ -11,15 +11,14 @@ from ml_collections import ConfigDict
 
 from disco_jax.mesh import batch_sharding, replicated
 from disco_jax.models import CLIPConfig, Params
-from disco_jax.models.clip import MAX_LOGIT_SCALE
-from disco_jax.step.equal_captions import group_ids, with_groups
 from disco_jax.step.gradients import (
     by_microbatches,
     make_model_fns,
     share_too_long,
     whole_batch,
 )
-from disco_jax.step.optimizer import make_optimizer, make_schedule
+from disco_jax.step.labels import SAMPLES, labels_of
+from disco_jax.step.optimizer import clamp_logit_scale, make_optimizer, make_schedule
 from disco_jax.step.scopes import OPTIMIZER
 from disco_jax.step.state import TrainState, abstract_state, trained, with_trained
 
@@ -32,11 +31,12 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
     """Returns the jitted step of `config` on `mesh`: (state, batch) -> (state, metrics).
 
     The batch contains uint8 `images` `[B, h, w, 3]` and int32 `tokens` `[B, context_length]`,
-    sharded over the mesh. The state is donated: don't use the one passed in again. Metrics are fp32
-    scalars: `train/loss`, `train/logit_scale` (the factor), `train/grad_norm`,
-    `train/learning_rate`, and `train/skipped`, which is 1 if loss or gradients were not finite and
-    the update was skipped. With text groups, `train/long_texts` is the share of the texts that were
-    processed at full length because a device's (micro)batch did not fit its groups.
+    sharded over the mesh, and what `labels_of` reads. The state is donated: don't use the one
+    passed in again. Metrics are fp32 scalars: `train/loss`, `train/logit_scale` (the factor),
+    `train/grad_norm`, `train/learning_rate`, and `train/skipped`, which is 1 if loss or gradients
+    were not finite and the update was skipped. With text groups, `train/long_texts` is the share of
+    the texts that were processed at full length because a device's (micro)batch did not fit its
+    groups.
 
     Raises:
       ValueError: if the config contains an unknown name, or sizes do not fit the mesh.
@@ -45,12 +45,11 @@ def make_train_step(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> StepFn
     make_gradient = by_microbatches if config.microbatch else whole_batch
     update = make_update(config, model)
 
+    gradient = make_gradient(config, fns, model, mesh)
+
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        of_batch = fns
-        if config.loss.group_equal_captions:
-            of_batch = with_groups(fns, group_ids(batch["tokens"], mesh), config, mesh)
-        gradient = make_gradient(config, of_batch, model, mesh)
-        loss, grads = gradient(state.params, batch, state.step)
+        samples, labels = {k: batch[k] for k in SAMPLES}, labels_of(config, batch, mesh)
+        loss, grads = gradient(state.params, samples, state.step, labels)
         state, metrics = update(state, loss, grads)
         if fns.groups:
             metrics["train/long_texts"] = share_too_long(fns.groups, batch, mesh)
@@ -121,8 +120,3 @@ def state_shardings(config: ConfigDict, model: CLIPConfig, mesh: Mesh) -> TrainS
     """Returns the sharding of each array of the state."""
     state = abstract_state(model, make_optimizer(config), mesh)
     return jax.tree.map(lambda x: x.sharding, state)
-
-
-def clamp_logit_scale(params: dict[str, Any]) -> dict[str, Any]:
-    """Clamps the scale to [1, 100], as CLIP's authors found necessary (section 2.5)."""
-    return params | {"logit_scale": jnp.clip(params["logit_scale"], 0.0, MAX_LOGIT_SCALE)}

@@ -21,6 +21,7 @@ from disco_jax.runs.home import RunCheckpoints, opened_home
 from disco_jax.runs.metrics import MetricWriter, read_metrics
 from disco_jax.runs.workdir import LEASE
 from disco_jax.step.host_step import HostStep
+from disco_jax.step.state import averaged
 from disco_jax.step.train_step import Metrics, batches_on_devices, make_train_step
 from disco_jax.storage.urls import Place
 from disco_jax.training.health import Health
@@ -28,6 +29,7 @@ from disco_jax.training.length import warm_up_note
 from disco_jax.training.profile import Profiler
 from disco_jax.training.progress import Stopwatch, TrainProgress
 from disco_jax.training.setup import Setup, set_up
+from disco_jax.training.teacher import Teacher
 
 SHOWN = ("/top1", "recall@1")  # ends of the names of the metrics that are printed
 
@@ -96,6 +98,7 @@ def _run_steps(
     data, health, metrics, preemption, profiler, checkpoints = resources
     by_host = config.microbatch and config.microbatch_mode == "host"
     train_step = (HostStep if by_host else make_train_step)(config, setup.model, mesh)
+    teacher = Teacher(config, mesh) if config.distill.teacher else None
     start = int(state.step)
     progress = TrainProgress(start, config.num_steps, config.batch_size)
     watch = Stopwatch()
@@ -125,6 +128,8 @@ def _run_steps(
         profiler.before(step)
         steps.wait(left=batches_on_devices(config) - 1)
         arrays = batch.arrays if by_host else place_batch(batch.arrays, mesh)
+        if teacher is not None:
+            arrays |= teacher.on_host(arrays) if by_host else teacher.on_devices(arrays)
         state, values = train_step(state, arrays)  # compiles the first time
         pulse.dispatched, pulse.busy = step, True
         del arrays
@@ -146,7 +151,7 @@ def _run_steps(
             finish()
         if evaluates:
             with watch.timed("eval"), progress.paused(), pulse.paused():
-                found = evaluator.run(state.params)
+                found = evaluator.run(averaged(setup.model, state))
             _print_accuracies(step, found)
             row |= found
         if saves and (last or not stops):

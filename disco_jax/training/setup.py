@@ -3,6 +3,9 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -10,6 +13,7 @@ from disco_jax.config.validation import check_division
 from disco_jax.data.source import Joined
 from disco_jax.data.sources import open_source
 from disco_jax.errors import UserError
+from disco_jax.interop.convert import resize_positions, resize_text_positions
 from disco_jax.interop.transfer import read_model
 from disco_jax.mesh import make_mesh
 from disco_jax.models import CLIPConfig
@@ -21,7 +25,7 @@ from disco_jax.runs import workdir as workdir_lib
 from disco_jax.runs.home import Home, RunCheckpoints
 from disco_jax.runs.places import run_place
 from disco_jax.step.optimizer import make_optimizer
-from disco_jax.step.state import TrainState, abstract_state, init_state
+from disco_jax.step.state import TrainState, abstract_state, init_state, trained
 from disco_jax.storage.urls import Place
 from disco_jax.training.length import check_length, with_steps
 from disco_jax.training.text_groups import find_text_groups
@@ -37,6 +41,12 @@ class Setup(NamedTuple):
     checkpoints: RunCheckpoints
     state: TrainState
     position: dict[str, Any]  # data position from the checkpoint; empty for a new run
+
+
+RESIZED = {
+    "visual/positional_embedding": resize_positions,
+    "text/positional_embedding": resize_text_positions,
+}
 
 
 def set_up(config: ConfigDict, home: Home) -> Setup:
@@ -93,6 +103,8 @@ def _restore_or_init(
 def begin_from(source: Place, model: CLIPConfig, state: TrainState) -> TrainState:
     """Returns `state` with the parameters of a model folder or a run; shardings stay.
 
+    Positions are interpolated if the models differ in the sizes of their inputs.
+
     Raises:
       UserError: if they belong to a different model. The message names the field or parameter.
     """
@@ -114,6 +126,8 @@ def begin_from(source: Place, model: CLIPConfig, state: TrainState) -> TrainStat
         raise UserError(
             f"init_from: {source} is a different model ({name} is {where}); check model.name"
         )
+    for name, resize in RESIZED.items():
+        given[name] = resize(np.asarray(given[name]), len(wanted[name]))
     for name, leaf in wanted.items():
         if given[name].shape != leaf.shape:
             raise UserError(
@@ -121,4 +135,9 @@ def begin_from(source: Place, model: CLIPConfig, state: TrainState) -> TrainStat
                 f"there and {leaf.shape} here); check model.name"
             )
     placed = {name: jax.device_put(given[name], leaf.sharding) for name, leaf in wanted.items()}
-    return state._replace(params=nest(placed))
+    params = nest(placed)
+    opt_state = state.opt_state
+    if optax.tree.get(opt_state, "average") is not None:  # begins there too, in arrays of its own
+        average = jax.tree.map(jnp.copy, trained(model, params))
+        opt_state = optax.tree.set(opt_state, average=average)
+    return state._replace(params=params, opt_state=opt_state)
