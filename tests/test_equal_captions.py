@@ -15,6 +15,7 @@ from disco_jax.mesh import batch_sharding, place_batch
 from disco_jax.models.clip import abstract_model
 from disco_jax.models.folder import nest, shapes_of
 from disco_jax.step import host_step, train_step
+from disco_jax.step.labels import equal_rows, hashes_of
 from disco_jax.step.state import TrainState
 from tests.conftest import mesh_of
 from tests.small_run import SIZES

@@ -97,7 +97,8 @@ def check_options(method: str, tile: int | None, keep_bytes: int, precision: Pre
 
 
 def _is_float_scalar(x: Array | float) -> bool:
-    return jnp.ndim(x) == 0 and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    numeric = isinstance(x, int | float) or hasattr(x, "dtype")
+    return numeric and jnp.ndim(x) == 0 and jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 def check_name(argument: str, given: str, known: tuple[str, ...]) -> None:

@@ -60,7 +60,7 @@ def _cross_entropy(
         target = lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
         matched = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
     else:
-        count = jnp.sum(positive, axis=1)
+        count = jnp.sum(positive, axis=1, dtype=jnp.float32)
         matched = jnp.sum(jnp.where(positive, logits, 0), axis=1) / count
     if allowed is not None:
         logits = jnp.where(allowed, logits, MASKED)

@@ -63,7 +63,8 @@ def softmax(
         matched = 2 * jnp.diagonal(logits)
     else:
         positive = positive_pairs(len(image), weights, positive_ids)
-        parts = jnp.where(positive, logits, 0) / jnp.sum(positive, axis=1)
+        count = jnp.sum(positive, axis=0, dtype=jnp.float32, keepdims=True)  # positives both ways
+        parts = jnp.where(positive, logits, 0) / count
         matched = jnp.sum(parts, axis=1) + jnp.sum(parts, axis=0)
     loss = jnp.sum(share * (rows + columns - matched)) / 2
     if teacher is None:

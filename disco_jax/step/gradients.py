@@ -105,7 +105,7 @@ def batch_loss(
     mesh: Mesh,
     scalars: Params,
     features: Features,
-    labels: Labels,
+    labels: Labels = NO_LABELS,
 ) -> Array:
     """Returns the loss of a whole batch, as `config.loss` says."""
     image, text = (x.astype(config.loss.dtype) for x in features)
