@@ -40,10 +40,14 @@ def make(folder: Path, samples: int = 48) -> Path:
     pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     pieces.save(str(folder / "tokenizer.json"))
     text = dataclasses.replace(SIZES.text, tokenizer=str(folder / "tokenizer.json"))
-    config = dataclasses.replace(SIZES, text=text)
-    init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(CLIP(config, rngs=nnx.Rngs(0)), nnx.Param)))
-    save_model(folder / "model", config, jax.tree.map(np.asarray, flatten(init())))
+    save_initial(folder / "model", dataclasses.replace(SIZES, text=text))
     return folder
+
+
+def save_initial(folder: Path, sizes: CLIPConfig) -> None:
+    """Writes the folder of an untrained model."""
+    init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(CLIP(sizes, rngs=nnx.Rngs(0)), nnx.Param)))
+    save_model(folder, sizes, jax.tree.map(np.asarray, flatten(init())))
 
 
 def config_of(folder: Path, **fields) -> ConfigDict:

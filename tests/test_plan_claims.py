@@ -111,23 +111,14 @@ def test_ring_sends_while_it_computes(monkeypatch):
 
 
 @needs_linux
-def test_step_memory_on_a100s():
-    """ViT-B/32, bf16, full remat, and 65,536 on 8 GPUs, twice the paper's largest batch for 8."""
+def test_steps_on_a100s(tmp_path):
+    """ViT-B/32, bf16, full remat, and 65,536 on 8 GPUs, twice the paper's largest batch for 8.
+
+    It fits. With short captions at their own lengths it takes less time; before cuDNN's attention
+    and texts of their own lengths, half of the batch took 1.647 s.
+    """
     config = get_config()
     config.batch_size = 65_536
-    config.model.text_groups = ""  # all texts at full length, which compiles faster
-    with Compiler(parse_topology("a100-40gb:8")) as compiler:
-        row = compiler.compile(config)
-    assert row["peak_bytes"] <= 40 * (1 - MARGIN) * GIB
-    assert row["fits"]
-    assert row["peak_bytes"] >= row["argument_bytes"] + row["temp_bytes"]
-
-
-@needs_linux
-def test_short_captions_and_cudnn_make_steps_faster_on_a100s(tmp_path):
-    """Against 1.647 s and 19.48 GiB for texts at full length with XLA's attention."""
-    config = get_config()
-    config.batch_size = 32_768
     config.model.image_remat = config.model.text_remat = "full"
     seconds = {}
     with Compiler(parse_topology("a100-40gb:8")) as compiler:
@@ -135,7 +126,9 @@ def test_short_captions_and_cudnn_make_steps_faster_on_a100s(tmp_path):
             config.model.text_groups = groups
             row = compiler.compile(config)
             seconds[groups] = row["estimated_seconds"]
-            assert row["peak_bytes"] <= 19.48 * GIB
+            assert row["fits"]
+            assert row["peak_bytes"] <= 40 * (1 - MARGIN) * GIB
+            assert row["peak_bytes"] >= row["argument_bytes"] + row["temp_bytes"]
             kinds = row["seconds_by_kind"]
             known = {"matmuls", "attention", "other", "loop copies", "communication"}
             assert known == kinds.keys()
@@ -144,15 +137,15 @@ def test_short_captions_and_cudnn_make_steps_faster_on_a100s(tmp_path):
             assert parts.keys() == {*PARTS, "rest"}
             assert sum(parts.values()) == pytest.approx(seconds[groups])
             assert parts["rest"] < 0.01 * seconds[groups]
-            assert row["estimated_images_per_second"] == pytest.approx(32_768 / seconds[groups])
+            assert row["estimated_images_per_second"] == pytest.approx(65_536 / seconds[groups])
             hours = 32 * 400e6 / row["estimated_images_per_second"] / 3600  # 32 epochs of 400 M
             assert row["estimated_hours"] == pytest.approx(hours)
             assert row["estimated_device_hours"] == pytest.approx(8 * hours)
             assert 0.3 < row["estimated_peak_share"] < 0.8  # matmuls are assumed to reach 0.8
         alone = compiler.compile(config, loss_only=True)["estimated_seconds"]
         assert parts["loss"] == pytest.approx(alone, rel=0.05)
-    assert seconds[""] <= 0.92 * 1.647
-    assert seconds["auto"] <= 0.75 * 1.647
+    assert seconds[""] <= 0.92 * 2 * 1.647
+    assert seconds["auto"] <= 0.75 * 2 * 1.647
     draw_time(row, tmp_path / "time.png")
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
 

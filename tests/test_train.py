@@ -12,7 +12,9 @@ from pathlib import Path
 import grain
 import pytest
 
+from disco_jax.models import CLIPConfig, TextConfig, VisionConfig
 from tests.conftest import ENV
+from tests.small_run import save_initial
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -27,7 +29,7 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """The folder of a small `shapes` data set, built once by the real builder."""
+    """The folder of a small `shapes` data set, built by the real builder, and a small model."""
     folder = tmp_path_factory.mktemp("data")
     code = (
         "from disco_jax.data.shapes import builder\n"
@@ -38,6 +40,12 @@ def data_dir(tmp_path_factory) -> Path:
     script = folder / "build.py"
     script.write_text(code)
     subprocess.run([sys.executable, script, folder], cwd=ROOT, env=ENV, check=True)
+    sizes = CLIPConfig(  # takes images and captions like the demo's model, and compiles faster
+        embed_dim=16,
+        vision=VisionConfig(image_size=48, patch_size=16, width=32, layers=1, heads=2),
+        text=TextConfig(context_length=32, width=16, layers=1, heads=2),
+    )
+    save_initial(folder / "model", sizes)
     return folder
 
 
@@ -50,6 +58,7 @@ def command(
         f"--config=configs/{config}.py",
         f"--workdir={workdir}",
         f"--config.data.dir={data_dir}",
+        f"--config.model.name={data_dir}/model",
         *SMALL,
         *extra,
     ]

@@ -13,7 +13,7 @@ from disco_jax.mesh import place_batch
 from disco_jax.plan.flops import matmul_flops
 from disco_jax.step.gradients import by_microbatches, make_model_fns
 from disco_jax.step.optimizer import make_optimizer
-from disco_jax.step.state import init_state, trained
+from disco_jax.step.state import init_state, trained, with_trained
 from disco_jax.step.train_step import make_train_step
 from tests.conftest import mesh_of
 from tests.test_microbatch import first_state, random_batch, small
@@ -21,9 +21,9 @@ from tests.test_microbatch import first_state, random_batch, small
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def curve(fsdp, **options):
-    config, model = small(**options)
-    mesh = mesh_of(8, fsdp)
+def curve(fsdp):
+    config, model = small()
+    mesh = mesh_of(4, fsdp)
     step = make_train_step(config, model, mesh)
     state = first_state(config, model, mesh)
     losses = []
@@ -34,7 +34,7 @@ def curve(fsdp, **options):
 
 
 def test_sharded_state_gives_the_same_curve():
-    """`(data, fsdp)` meshes of 8 x 1 and 1 x 8 agree over 8 steps; each device holds its share."""
+    """`(data, fsdp)` meshes of 4 x 1 and 1 x 4 agree over 8 steps; each device holds its share."""
     expected, whole = curve(1)
     assert expected[-1] < expected[0]
 
@@ -42,11 +42,10 @@ def test_sharded_state_gives_the_same_curve():
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
     scalars = 4 * 4  # the step, Adam's and the schedule's counts, logit_scale: too small to split
-    for fsdp in (8,):
-        losses, state = curve(fsdp)
-        np.testing.assert_allclose(losses, expected, rtol=1e-5)
-        assert held(state.params) - 4 == (held(whole.params) - 4) // fsdp
-        assert held(state.opt_state) - scalars <= (held(whole.opt_state) - 8) // fsdp
+    losses, state = curve(4)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert held(state.params) - 4 == (held(whole.params) - 4) // 4
+    assert held(state.opt_state) - scalars <= (held(whole.opt_state) - 8) // 4
 
 
 def test_a_locked_image_tower_stays_as_it_is():
@@ -99,22 +98,18 @@ def test_the_last_blocks_alone_are_trained():
         matmul_flops(jax.make_jaxpr(gradient(m))(*inputs))["float32"] for m in (part, model)
     )
     assert done < 0.8 * whole
-    step = make_train_step(config, part, mesh)
-    state = init_state(part, make_optimizer(config), mesh, seed=0)
-    before = jax.tree.map(np.asarray, state.params)
-    for _ in range(3):
-        state, _ = step(state, batch)
-    after = jax.tree.map(np.asarray, state.params)
+    before = jax.tree.map(np.asarray, params)
+    after = jax.tree.map(np.asarray, with_trained(part, params, jax.tree.map(jnp.ones_like, got)))
     for name in ("visual", "text"):
         kernel, old = (
             p[name]["transformer"]["blocks"]["mlp_in"]["kernel"] for p in (after, before)
         )
         np.testing.assert_array_equal(kernel[0], old[0])
-        assert np.abs(kernel[1] - old[1]).max() > 1e-4
+        np.testing.assert_array_equal(kernel[1], 1)
         np.testing.assert_array_equal(
             after[name]["positional_embedding"], before[name]["positional_embedding"]
         )
-        assert np.abs(after[name]["proj"] - before[name]["proj"]).max() > 1e-4
+        np.testing.assert_array_equal(after[name]["proj"], 1)
 
 
 def updates_of(name):
