@@ -6,6 +6,7 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from disco_jax.config import zeroshot_set
@@ -79,16 +80,17 @@ def with_suite(config: ConfigDict) -> ConfigDict:
     here = {i for i, name in enumerate(NAMES) if is_prepared(load_set(name).source, folder)}
     found = [NAMES[i] for i in agreement.common(here)]
     missing = [load_set(name).source for name in NAMES if name not in found]
+    where = f"data.dir {folder}" + (" of a process" if jax.process_count() > 1 else "")
     command = f"tfds build DATASET --file_format=array_record --data_dir={folder}"
     if not found:
         raise UserError(
-            f"eval.suite: data.dir {folder} has none of the suite's datasets as ArrayRecord; "
+            f"eval.suite: {where} has none of the suite's datasets as ArrayRecord; "
             f"prepare some of {', '.join(missing)} with `{command}`"
         )
     if missing:
         console.print(
-            f"eval.suite: evaluating {len(found)} of {len(NAMES)} sets; data.dir {folder} does not "
-            f"have {', '.join(missing)} as ArrayRecord; prepare them with `{command}`",
+            f"eval.suite: evaluating {len(found)} of {len(NAMES)} sets; {where} does not have "
+            f"{', '.join(missing)} as ArrayRecord; prepare them with `{command}`",
             soft_wrap=True,
         )
     config = config.copy_and_resolve_references()
