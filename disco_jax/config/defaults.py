@@ -191,6 +191,9 @@ def default() -> ConfigDict:
     # Labeled datasets for zero-shot classification, e.g. `c.eval.sets.mine = zeroshot_set(...)`.
     # The name of a set is the prefix of its metrics.
     c.eval.sets = ConfigDict()
+    # "clip": also evaluates the 16 sets of CLIP's and VTAB's evaluations that docs/evaluation.md
+    # lists, as far as they are in data.dir, and their mean.
+    c.eval.suite = ""
     # Labeled images (a TFDS dataset and split) for fitting a baseline that sees only colors; "": no
     # baseline.
     c.eval.baseline_name = ""
@@ -234,8 +237,10 @@ def zeroshot_set(
       source: A TFDS dataset; a folder with one folder per class, named by id, index or class name;
         or tar shards whose `.cls` members hold the class index, id or name.
       split: The split of a TFDS dataset.
-      classes: `imagenet`, `shapes`, `tfds` (the dataset's own class names), or a file of names.
-      templates: `openai_imagenet` (CLIP's 80 prompts), `shapes`, or a file of prompts.
+      classes: `imagenet`, `shapes`, a set of the suite (e.g. `food101`), `tfds` (the dataset's own
+        class names), or a file of names.
+      templates: `openai_imagenet` (CLIP's 80 prompts), `shapes`, a set of the suite, or a file of
+        prompts.
       subset: The classes to choose among: "" (all), `imagenet_r` (its 200), or a file of classes.
         With a subset, accuracy among all classes is reported as well.
       image_key: The image feature of a TFDS dataset.

@@ -19,6 +19,7 @@ METHODS = ("default", "auto", "reference", "disco", "stream", "ring")
 
 CHOICES: dict[str, Sequence[str]] = {
     "data.order": ("auto", "global", "blocks"),
+    "eval.suite": ("", "clip"),
     "loss.dtype": ("float32", "bfloat16"),
     "loss.kind": ("softmax", "sigmoid"),
     "loss.method": METHODS,

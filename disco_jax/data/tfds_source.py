@@ -46,6 +46,20 @@ def load_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     return builder
 
 
+def is_prepared(name: str, data_dir: str) -> bool:
+    """Whether a dataset lies in `data_dir` as ArrayRecord. Does not prepare it."""
+    folder = Path(data_dir).expanduser()
+    if not (folder / name.partition("/")[0]).is_dir():
+        return False  # without importing its builder
+    try:
+        with _quiet():
+            builder = tfds.builder(name, data_dir=str(folder))
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):
+        return False
+    stored = builder.data_path.exists()
+    return stored and builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+
+
 def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> None:
     say(f"preparing dataset {name} in {builder.data_path}")
     (tfds.enable_progress_bar if sys.stderr.isatty() else tfds.disable_progress_bar)()
@@ -104,6 +118,8 @@ class TfdsSource:
         self.labeled = "label" in features and isinstance(
             features["label"], tfds.features.ClassLabel
         )
+        # Those without a name are named by their index.
+        self.label_names: list[str] = features["label"].names if self.labeled else []
         try:
             self._examples = builder.as_data_source(
                 split=split, decoders={image_key: tfds.decode.SkipDecoding()}

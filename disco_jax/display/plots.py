@@ -28,7 +28,8 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     steps, losses = _series(rows, "train/loss")
     left.plot(steps, losses)
     left.set(xlabel="step", ylabel="contrastive loss", title="Training loss")
-    names = sorted({name for row in rows for name in row if name.endswith("/top1")})
+    found = {name for row in rows for name in row if name.endswith("/top1")}
+    names = sorted(name for name in found if name.count("/") == 1)  # none of the suite's
     for name in names:
         steps, accuracies = _series(rows, name)
         right.plot(

@@ -11,13 +11,14 @@ import numpy as np
 
 from disco_jax.data.shapes import vocabulary
 from disco_jax.errors import UserError
+from disco_jax.evaluation import suite
 
 
 class Classes(NamedTuple):
     """Class names for prompts and, where they exist, class ids, both in the order of the labels."""
 
     names: list[str]
-    ids: list[str]  # e.g. WordNet's; may be empty
+    ids: list[str]  # e.g. WordNet's, or TFDS's names of the labels; may be empty
 
     def label_of(self, name: str) -> int:
         """Returns the label of a class that is named by id, index or name, e.g. by its folder.
@@ -53,7 +54,9 @@ def _plain(name: str) -> str:
 
 
 def load_classes(name: str) -> Classes:
-    """Loads the classes of `imagenet` or `shapes`, or of a file: a JSON list or one name per line.
+    """Loads the classes of `imagenet`, `shapes` or a set of the suite, or those in a file.
+
+    A file is a JSON list or has one name per line.
 
     Raises:
       UserError: if the file can't be read or holds something else.
@@ -62,6 +65,9 @@ def load_classes(name: str) -> Classes:
         return Classes(_asset("imagenet_classnames"), _asset("imagenet_wnids"))
     if name == "shapes":
         return Classes(list(vocabulary.CLASSES), [])
+    if name in suite.NAMES:
+        classes = suite.load_set(name).classes
+        return Classes(list(classes.values()), list(classes))
     return Classes(_strings(name, "classes"), [])
 
 
@@ -80,7 +86,9 @@ def load_subset(name: str, classes: Classes) -> np.ndarray:
 
 
 def load_templates(name: str) -> Sequence[str]:
-    """Loads the prompts of `shapes`, CLIP's 80 prompts (`openai_imagenet`), or those in a file.
+    """Loads CLIP's 80 prompts (`openai_imagenet`), those of `shapes` or of a set of the suite.
+
+    Any other name is that of a file.
 
     A file is a JSON list or has one prompt per line.
 
@@ -91,6 +99,8 @@ def load_templates(name: str) -> Sequence[str]:
         return vocabulary.TEMPLATES
     if name == "openai_imagenet":
         return _asset("openai_imagenet_templates")
+    if name in suite.NAMES:
+        return suite.load_set(name).prompts
     templates = _strings(name, "templates")
     wrong = [template for template in templates if template.count("{}") != 1]
     if wrong:

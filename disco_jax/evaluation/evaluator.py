@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 from disco_jax.data.folder_source import FolderSource
 from disco_jax.data.load import Load, Loaded
 from disco_jax.data.pipeline import EvalBatch, eval_batches
-from disco_jax.data.source import Failure, Joined, describe
+from disco_jax.data.source import Failure, Joined, Source, describe
 from disco_jax.data.sources import class_folders, open_source
 from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.data.transforms import Resize
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
-from disco_jax.evaluation import zeroshot
+from disco_jax.evaluation import suite, zeroshot
 from disco_jax.evaluation.classes import Classes, load_classes, load_subset, load_templates
 from disco_jax.evaluation.encoder import Encoder
 from disco_jax.evaluation.retrieval import recall_at
@@ -73,7 +73,7 @@ class Evaluator:
             classes = Classes(class_names(spec.source, self._data.dir), [])
         else:
             classes = load_classes(spec.classes)
-        field = f"eval.sets.{name}.source"
+        field = suite.field_of(name, ".source")
         try:
             root = class_folders(spec.source)
         except UserError as error:
@@ -91,15 +91,21 @@ class Evaluator:
                 captions=False,
                 label_of=classes.label_of,
             )
+        if spec.classes in suite.NAMES:
+            for part in source.sources:
+                _check_labels(part, classes.ids, f"{field}: {part.fingerprint}")
         templates = tuple(load_templates(spec.templates))
         return ZeroShotSet(source, classes, templates, load_subset(spec.subset, classes))
 
     def run(self, params: Params) -> dict[str, float]:
-        """Returns every set's metrics, e.g. `NAME/top1`, and recall in both directions."""
+        """Returns every set's metrics, e.g. `NAME/top1`, and recall in both directions.
+
+        With sets of the suite, also returns the mean of their scores, `clip/mean`.
+        """
         metrics: dict[str, float] = {}
         for name in self.sets:
             metrics |= self.metrics(name, self.classify(params, name))
-        return metrics | self.retrieval(params)
+        return metrics | suite.mean(metrics) | self.retrieval(params)
 
     def metrics(self, name: str, results: Sequence[Results]) -> dict[str, float]:
         """Returns metrics of `classify`'s results: within the set's subset and over all classes."""
@@ -138,12 +144,11 @@ class Evaluator:
             nearest.append(np.asarray(found))
         label, index = np.concatenate(labels), np.flatnonzero(np.concatenate(labels) >= 0)
         if not len(index):
-            raise UserError(
-                f"eval.sets.{name}: no usable image in {opened.source.fingerprint}{_told(bad)}"
-            )
+            source = opened.source.fingerprint
+            raise UserError(f"{suite.field_of(name)}: no usable image in {source}{_told(bad)}")
         if label.max() >= len(opened.classes.names):
             raise UserError(
-                f"eval.sets.{name}: label {label.max()} is out of range for the "
+                f"{suite.field_of(name)}: label {label.max()} is out of range for the "
                 f"{len(opened.classes.names)} classes of {self._eval.sets[name].classes}"
             )
         by_subset = np.concatenate(nearest, axis=1)
@@ -239,6 +244,21 @@ class Evaluator:
         """Returns the set's images at the given indices, each uint8 `[size, size, 3]`."""
         load = Load(self.sets[name].source, self._data, self._size, resize=self._resize)
         return [load.evaluate(int(index)).pixels for index in chosen]
+
+
+def _check_labels(source: Source, expected: list[str], told: str) -> None:
+    """Checks that a TFDS dataset's labels have the expected names, in the expected order.
+
+    Raises:
+      UserError: if they don't. Sources of other kinds are labeled by name or index.
+    """
+    if not (names := getattr(source, "label_names", None)):
+        return
+    if len(names) != len(expected):
+        raise UserError(f"{told} has {len(names)} labels; it must have {len(expected)}")
+    for i, (name, wanted) in enumerate(zip(names, expected, strict=True)):
+        if name != wanted:
+            raise UserError(f"{told}: label {i} is {name!r}; it must be {wanted!r}")
 
 
 def _told(bad: list[Failure]) -> str:

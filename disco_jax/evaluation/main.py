@@ -18,6 +18,7 @@ from disco_jax.display.terminal import console
 from disco_jax.errors import UserError
 from disco_jax.evaluation.baseline import baselines
 from disco_jax.evaluation.evaluator import Evaluator
+from disco_jax.evaluation.suite import PREFIX, mean, scores, with_suite
 from disco_jax.evaluation.zeroshot import Results
 from disco_jax.mesh import make_mesh
 from disco_jax.models import CLIPConfig, Params
@@ -65,8 +66,10 @@ def _evaluate_run(
     # A run trained on many devices may be evaluated on a few.
     fsdp = math.gcd(config.fsdp, jax.device_count())
     mesh, model = make_mesh(fsdp=fsdp), model_config(config)
-    evaluator = first_then_all(lambda: Evaluator(config, model, mesh))
-    fixed = baselines(config, evaluator.sets, model.vision.image_size)
+    evaluated = with_suite(config)
+    evaluator = first_then_all(lambda: Evaluator(evaluated, model, mesh))
+    own = {name: opened for name, opened in evaluator.sets.items() if name in config.eval.sets}
+    fixed = baselines(config, own, model.vision.image_size)
     checkpoints = open_checkpoints(workdir)
     try:
         for step in _steps(checkpoints, config.num_steps, every=every, watch=watch):
@@ -130,7 +133,7 @@ def _evaluate(
     metrics: dict[str, float] = {}
     for key, found in results.items():
         metrics |= evaluator.metrics(key, found)
-    metrics |= evaluator.retrieval(params) | fixed
+    metrics |= mean(metrics) | evaluator.retrieval(params) | fixed
     if jax.process_index():
         return
     record = {"step": step, **metrics}
@@ -141,13 +144,10 @@ def _evaluate(
         written.append(folder / "predictions.png")
         _draw(evaluator, {key: found[0] for key, found in results.items()}, written[-1])
         console.print(f"wrote predictions to {run / 'predictions.png'}")
-    table = Table(title=f"{run}, step {step}")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for metric, value in sorted(metrics.items()):
-        table.add_row(metric, f"{value:.2%}")
-    console.print(table)
+    _print_tables(metrics, f"{run}, step {step}")
     for key, found in results.items():
+        if key.startswith(PREFIX):
+            continue
         for row in found[0].worst(evaluator.sets[key].classes.names, WORST):
             console.print(
                 f"{key}: {row.name} {row.accuracy:.1%}, "
@@ -157,6 +157,28 @@ def _evaluate(
     print(json.dumps(record), flush=True)
     for path in written:
         send(path, folder, run)
+
+
+def _print_tables(metrics: dict[str, float], title: str) -> None:
+    """Prints all metrics but those of the suite, and a score for each of the suite's sets."""
+    own = {name: value for name, value in metrics.items() if not name.startswith(PREFIX)}
+    if own:
+        table = Table(title=title)
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        for metric, value in sorted(own.items()):
+            table.add_row(metric, f"{value:.2%}")
+        console.print(table)
+    if found := scores(metrics):
+        table = Table(title=f"suite clip of {title}")
+        for column in ("set", "classes", "metric", "value"):
+            table.add_column(column, justify="right" if column in ("classes", "value") else "left")
+        for score in found:
+            table.add_row(score.name, str(score.classes), score.metric, f"{score.value:.2%}")
+        table.add_section()
+        (average,) = mean(metrics).values()
+        table.add_row(f"mean of {len(found)}", "", "", f"{average:.2%}")
+        console.print(table)
 
 
 def _draw(evaluator: Evaluator, results: dict[str, Results], path: Path) -> None:

@@ -30,11 +30,14 @@ def of_first(text: str, longest: int = 64) -> str:
     return bytes(np.asarray(broadcast_one_to_all(sent))).decode().strip()
 
 
-def common(steps: set[int], most: int = 64) -> list[int]:
-    """Returns the steps that all processes have, in ascending order; each has up to `most`."""
+def common(numbers: set[int], most: int = 64) -> list[int]:
+    """Returns the numbers, e.g. steps, that all processes have, in ascending order.
+
+    They are at least 0. Of more than `most`, only the highest count.
+    """
     if jax.process_count() == 1:
-        return sorted(steps)
+        return sorted(numbers)
     padded = np.full(most, -1, np.int32)
-    padded[: len(steps)] = sorted(steps)[-most:]
+    padded[: len(numbers)] = sorted(numbers)[-most:]
     rows = [set(row.tolist()) for row in np.asarray(process_allgather(padded))]
     return sorted(set.intersection(*rows) - {-1})

@@ -13,6 +13,7 @@ from disco_jax.display.plots import plot_curves
 from disco_jax.display.terminal import console
 from disco_jax.errors import Preempted
 from disco_jax.evaluation.evaluator import Evaluator
+from disco_jax.evaluation.suite import with_suite
 from disco_jax.mesh import own_rows, place_batch
 from disco_jax.processes.backend import first_then_all
 from disco_jax.processes.preemption import Preemption
@@ -31,7 +32,8 @@ from disco_jax.training.progress import Stopwatch, TrainProgress
 from disco_jax.training.setup import Setup, set_up
 from disco_jax.training.teacher import Teacher
 
-SHOWN = ("/top1", "recall@1")  # ends of the names of the metrics that are printed
+# Ends of the names of the metrics that are printed. Of the suite, only the mean is.
+SHOWN = ("/top1", "recall@1", "clip/mean")
 
 
 class Resources(NamedTuple):
@@ -63,7 +65,8 @@ def train(config: ConfigDict, workdir: Place) -> None:
         config = setup.config
         _announce(config, setup)
         with _opened(config, setup, home.folder) as resources:
-            evaluator = first_then_all(lambda: Evaluator(config, setup.model, setup.mesh))
+            evaluated = with_suite(config)
+            evaluator = first_then_all(lambda: Evaluator(evaluated, setup.model, setup.mesh))
             _run_steps(config, setup, evaluator, resources)
         if jax.process_index() == 0:
             plot_curves(read_metrics(home.folder), home.folder / "curves.png")
@@ -167,8 +170,12 @@ def _run_steps(
 
 
 def _print_accuracies(step: int, metrics: dict[str, float]) -> None:
-    if shown := [f"{k} {v:.1%}" for k, v in metrics.items() if k.endswith(SHOWN)]:
+    if shown := [f"{k} {v:.1%}" for k, v in metrics.items() if _is_shown(k)]:
         console.print(f"step {step}  " + "  ".join(shown), soft_wrap=True)
+
+
+def _is_shown(metric: str) -> bool:
+    return metric.endswith(SHOWN) and metric.count("/") == 1
 
 
 class InFlight:
