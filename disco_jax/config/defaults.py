@@ -125,6 +125,9 @@ def default() -> ConfigDict:
     c.data.name = "shapes"
     # Expected dataset size, for checking num_epochs before the data are opened; 0: unknown.
     c.data.num_samples = 0
+    # An .npy file of the uids of the samples to use, as DataComp's filters write them, for local
+    # tar shards with uids in their .json; "": all samples.
+    c.data.subset = ""
     c.data.weights = ()  # mixing proportions of joined sources, e.g. (2.0, 1.0); (): concatenate
     # Order of the samples, a function of the seed (docs/data.md): `global`, a permutation of all
     # samples, each read by itself; `blocks`, which reads `block_size` consecutive samples at once;

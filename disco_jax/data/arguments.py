@@ -12,6 +12,10 @@ FIELDS = {
     "split": (None, "split of a TFDS dataset"),
     "dir": (None, "where TFDS datasets are stored"),
     "index": (None, "folder or URL of the shards' index; default: beside the shards"),
+    "subset": (
+        None,
+        "an .npy file of uids, as DataComp's filters write them; default: all samples",
+    ),
     "image_key": ("auto", "table column or TFDS feature of the images"),
     "caption_key": ("auto", "table column, TFDS feature, or txt or a key of the .json for shards"),
     "separator": (None, "of the columns of a CSV or TSV table; default: found out"),

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from disco_jax.data import table_source
 from disco_jax.data.patterns import expand
 from disco_jax.data.source import Joined, Source
+from disco_jax.data.subset import Subset
 from disco_jax.data.table_source import TableSource
 from disco_jax.data.tar_source import TarSource
 from disco_jax.data.text_table import Dialect
@@ -85,7 +86,8 @@ def _open(
             check_scheme(data.index)
         except UserError as error:
             raise UserError(f"data.index: {error}") from error
-        return TarSource(expand(name), key, label_of, data.index, name)
+        shards = TarSource(expand(name), key, label_of, data.index, name)
+        return Subset(shards, Path(data.subset)) if data.subset and label_of is None else shards
     if suffix in table_source.SUFFIXES:
         if label_of is not None:
             raise UserError(f"{name} is a table, which has no labels; {LABELED}")

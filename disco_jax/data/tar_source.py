@@ -130,6 +130,17 @@ class TarSource:
         number = bisect_right(self._stops, index)
         return self.sample(number, self._index.row(number, index - self.shards[number].start))
 
+    def metadata(self, index: int) -> Any:
+        """Returns what the `.json` of a sample holds, without reading its image.
+
+        Raises:
+          BadSample: if there is none, or it can't be read.
+        """
+        number = bisect_right(self._stops, index)
+        shard = self.shards[number]
+        members = _Members(shard, self._index.row(number, index - shard.start), read_shard)
+        return members.json(f"{shard.path}, sample {index}")
+
     @property
     def shards(self) -> list[Shard]:
         """The shards, in order."""
@@ -182,14 +193,9 @@ class TarSource:
         column = TEXT if caption_key == "txt" else JSON
         if not members.has(column):
             raise BadSample("missing_caption", key)
-        text = members.read(column, key)[1]
         if column == TEXT:
-            return text
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadSample("broken_caption", key, "its .json can't be read") from error
-        caption = _value(parsed, caption_key)
+            return members.read(column, key)[1]
+        caption = _value(members.json(key), caption_key)
         if caption is None:
             raise BadSample("missing_caption", key, f"no {caption_key!r} in its .json")
         return caption
@@ -269,6 +275,15 @@ class _Members(NamedTuple):
             # The full name is in an earlier header, and the one here may not be unique.
             stem += f"@{(block - 1) * BLOCK}"
         return f"{self.shard.path}/{stem}", stored[BLOCK:]
+
+    def json(self, key: str) -> Any:
+        """Returns the parsed `.json`; raises BadSample as `read` does, or if it is none."""
+        if not self.has(JSON):
+            raise BadSample("missing_caption", key, "it has no .json")
+        try:
+            return json.loads(self.read(JSON, key)[1])
+        except (ValueError, RecursionError) as error:
+            raise BadSample("broken_caption", key, "its .json can't be read") from error
 
 
 def read_shard(shard: Shard, start: int, stop: int) -> bytes:

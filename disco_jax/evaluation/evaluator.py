@@ -62,6 +62,7 @@ class Evaluator:
                 data.image_key = config.eval.retrieval_image_key
                 data.caption_key = config.eval.retrieval_caption_key
                 data.captions_by_line = config.eval.retrieval_captions_by_line
+                data.subset = ""
             field = "eval.retrieval_name" if config.eval.retrieval_name else "data.name"
             name = config.eval.retrieval_name or config.data.name
             self._pairs = open_source(data, name, config.eval.retrieval_split, field=field)
