@@ -211,6 +211,8 @@ def default() -> ConfigDict:
     c.eval.batch_size = 1024  # images or texts per batch
 
     c.log_every = 50  # steps between metrics
+    # Project of Weights & Biases that also gets the metrics (pip install wandb); "": none.
+    c.wandb = ""
     c.checkpoint_every = 1_000  # steps between checkpoints; the last step is always saved
     c.checkpoint_keep = 3  # number of most recent checkpoints to keep
     # Folder for the local copies of a run whose workdir is a URL; "": one in ~/.cache/disco_jax.

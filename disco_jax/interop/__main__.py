@@ -1,7 +1,7 @@
 """Imports and exports weights.
 
 python -m disco_jax.interop import --from openclip|openai|hf PATH_OR_REPO --out DIR
-python -m disco_jax.interop export --to openclip|hf MODEL_OR_RUN --out DIR
+python -m disco_jax.interop export --to openclip|hf MODEL_OR_RUN --out DIR [--push REPO]
 """
 
 import argparse
@@ -27,6 +27,8 @@ def parse_arguments() -> argparse.Namespace:
     given = commands.add_parser("export", help="export to another library's format")
     given.add_argument("source", help="a model folder or a run's workdir, or the URL of one")
     given.add_argument("--to", dest="library", choices=("openclip", "hf"), required=True)
+    given.add_argument("--push", metavar="REPO", default="", help="also upload it to the Hub")
+    given.add_argument("--private", action="store_true", help="if --push creates the repository")
     for command in (taken, given):
         command.add_argument("--out", type=Path, required=True, help="folder to create")
     return parser.parse_args()
@@ -52,8 +54,12 @@ def main() -> None:
         )
     else:
         source = run_place(arguments.source, "MODEL_OR_RUN")
-        export_model(source, arguments.library, arguments.out)
+        export_model(source, arguments.library, arguments.out, arguments.push)
     say(f"Wrote {arguments.out}")
+    if arguments.command == "export" and arguments.push:
+        from disco_jax.interop.card import push
+
+        say(f"Pushed {push(arguments.out, arguments.push, arguments.private)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.errors import UserError
 from disco_jax.interop import names
+from disco_jax.interop.card import write_card
 from disco_jax.interop.convert import to_ours, to_theirs
 from disco_jax.interop.model_config import (
     from_huggingface,
@@ -183,8 +184,10 @@ def _read_run(source: Place, config: ConfigDict) -> tuple[CLIPConfig, Params]:
     return model, jax.tree.map(to_host, averaged(model, state))
 
 
-def export_model(source: Place, library: str, out: Path) -> None:
+def export_model(source: Place, library: str, out: Path, repo: str = "") -> None:
     """Exports a model folder or a run to a folder that `open_clip` or `transformers` can load.
+
+    The folder also gets a model card, which calls the model `repo`.
 
     Raises:
       UserError: if `source` is not a model, or `out` is not empty.
@@ -195,6 +198,7 @@ def export_model(source: Place, library: str, out: Path) -> None:
     spec = (to_huggingface if library == "hf" else to_openclip)(config)
     tensors = to_theirs(flatten(params), table(library, config), config.vision.patch_size)
     out.mkdir(parents=True, exist_ok=True)
+    write_card(out, source, library, config, repo)
     if library == "openclip":
         save_file(tensors, out / "open_clip_model.safetensors")
         images = write_openclip_preprocessing(config)

@@ -54,6 +54,7 @@ FREE_FIELDS = (
     "peer_timeout",
     "profile_steps",
     "stall_timeout",
+    "wandb",
     "start_timeout",
     "workdir_cache",
 )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from disco_jax.config.defaults import flatten
 from disco_jax.data.train_data import TrainData
 from disco_jax.display.plots import plot_curves
 from disco_jax.display.terminal import console
@@ -19,7 +20,7 @@ from disco_jax.processes.backend import first_then_all
 from disco_jax.processes.preemption import Preemption
 from disco_jax.processes.pulse import pulse
 from disco_jax.runs.home import RunCheckpoints, opened_home
-from disco_jax.runs.metrics import MetricWriter, read_metrics
+from disco_jax.runs.metrics import MetricWriter, open_wandb, read_metrics
 from disco_jax.runs.workdir import LEASE
 from disco_jax.step.host_step import HostStep
 from disco_jax.step.state import averaged
@@ -79,7 +80,7 @@ def _opened(config: ConfigDict, setup: Setup, workdir: Path) -> Iterator[Resourc
     resources = Resources(
         TrainData(config, setup.model, setup.source, rows, workdir, start, setup.position),
         Health(workdir, config.max_bad_steps, start, setup.position.get("health", {})),
-        MetricWriter(workdir, resume_from=start),
+        MetricWriter(workdir, start, open_wandb(config.wandb, workdir, flatten(config))),
         Preemption(),
         Profiler(config.profile_steps, workdir),
         setup.checkpoints,
