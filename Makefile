@@ -7,15 +7,15 @@ RUN := runs/shapes
 .PHONY: demo emoji emoji-data test install-highest test-highest lint plan gpu-check cluster-check docs-check clean
 
 demo: $(VENV)/run.stamp
-	$(BIN)/python train.py --config=configs/shapes.py --workdir=$(RUN)
-	$(BIN)/python eval.py --config=configs/shapes.py --workdir=$(RUN)
+	$(BIN)/python train.py --config=shapes --workdir=$(RUN)
+	$(BIN)/python eval.py --config=shapes --workdir=$(RUN)
 
 # Real drawings: trains on three styles, evaluates on a fourth. Some fifteen minutes on two cores.
 EMOJI := $(patsubst data_sets/%.tar.gz,data/%.tar,$(wildcard data_sets/emoji/*.tar.gz))
 
 emoji: $(VENV)/run.stamp emoji-data
-	$(BIN)/python train.py --config=configs/emoji.py --workdir=runs/emoji
-	$(BIN)/python eval.py --config=configs/emoji.py --workdir=runs/emoji
+	$(BIN)/python train.py --config=emoji --workdir=runs/emoji
+	$(BIN)/python eval.py --config=emoji --workdir=runs/emoji
 
 emoji-data: $(EMOJI)
 
@@ -46,7 +46,7 @@ $(VENV)/core.stamp: $(VENV)/run.stamp requirements-dev.txt
 
 # The paper's model on the paper's 8 GPUs, compiled without one: its largest batch and twice that,
 # then by microbatches up to a million. Some six minutes.
-PLAN := $(BIN)/python -m disco_jax.plan --config=configs/vit_b32_laion400m.py --topology=a100-40gb:8 \
+PLAN := $(BIN)/python -m disco_jax.plan --config=vit_b32_laion400m --topology=a100-40gb:8 \
 	--config.model.text_groups=
 
 plan: $(VENV)/plan.stamp

@@ -88,7 +88,7 @@ def start(
     options |= {"workdir_cache": workdir} if run else {}
     fields = [f"--config.{name}={value}" for name, value in options.items()]
     place = f"--workdir={run or workdir}"
-    command = [sys.executable, "train.py", "--config=configs/tars.py", place]
+    command = [sys.executable, "train.py", "--config=tars", place]
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
@@ -244,7 +244,7 @@ def parameters(run: Path | Url, step: int) -> dict[str, bytes]:
     """Returns the bytes of every array in a checkpoint, by path."""
     import jax
 
-    from configs.tars import get_config
+    from disco_jax.configs.tars import get_config
     from disco_jax.mesh import make_mesh
     from disco_jax.models.build import model_config
     from disco_jax.processes.backend import use_fake_devices

@@ -29,8 +29,8 @@ SETS = ("test/top1", "heldout/top1")
 
 
 def train(steps: int, negatives: int = 0, **fields: Any) -> dict[str, Any]:
-    """Trains configs/emoji.py with `fields` changed and returns the last loss and accuracies."""
-    from configs.emoji import get_config
+    """Trains the config `emoji` with `fields` changed; returns the last loss and accuracies."""
+    from disco_jax.configs.emoji import get_config
 
     warmup = steps // 20
     config = changed(get_config(), num_steps=steps, optimizer__warmup_steps=warmup, **fields)

@@ -1,4 +1,4 @@
-"""A baseline for configs/emoji.py: the names of the training drawings that differ least in pixels.
+"""A baseline for `emoji`: the names of the training drawings that differ least in pixels.
 
     python benchmarks/nearest_pixels.py
 
@@ -19,7 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs.emoji import get_config  # noqa: E402
+from disco_jax.configs.emoji import get_config  # noqa: E402
 from disco_jax.data.load import Load  # noqa: E402
 from disco_jax.data.sources import open_source  # noqa: E402
 from disco_jax.evaluation.classes import load_classes  # noqa: E402

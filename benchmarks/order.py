@@ -56,7 +56,7 @@ class Sorted:
 
 def train(order: str, seed: int, steps: int) -> dict[str, Any]:
     """Returns the last loss and zero-shot top-1 of a run."""
-    from configs.tars import get_config
+    from disco_jax.configs.tars import get_config
     from disco_jax.data.source import Joined
     from disco_jax.data.sources import open_source
 

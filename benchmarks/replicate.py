@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def config_of(**fields: Any) -> Any:
     """Returns the demo's config with `fields` changed, for short runs."""
-    from configs.shapes import get_config
+    from disco_jax.configs.shapes import get_config
 
     config = get_config()
     config.eval.baseline_name, config.eval.retrieval_split = "", ""
@@ -142,7 +142,7 @@ def time(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def step(_: argparse.Namespace) -> dict[str, Any]:
     """Estimates where a step of ViT-B/32 at 32,768 on 8 A100s spends its time, with the planner."""
-    plan = ["-m", "disco_jax.plan", "--config=configs/vit_b32_laion100m.py:32768"]
+    plan = ["-m", "disco_jax.plan", "--config=vit_b32_laion100m:32768"]
     plan += ["--topology=a100-40gb:8", "--json"]
     return {name: json_of([*plan, *flags])[0] for name, flags in STEPS.items()}
 

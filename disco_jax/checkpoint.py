@@ -17,8 +17,15 @@ from disco_jax.storage.urls import Url
 
 
 def main() -> None:
+    """Runs the command; a mistake exits with 2."""
+    guard(_main)
+
+
+def _main() -> None:
     """Moves later checkpoints aside; UserError if the folder is in use or has no such step."""
-    parser = argparse.ArgumentParser(prog="python -m disco_jax.checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workdir", help="a run's folder, or its URL")
     parser.add_argument("--go_back_to", type=int, required=True, metavar="STEP")
     arguments = parser.parse_args()
@@ -33,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guard(main)
+    main()

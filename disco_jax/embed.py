@@ -23,7 +23,9 @@ from disco_jax.storage.urls import check_scheme
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a model folder or a run's workdir, or its URL")
     parser.add_argument(
         "--images", required=True, help="a pattern of globs and braces; ** matches subfolders"
@@ -98,5 +100,10 @@ def _embed_into(file: BinaryIO, arguments: argparse.Namespace, paths: list[str])
     return len(kept)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Parses the command line and runs the command; a mistake exits with 2."""
     guard(lambda: embed(parse_arguments()))
+
+
+if __name__ == "__main__":
+    main()

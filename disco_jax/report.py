@@ -192,8 +192,15 @@ def report(workdirs: Sequence[Place], out: Path) -> None:
 
 
 def main() -> None:
+    """Runs the command; a mistake exits with 2."""
+    guard(_main)
+
+
+def _main() -> None:
     """Parses the command line and writes the report."""
-    parser = argparse.ArgumentParser(prog="python -m disco_jax.report")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its URL")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="output folder")
     arguments = parser.parse_args()
@@ -201,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guard(main)
+    main()

@@ -59,15 +59,15 @@ SHORT = " ".join(
 )
 # Substitutions that shorten commands. They apply in order, each to the result of those before it.
 SHORTER = (
-    (r"^make demo.*", "python train.py --config=configs/shapes.py --workdir=runs/shapes"),
+    (r"^make demo.*", "python train.py --config=shapes --workdir=runs/shapes"),
     (
         r"^make emoji.*",
-        "make emoji-data && python train.py --config=configs/emoji.py --workdir=runs/emoji",
+        "make emoji-data && python train.py --config=emoji --workdir=runs/emoji",
     ),
     (r"(nearest_pixels\.py)", r"\1 --sizes=8 --out=runs/nearest_pixels.json"),
     (r"^make test.*", "python -m pytest tests/test_collectives.py"),
     (r"^make plan.*", "make -n plan"),
-    (r"--config=\.\.\.", "--config=configs/shapes.py --workdir=runs/finetuned"),
+    (r"--config=\.\.\.", "--config=shapes --workdir=runs/finetuned"),
     (r"'?/data/\{00000\.\.00999\}\.tar'?|'?/data/\*\.tar'?", "stand_ins/00000.tar"),
     (r"'s3://bucket/\S*\.tar'", "stand_ins/00000.tar"),
     (r"gs://BUCKET/runs/mine", "runs/not_in_a_bucket"),
@@ -75,7 +75,7 @@ SHORTER = (
     (r"--part=3/32 --out=\S*", "--out=stand_ins/index"),
     (r"(data\.name=stand_ins\S*)", r"\1 --config.data.num_workers=0 --config.model.dtype=float32"),
     (r"( train\.py.*?| eval\.py.*?)( &)?$", rf"\1 {SHORT}\2"),
-    (r"(train\.py --config=configs/pairs\.py(?!.*model\.name).*)", r"\1 --config.model.name=tiny"),
+    (r"(train\.py --config=pairs(?!.*model\.name).*)", r"\1 --config.model.name=tiny"),
     (r"openai/clip-vit-base-patch32", "stand_ins/hf"),
     (r"PATH_OR_REPO", OPENCLIP),
     (r"(chaos\.py) --kills=\d+( --steps=\d+)?", r"\1 --kills=2 --steps=20"),

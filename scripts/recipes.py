@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def config_of(recipe: Recipe, argument: str) -> Any:
     """Returns the config of a recipe, with the steps of its epochs if they depend on the data."""
-    module = importlib.import_module(f"configs.{recipe.config}")
+    module = importlib.import_module(f"disco_jax.configs.{recipe.config}")
     config = module.get_config(argument) if argument else module.get_config()
     if not config.num_steps:
         samples = module.SAMPLES[argument.partition(",")[0]]
@@ -75,7 +75,7 @@ def config_of(recipe: Recipe, argument: str) -> Any:
 
 def command_of(recipe: Recipe, argument: str) -> list[str]:
     """Returns the arguments of `python -m disco_jax.plan`."""
-    name = f"configs/{recipe.config}.py" + (f":{argument}" if argument else "")
+    name = recipe.config + (f":{argument}" if argument else "")
     flags = [
         f"{flag}{config_of(recipe, argument).num_steps}" if flag == "num_steps=" else flag
         for flag in recipe.flags
@@ -151,7 +151,7 @@ def page(found: dict[str, Any]) -> str:
     """Returns docs/recipes.md."""
     parts = [HEAD]
     for recipe in RECIPES:
-        doc = importlib.import_module(f"configs.{recipe.config}").__doc__ or ""
+        doc = importlib.import_module(f"disco_jax.configs.{recipe.config}").__doc__ or ""
         title, _, text = doc.strip().partition("\n\n")
         title = title.rstrip(".")
         parts += [f"## {title}\n", text + "\n", "\n".join(settings_table(recipe)) + "\n"]

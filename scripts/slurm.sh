@@ -26,7 +26,7 @@ before=$(newest_checkpoint)
 # The tasks find each other through Slurm's environment variables. If one dies, the others exit
 # within seconds. srun does not inherit --cpus-per-task from the batch job.
 srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/python train.py \
-    --config=configs/vit_b32_laion400m.py --workdir="$WORKDIR" \
+    --config=vit_b32_laion400m --workdir="$WORKDIR" \
     --config.data.name="$SHARDS" --config.data.caption_key=caption
 code=$?
 

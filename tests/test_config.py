@@ -115,7 +115,7 @@ def run(*arguments: str, program: Sequence[str] = ("train.py",)) -> subprocess.C
 
 def starts(folder: Path, given: list[str], *options: str) -> list[tuple[int, str]]:
     """Returns the exit code and standard error of a start with each setting."""
-    common = ["--config=configs/shapes.py", f"--workdir={folder / 'run'}"]
+    common = ["--config=shapes", f"--workdir={folder / 'run'}"]
     (folder / "cases.json").write_text(json.dumps([[*common, f"--config.{x}"] for x in given]))
     done = subprocess.run(
         [sys.executable, "-m", "tests.many_starts", folder / "cases.json", *options],
@@ -148,7 +148,7 @@ try:
 finally:
     print("jax" in sys.modules)
 """
-    given = ["--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", "--config.seed=x"]
+    given = ["--config=shapes", f"--workdir={tmp_path / 'run'}", "--config.seed=x"]
     result = run(*given, program=("-c", code))
     assert result.returncode == 2
     assert result.stderr == "error: seed is 'x'; it must be an integer\n"
@@ -181,7 +181,7 @@ def test_any_value_of_any_field_is_right_or_told(tmp_path):
 def test_all_mistakes_are_told_at_once(tmp_path):
     wrong = ("batchsize=3", "num_steps=x", "fsdp=0", "loss.method=rng", "optimizer.eps=0")
     given = [f"--config.{case}" for case in wrong]
-    result = run("--config=configs/shapes.py", f"--workdir={tmp_path}", *given, "--process_cont=2")
+    result = run("--config=shapes", f"--workdir={tmp_path}", *given, "--process_cont=2")
     assert result.returncode == 2
     assert "unknown flag --process_cont; did you mean process_count?" in result.stderr
     for field in ("batchsize", "num_steps", "fsdp", "loss.method", "optimizer.eps"):

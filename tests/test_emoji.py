@@ -15,8 +15,8 @@ from PIL import Image
 from benchmarks.emoji_runs import BATCHES, RATES, batch_size_table, chosen, grid_table
 from benchmarks.nearest_pixels import accuracy, distances
 from benchmarks.trainer import grouped_loss, train_missing
-from configs.emoji import get_config
 from disco_jax.config.validation import validate
+from disco_jax.configs.emoji import get_config
 from disco_jax.evaluation.classes import load_classes, load_subset, load_templates
 from disco_jax.losses import reference
 from scripts.emoji.names import TEMPLATES, captions, icon_of, is_held_out

@@ -279,7 +279,7 @@ def test_fields_of_data_are_checked(field, good, bad):
 
 @pytest.mark.parametrize("source", ["tar", "csv", "parquet"])
 def test_pairs_fits_its_source(source, tmp_path):
-    from configs import pairs as config_file
+    from disco_jax.configs import pairs as config_file
 
     config = config_file.get_config()
     path = shard(tmp_path / "t.tar", range(3))

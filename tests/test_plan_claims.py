@@ -5,8 +5,8 @@ import re
 import jax
 import pytest
 
-from configs.vit_b32_laion400m import get_config
 from disco_jax.config import default
+from disco_jax.configs.vit_b32_laion400m import get_config
 from disco_jax.models import abstract_model, preset
 from disco_jax.plan.accelerators import parse_topology
 from disco_jax.plan.charts import draw_time

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import vit_b32_laion100m
 from disco_jax.config import default, zeroshot_set
 from disco_jax.config.validation import problems_of
+from disco_jax.configs import vit_b32_laion100m
 from disco_jax.errors import UserError
 from disco_jax.report import PAPER, read_run, report, table
 from disco_jax.runs.workdir import stored_config

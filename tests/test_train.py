@@ -55,7 +55,7 @@ def command(
     return [
         sys.executable,
         script,
-        f"--config=configs/{config}.py",
+        f"--config={config}",
         f"--workdir={workdir}",
         f"--config.data.dir={data_dir}",
         f"--config.model.name={data_dir}/model",
@@ -205,8 +205,8 @@ MISTAKES = [
     (["--config.model.name=ViT"], "model.name: unknown model 'ViT'"),
     (["--config.loss.method=rng"], "loss.method is 'rng'; it must be one of"),
     (["--config.data.name=LAION-400M"], "unknown dataset 'LAION-400M'"),
-    (["--config.data.name=configs"], "data.name: configs is a folder"),
-    (["--config.data.name=configs/*.tar"], "data.name: no file matches configs/*.tar"),
+    (["--config.data.name=docs"], "data.name: docs is a folder"),
+    (["--config.data.name=docs/*.tar"], "data.name: no file matches docs/*.tar"),
     (["--config.eval.batch_size=0"], "eval.batch_size is 0; it must be at least 1"),
     (["--config.num_steps=0"], "num_steps is 0; it must be at least 1"),
     (["stray"], "unexpected argument 'stray'"),
@@ -219,7 +219,7 @@ def test_mistakes_get_one_line(tmp_path, data_dir):
     for extra, _ in MISTAKES:
         arguments = command("train.py", tmp_path / "run", data_dir, *extra)[2:]
         if extra[0].startswith("--config="):
-            arguments.remove("--config=configs/shapes.py")
+            arguments.remove("--config=shapes")
         cases.append(arguments)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     starts = [sys.executable, "-m", "tests.many_starts", str(tmp_path / "cases.json"), "--whole"]

@@ -39,7 +39,9 @@ CHECKS = (
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(prog="python -m disco_jax.accept", description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="default: JAX's own")
     parser.add_argument("--out", type=Path, default=Path("runs/check"), help="folder to write to")
@@ -63,6 +65,11 @@ def find_machine(platform: str | None) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Runs the command; a mistake exits with 2."""
+    guard(_main)
+
+
+def _main() -> None:
     """Runs the checks, one after another."""
     arguments = parse_arguments()
     if not (ROOT / "benchmarks").is_dir():
@@ -85,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guard(main)
+    main()

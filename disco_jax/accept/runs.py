@@ -44,7 +44,7 @@ def demo(size: Size, workdir: Path) -> list[str]:
         "eval.baseline_name": "",
     }
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    return ["train.py", "--config=configs/shapes.py", f"--workdir={workdir}", *flags]
+    return ["train.py", "--config=shapes", f"--workdir={workdir}", *flags]
 
 
 def kill_at(job: subprocess.Popen, workdir: Path, step: int) -> None:

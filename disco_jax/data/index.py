@@ -41,7 +41,9 @@ NOTICE = 30.0  # seconds between lines of progress, without a terminal
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pattern", help="the shards, as in config.data.name")
     parser.add_argument("--out", default="", help="folder or URL of the index; default: beside")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
@@ -146,5 +148,10 @@ def _index_one(shard: Place, out: str) -> Entry | str:
         raise UserError(f"{sidecar} can't be written: {error.strerror}") from error
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Parses the command line and runs the command; a mistake exits with 2."""
     guard(lambda: index(parse_arguments()))
+
+
+if __name__ == "__main__":
+    main()

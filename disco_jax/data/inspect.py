@@ -51,7 +51,9 @@ class Seen(NamedTuple):
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_source(parser)
     parser.add_argument(
         "--samples", type=int, default=2_000, help="number to read, evenly spaced; 0: all"
@@ -188,5 +190,10 @@ def _percentiles(values: np.ndarray) -> str:
     return ", ".join(f"{x:,.0f}" for x in np.percentile(values, (50, 90, 99)))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Parses the command line and runs the command; a mistake exits with 2."""
     guard(lambda: inspect(parse_arguments()))
+
+
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,9 @@ BUFFER = 1 << 20  # bytes written at once to a remote shard
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_source(parser)
     parser.add_argument("--out", required=True, help="output folder or URL, without any shards")
     parser.add_argument("--samples", type=int, default=1_000, help="samples per shard")
@@ -108,5 +110,10 @@ def _add(tar: tarfile.TarFile, index: int, sample: Sample) -> None:
         tar.addfile(member, io.BytesIO(content))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Parses the command line and runs the command; a mistake exits with 2."""
     guard(lambda: write_shards(parse_arguments()))
+
+
+if __name__ == "__main__":
+    main()

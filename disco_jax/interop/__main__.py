@@ -14,7 +14,9 @@ from disco_jax.runs.places import run_place
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the subcommand and its arguments."""
-    parser = argparse.ArgumentParser(prog="python -m disco_jax.interop")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     taken = commands.add_parser("import", help="import another library's weights")
     taken.add_argument("source", help="a file, a folder, or a repository on the Hugging Face Hub")
@@ -35,6 +37,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Runs the command; a mistake exits with 2."""
+    guard(_main)
+
+
+def _main() -> None:
     """Runs the command.
 
     Raises:
@@ -63,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guard(main)
+    main()

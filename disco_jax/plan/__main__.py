@@ -1,6 +1,10 @@
-"""Will it fit, and how long will it take?
+"""Will it fit, and how long will it take? Compiles the training step for absent accelerators.
 
-Usage: python -m disco_jax.plan --config=FILE --topology=a100-40gb:8 [--help].
+  disco-jax plan --config=vit_b32_laion400m --topology=a100-40gb:8
+  disco-jax plan --config=pairs --topology=l4:1 --find_max_batch --config.model.name=ViT-B-16
+  disco-jax plan --loss_only --dim=512 --topology=h100-80gb:8 --compare=auto,default
+
+Needs `pip install -r requirements-plan.txt` (or disco-jax[plan]) and Linux, but no accelerator.
 """
 
 import json
@@ -39,15 +43,16 @@ flags.DEFINE_string("chart", None, "PNG file for a plot of peak memory against b
 flags.DEFINE_string("time_chart", None, "PNG file for a plot of where a step's time goes.")
 flags.DEFINE_bool("json", False, "Print the rows as JSON on the last line of standard output.")
 
-USAGE = """python -m disco_jax.plan --config=configs/vit_b32_laion400m.py --topology=a100-40gb:8
-       [--hosts=N] [--batch_size=N,...] [--compare=METHOD,...] [--find_max_batch | --find_fastest]
-       [--loss_only --dim=512] [--chart=FILE.png] [--time_chart=FILE.png] [--json]"""
-
 
 def main() -> None:
+    """Parses the flags and plans; a mistake exits with 2."""
+    cli.guard(_plan)
+
+
+def _plan() -> None:
     """Parses the flags, compiles, and prints the results."""
     loss_only = any(re.fullmatch(r"--?loss_only(=true|=1)?", arg, re.I) for arg in sys.argv)
-    config = cli.parse(sys.argv, USAGE, config_needed=not loss_only)
+    config = cli.parse(sys.argv, __name__, __doc__ or "", config_needed=not loss_only)
     if FLAGS.topology is None:
         raise UserError("--topology=NAME:COUNT is missing; pass e.g. --topology=a100-40gb:8")
     topology = parse_topology(FLAGS.topology, FLAGS.hosts)
@@ -95,4 +100,4 @@ def check_flags(device: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.guard(main)
+    main()

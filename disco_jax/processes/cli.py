@@ -47,7 +47,7 @@ from disco_jax.storage.urls import Place
 MEMORY_FRACTION = 0.93
 LEAVING = 30  # seconds for which preempted processes wait for each other on exit
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/shapes.py.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A config's file or name, e.g. shapes.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run, local or a URL, for checkpoints, metrics and curves."
 )
@@ -58,20 +58,23 @@ _COUNT = flags.DEFINE_integer("process_count", None, "Number of processes in the
 _INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
 
 
-def run(main: Callable[[ConfigDict, Place], None], *, writes: bool) -> None:
+def run(
+    main: Callable[[ConfigDict, Place], None], module: str, about: str, *, writes: bool
+) -> None:
     """Sets up JAX and calls an entry point's `main(config, workdir)`.
 
-    The processes of a run watch each other. An entry point that `writes` locks the run's folder,
-    and is watched for stalls.
+    The processes of a run watch each other.
+
+    Args:
+      main: the entry point.
+      module: the name of its module, whose key flags it has.
+      about: what `--help` says before it lists these flags.
+      writes: whether it locks the run's folder and is watched for stalls.
     """
 
     def call() -> None:
         try:
-            config = parse(
-                sys.argv,
-                f"{sys.argv[0]} --config=configs/shapes.py --workdir=DIR\n"
-                "       [--coordinator=HOST:PORT --process_count=N --process_index=I]",
-            )
+            config = parse(sys.argv, module, about)
             if not flags.FLAGS.workdir:
                 raise UserError("--workdir=DIR is missing")
             workdir = run_place(flags.FLAGS.workdir)
@@ -226,23 +229,55 @@ def _exit(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def parse(argv: list[str], usage: str, config_needed: bool = True) -> Any:
+def config_file(given: str) -> str:
+    """Returns the file of a config, and its argument after a colon, for the value of `--config`.
+
+    A name such as `shapes` or `configs/shapes.py`, if there is no such file, is that of a config
+    that comes with the package.
+
+    Raises:
+      UserError: if there is neither.
+    """
+    name, colon, argument = given.partition(":")
+    if Path(name).is_file():
+        return given
+    folder = Path(__file__).parent.parent / "configs"
+    shipped = {path.stem: path for path in folder.glob("[!_]*.py")}
+    stem = name.removeprefix("configs/").removesuffix(".py")
+    if stem in shipped:
+        return f"{shipped[stem]}{colon}{argument}"
+    hint = near(stem, list(shipped)) or f"; those are {', '.join(sorted(shipped))}"
+    raise UserError(
+        f"--config: file not found: {name}, nor does a config of this name come with it{hint}"
+    )
+
+
+def parse(argv: list[str], module: str, about: str, config_needed: bool = True) -> Any:
     """Parses the flags and returns the validated config, or the default one if none is given.
+
+    Args:
+      argv: the command line.
+      module: the name of the entry point's module, whose key flags `--help` lists.
+      about: what `--help` says before.
+      config_needed: whether `--config` must be given.
 
     Raises:
       UserError: if flags or fields are unknown, the file is missing, or values are invalid. The
         message lists every problem.
     """
     if any(arg in ("-h", "--help", "--helpshort", "--helpfull") for arg in argv):
-        print(f"usage: {usage} [--config.FIELD=VALUE ...]")
-        print("All config fields are documented in disco_jax/config/defaults.py.")
-        print(flags.FLAGS.main_module_help())
+        print(about)
+        fields = Path(__file__).parent.parent / "config" / "defaults.py"
+        print(f"All config fields and what they mean: {fields}")
+        of_main = module == "__main__"  # python -m: absl knows its flags by another name
+        print(flags.FLAGS.main_module_help() if of_main else flags.FLAGS.module_help(module))
         sys.exit(0)
     path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
     if path is None and config_needed:
-        raise UserError("--config=FILE is missing; pass e.g. --config=configs/shapes.py")
-    if path is not None and not Path(path.split(":")[0]).is_file():
-        raise UserError(f"--config: file not found: {path.split(':')[0]}")
+        raise UserError("--config=FILE is missing; pass e.g. --config=shapes")
+    if path is not None:
+        file = config_file(path)
+        argv = [re.sub(r"(?s)^--?config=.*", lambda _: f"--config={file}", a) for a in argv]
     usable, problems = check_overrides(argv)
     whole, sys.argv = sys.argv, usable  # ml_collections reads overrides from there
     try:

@@ -197,7 +197,7 @@ def check_same(stored: dict[str, Any], config: ConfigDict, workdir: Place) -> No
     # Fields may have been added since. JSON turns tuples into lists.
     added, new = (flatten(ConfigDict(json.loads(c.to_json()))) for c in (default(), config))
     old = added | flatten(ConfigDict(stored))
-    for fields in (old, new):  # configs/pairs.py once had what "auto" stands for
+    for fields in (old, new):  # disco_jax/configs/pairs.py once had what "auto" stands for
         shards = str(fields["data.name"]).lower().endswith(".tar")
         for field, value in (
             ("image_key", "image"),

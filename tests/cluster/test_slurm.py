@@ -52,7 +52,7 @@ class Job:
             script, changed = re.subn(rf"^{name}=.*", f"{name}={value}", script, flags=re.M)
             assert changed == 1
         path = folder / "slurm.sh"
-        path.write_text(script.replace("configs/vit_b32_laion400m.py", str(config)))
+        path.write_text(script.replace("--config=vit_b32_laion400m", f"--config={config}"))
         whole = ["ALL", *(f"{k}={v}" for k, v in env.items())]
         options = (*ALL_AT_ONCE, f"--output={self._log}", f"--export={','.join(whole)}")
         self.number = cluster.submit(path, *options)

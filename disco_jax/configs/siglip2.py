@@ -1,7 +1,7 @@
 """Fine-tune SigLIP 2 on your own pairs.
 
     python -m disco_jax.interop import --from=hf PATH_OR_REPO --out=models/siglip2
-    python train.py --config=configs/siglip2.py --workdir=runs/own --config.data.name='/data/*.tar'
+    python train.py --config=siglip2 --workdir=runs/own --config.data.name='/data/*.tar'
     python -m disco_jax.interop export --to=hf runs/own --out=models/siglip2-tuned
 
 PATH_OR_REPO is a fixed-resolution SigLIP 2 such as google/siglip2-base-patch16-224. The loss is
@@ -13,7 +13,7 @@ out part of your pairs.
 
 from ml_collections import ConfigDict
 
-from configs import pairs
+from disco_jax.configs import pairs
 
 
 def get_config() -> ConfigDict:

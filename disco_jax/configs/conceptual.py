@@ -1,6 +1,6 @@
 """CC3M and CC12M: three or twelve million captioned images, for experiments that take a day.
 
-    python train.py --config=configs/conceptual.py:DATA --workdir=DIR
+    python train.py --config=conceptual:DATA --workdir=DIR
 
 DATA is cc3m or cc12m, followed by a model if it is not ViT-B-32, e.g. cc12m,ViT-B-16. What others
 reached differs from these settings; zero-shot top-1 on ImageNet in %:
@@ -16,7 +16,7 @@ decay 0.1, which are used here, at a batch of 1,024 in all. ResNets are not supp
 
 from ml_collections import ConfigDict
 
-from configs import vit_b32_laion400m
+from disco_jax.configs import vit_b32_laion400m
 
 # samples: those of CC12M that OpenCLIP's README counts, and CC3M's training set as published
 SAMPLES = {"cc3m": 3_318_333, "cc12m": 10_968_539}

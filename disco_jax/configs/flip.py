@@ -1,7 +1,7 @@
 """FLIP: half of the image patches are dropped in training, which halves the image tower's work.
 
-    python train.py --config=configs/flip.py:PART --workdir=runs/flip
-    python train.py --config=configs/flip.py:tune --workdir=runs/tuned --config.init_from=runs/flip
+    python train.py --config=flip:PART --workdir=runs/flip
+    python train.py --config=flip:tune --workdir=runs/tuned --config.init_from=runs/flip
 
 PART is train, with patches dropped, or tune, a short run without dropping that closes the gap
 between training and evaluation (Li et al., 2023, "Scaling Language-Image Pre-training via
@@ -12,7 +12,7 @@ order, batch and text tower.
 
 from ml_collections import ConfigDict
 
-from configs import vit_b16_laion400m
+from disco_jax.configs import vit_b16_laion400m
 
 PARTS = ("train", "tune")
 TUNING = 128_000_000  # samples: 0.32 epochs of LAION-400M

@@ -1,7 +1,7 @@
 """CLIPA: most of the training on small images and short texts, the rest at full size.
 
-    python train.py --config=configs/clipa.py:1 --workdir=runs/clipa1
-    python train.py --config=configs/clipa.py:2 --workdir=runs/clipa2 --config.init_from=runs/clipa1
+    python train.py --config=clipa:1 --workdir=runs/clipa1
+    python train.py --config=clipa:2 --workdir=runs/clipa2 --config.init_from=runs/clipa1
 
 Stage 1 trains a ViT-B/16 on 112 pixels and 32 tokens; stage 2 begins from it, with its positions
 interpolated to 224 pixels, at a tenth of the learning rate. Batch, rates, warm-up, weight decay,
@@ -15,7 +15,7 @@ A100s, 67.8 % after 3 and 69.3 % after 4, the latter two with larger models and 
 
 from ml_collections import ConfigDict
 
-from configs import vit_b32_laion400m
+from disco_jax.configs import vit_b32_laion400m
 
 STAGES = ("1", "2")
 

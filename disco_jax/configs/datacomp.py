@@ -1,6 +1,6 @@
 """DataComp's small, medium and large scales: fixed training, any choice of the pool's samples.
 
-    python train.py --config=configs/datacomp.py:SCALE --workdir=DIR --config.data.subset=UIDS.npy
+    python train.py --config=datacomp:SCALE --workdir=DIR --config.data.subset=UIDS.npy
 
 SCALE is small, medium or large. UIDS.npy is a file of uids as DataComp's baselines.py writes it;
 without it, all of the pool is used. Settings are those of DataComp's scale_configs.py, the others
@@ -19,7 +19,7 @@ docs/datacomp_models.md; DataComp, Gadre et al., 2023, Table 3):
 
 from ml_collections import ConfigDict
 
-from configs import vit_b32_laion400m
+from disco_jax.configs import vit_b32_laion400m
 
 # model, batch size, samples seen
 SCALES = {

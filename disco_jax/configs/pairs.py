@@ -1,9 +1,9 @@
 """A starting point for your own images and captions.
 
-    python train.py --config=configs/pairs.py --workdir=runs/pairs --config.data.name='/data/*.tar'
-    python train.py --config=configs/pairs.py --workdir=runs/pairs --config.data.name=/data/list.csv
+    python train.py --config=pairs --workdir=runs/pairs --config.data.name='/data/*.tar'
+    python train.py --config=pairs --workdir=runs/pairs --config.data.name=/data/list.csv
 
-Fits on one 24 GB GPU; for other sizes, run python -m disco_jax.plan --config=configs/pairs.py ...
+Fits on one 24 GB GPU; for other sizes, run python -m disco_jax.plan --config=pairs ...
 All other fields have the defaults of disco_jax/config/defaults.py, where each is explained.
 """
 

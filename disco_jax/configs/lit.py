@@ -1,7 +1,7 @@
 """LiT: a new text tower for a trained image tower, which stays as it is.
 
     python -m disco_jax.interop import --from=openclip PATH_OR_REPO --out=models/b32
-    python train.py --config=configs/lit.py --workdir=runs/lit --config.data.name='/data/*.tar'
+    python train.py --config=lit --workdir=runs/lit --config.data.name='/data/*.tar'
 
 With a frozen image tower (Zhai et al., 2022, "LiT"), images need no backward pass and no
 activations. The text tower begins as the model's own; its blocks are all trained. The published
@@ -11,11 +11,11 @@ google-research/vision_transformer), with other data and image towers trained wi
 
 from ml_collections import ConfigDict
 
-from configs import pairs
+from disco_jax.configs import pairs
 
 
 def get_config() -> ConfigDict:
-    """configs/pairs.py with the image tower frozen."""
+    """The config `pairs` with the image tower frozen."""
     config = pairs.get_config()
     config.model.name = config.init_from = "models/b32"
     config.batch_size = 4_096

@@ -1,6 +1,6 @@
 """The paper's batch sizes: ViT-B/32 on LAION-100M, a 100 M subset of LAION-2B, for 16 epochs.
 
-    python train.py --config=configs/vit_b32_laion100m.py:BATCH --workdir=DIR
+    python train.py --config=vit_b32_laion100m:BATCH --workdir=DIR
 
 BATCH is 8192, 16384, 32768 or 65536, for about 200K, 100K, 50K or 25K steps. 32768 is the paper's
 headline run, around 2 days on 8 A100s. Zero-shot top-1 in % (DisCo-CLIP, appendix, section 1.3,
@@ -15,7 +15,7 @@ Table 2), which `disco_jax.report` lists next to a run's own:
 
 from ml_collections import ConfigDict
 
-from configs import vit_b32_laion400m
+from disco_jax.configs import vit_b32_laion400m
 
 BATCHES = (8_192, 16_384, 32_768, 65_536)
 EPOCHS, SAMPLES = 16, 100_000_000
