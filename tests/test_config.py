@@ -212,7 +212,7 @@ def test_steps_epochs_and_samples_agree(steps, right):
 def test_choices_are_those_of_the_code():
     """Validation does not import JAX, so it has separate lists of the choices."""
     assert CHOICES["loss.method"] == losses.METHODS
-    assert CHOICES["loss.precision"] == losses.contrastive.PRECISIONS
+    assert CHOICES["loss.precision"] == losses.arguments.PRECISIONS
     assert CHOICES["loss.kind"] == losses.KINDS
     assert set(CHOICES["model.activation"]) == {"", *ACTIVATIONS}
     for remat in REMAT:
