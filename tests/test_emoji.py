@@ -229,4 +229,4 @@ def test_the_docs_have_the_results_numbers():
         assert f"| {100 * top1:.1f} | {100 * top5:.1f} |" in text
     assert metrics["step"] == get_config().num_steps
     readme = (ROOT / "README.md").read_text()
-    assert f"It finds {100 * metrics['test/top1']:.1f} % of them" in " ".join(readme.split())
+    assert f"1,177 names: {100 * metrics['test/top1']:.1f} % are right" in " ".join(readme.split())

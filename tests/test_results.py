@@ -75,15 +75,15 @@ def test_batch_sizes_have_three_seeds_each():
         assert row["steps"] == result("batch_size")["samples"] // row["batch_size"]
 
 
-def test_readme_has_the_results_numbers():
-    readme = (ROOT / "README.md").read_text()
+def test_the_docs_have_the_results_numbers():
+    page = (ROOT / "docs/experiments.md").read_text()
     rows = result("batch_size")["rows"]
     for size in sorted({row["batch_size"] for row in rows}):
         runs = [row for row in rows if row["batch_size"] == size]
         cells = [str(size), f"{runs[0]['steps']:,}", *over_seeds(runs)]
-        assert f"| {' | '.join(cells)} |" in readme
+        assert f"| {' | '.join(cells)} |" in page
     off = max(result("equivalence")["largest_relative_difference"].values())
-    assert f"at most {off:.1e} of their value".replace("e-0", "e-") in readme
+    assert f"at most {off:.1e} of their value".replace("e-0", "e-") in page
     assert len({str(c["top1"]) for c in result("equivalence")["curves"].values()}) == 1
 
 
