@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/shapes
 
-.PHONY: demo emoji emoji-data test install-highest test-highest lint plan gpu-check cluster-check docs-check clean
+.PHONY: demo emoji emoji-data test install-highest test-highest lint plan gpu-check cluster-check \
+	docs docs-check clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=shapes --workdir=$(RUN)
@@ -75,6 +76,10 @@ cluster-check: $(VENV)/dev.stamp
 docs-check: $(VENV)/dev.stamp
 	$(BIN)/python scripts/check_docs.py
 
+# The documentation site, in build/site: open its index.html, or `$(BIN)/mkdocs serve`.
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --quiet
+
 clean:
 	rm -rf $(RUN)
 
@@ -86,6 +91,10 @@ $(VENV)/run.stamp: requirements.txt pyproject.toml
 
 $(VENV)/plan.stamp: $(VENV)/run.stamp requirements-plan.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-plan.txt
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/run.stamp requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/plan.stamp requirements-dev.txt

@@ -17,6 +17,7 @@ COMMANDS = (
     ("import", "disco_jax.interop.__main__", ("import",), "import weights of another library"),
     ("export", "disco_jax.interop.__main__", ("export",), "export weights, and push them"),
     ("embed", "disco_jax.embed", (), "write the features of many images"),
+    ("teach", "disco_jax.teach", (), "store a model's features, to be distilled from"),
     ("checkpoint", "disco_jax.checkpoint", (), "rewind a run to an earlier step"),
     ("accept", "disco_jax.accept.__main__", (), "do the documentation's claims hold here?"),
 )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -14,10 +15,12 @@ import pytest
 from flax import nnx
 
 import disco_jax
+from disco_jax import teach
 from disco_jax.config import default
 from disco_jax.config.validation import problems_of
 from disco_jax.data.load import Load
 from disco_jax.data.sources import open_source
+from disco_jax.data.stored_features import StoredFeatures
 from disco_jax.errors import UserError
 from disco_jax.mesh import batch_sharding, place_batch
 from disco_jax.models.build import teacher_config
@@ -219,6 +222,41 @@ def test_a_run_distills_and_has_several_positives(made, tmp_path, mode):
     train(config, resumed)
     assert len(small_run.losses(whole)) == 4
     np.testing.assert_array_equal(small_run.losses(resumed), small_run.losses(whole))
+
+
+def test_stored_features_are_those_of_a_teacher(made, tmp_path, capsys, monkeypatch):
+    """As `disco_jax.load` encodes each sample; a bad one is left out, and training replaces it."""
+    rows = [f"{made}/{i}.png,number {i}" for i in range(6)]
+    rows[3] = f"{made}/none.png,number 3"
+    table, out = tmp_path / "pairs.csv", tmp_path / "features"
+    table.write_text("\n".join(["image,caption", *rows]) + "\n")
+    arguments = [str(made / "teacher"), str(table), f"--out={out}", "--batch_size=4"]
+    monkeypatch.setattr(sys, "argv", ["teach", *arguments])
+    teach.main()
+    assert "wrote the features of 5 samples" in capsys.readouterr().out
+    config = small_run.config_of(made, num_steps=2, batch_size=4, distill__features=str(out))
+    config.data.name = str(table)
+    source = open_source(config.data, str(table), "")
+    features, model = StoredFeatures(out, source), disco_jax.load(made / "teacher")
+    for i in (0, 1, 5):
+        image, text = features[i]
+        expected = model.logit_scale * model.encode_image(str(made / f"{i}.png"))[0]
+        np.testing.assert_allclose(image, expected, atol=2e-3 * model.logit_scale)
+        np.testing.assert_allclose(text, model.encode_text(f"number {i}")[0], atol=2e-3)
+    load = Load(source, config.data, 16, teacher=features)
+    replaced = load.train(0, 3)
+    assert replaced.failures
+    index = int(replaced.captions[0].split()[1])
+    np.testing.assert_array_equal(replaced.teacher[1], features[index][1])
+    config.data.max_bad_fraction = 1.0
+    train(config, tmp_path / "run")
+    assert len(small_run.losses(tmp_path / "run")) == 2
+    other = tmp_path / "other.csv"
+    other.write_text(table.read_text() + rows[0] + "\n")
+    with pytest.raises(UserError, match=r"^distill\.features: .* is of other data \(pairs\.csv"):
+        StoredFeatures(out, open_source(config.data, str(other), ""))
+    config.distill.teacher = "x"
+    assert any("exclude each other" in problem for problem in problems_of(config))
 
 
 def test_samples_of_one_image_have_one_hash(made, tmp_path):

@@ -91,6 +91,9 @@ def default() -> ConfigDict:
     # A trained model whose features of each batch are distilled: a model folder that reads the same
     # tokens (see `python -m disco_jax.interop`); "": none. For the softmax loss.
     c.distill.teacher = ""
+    # Instead of a teacher: a folder of its features of all samples of data.name, which
+    # `python -m disco_jax.teach` writes. Of several captions, the first is then always used.
+    c.distill.features = ""
     # Weight of the cross-entropies with the teacher's softmax as targets, which are added to the
     # contrastive loss.
     c.distill.weight = 1.0

@@ -215,10 +215,12 @@ def _of_several(c: dict[str, Any]) -> list[str]:
         problems.append(
             "microbatch_mode 'host' requires microbatch, the samples per device in a microbatch"
         )
-    if c["distill.teacher"] and c["loss.kind"] != "softmax":
-        problems.append(
-            f"distill.teacher requires loss.kind softmax; the {c['loss.kind']} loss has no targets"
-        )
+    for field in ("distill.teacher", "distill.features"):
+        if c[field] and c["loss.kind"] != "softmax":
+            kind = c["loss.kind"]
+            problems.append(f"{field} requires loss.kind softmax; the {kind} loss has no targets")
+    if c["distill.teacher"] and c["distill.features"]:
+        problems.append("distill.teacher and distill.features exclude each other; set one of them")
     groups = c["model.text_groups"]
     try:
         parse_text_groups("" if groups == AUTO else groups)

@@ -29,7 +29,8 @@ NOTICE = 60.0  # seconds without data before a notice is printed
 class Batch(NamedTuple):
     """The arrays for one training step, with the keys of its samples and the bad samples."""
 
-    # images uint8 [b, size, size, 3]; tokens int32 [b, context]; image_hashes uint32 [b, 2]
+    # images uint8 [b, size, size, 3]; tokens int32 [b, context]; image_hashes uint32 [b, 2];
+    # teacher_image and teacher_text fp32 [b, D]
     arrays: dict[str, np.ndarray]
     labels: np.ndarray  # int32 [b]; empty if the source has none
     keys: np.ndarray  # str [b]

@@ -11,6 +11,7 @@ from numpy.random import Generator
 
 from disco_jax.data.colors import ColorChanges, change_colors
 from disco_jax.data.source import MAX_TEXT_BYTES, BadSample, ByKey, Failure, Joined, Sample
+from disco_jax.data.stored_features import StoredFeatures
 from disco_jax.data.transforms import (
     CLIP_RESIZE,
     ImageLimits,
@@ -39,6 +40,7 @@ class Loaded(NamedTuple):
     image_name: str | None  # equal for samples that share an image; None: not shared
     failures: tuple[Failure, ...]  # the bad samples that it replaces
     image_hash: np.ndarray | None = None  # uint32 [2], of the encoded image; None: not wanted
+    teacher: tuple[np.ndarray, np.ndarray] | None = None  # its stored features; None: not wanted
 
 
 class Load:
@@ -56,8 +58,9 @@ class Load:
         seed: int = 0,
         resize: Resize = CLIP_RESIZE,
         hash_images: bool = False,
+        teacher: StoredFeatures | None = None,
     ):
-        self._hash_images = hash_images
+        self._hash_images, self._teacher = hash_images, teacher
         self._source, self._size, self._seed, self._resize = source, size, seed, resize
         self._least_area = data.crop_scale
         self._by_line = data.captions_by_line
@@ -111,7 +114,8 @@ class Load:
         captions = self._drawn(sample, rng)
         pixels = self._pixels(sample, rng)
         hashed = hash_of(sample.image) if self._hash_images else None
-        return Loaded(sample.key, pixels, captions, _index(sample), None, (), hashed)
+        taught = self._teacher[index] if self._teacher else None
+        return Loaded(sample.key, pixels, captions, _index(sample), None, (), hashed, taught)
 
     def evaluate(self, index: int) -> Loaded:
         """Loads sample `index` with the evaluation transform and all of its captions.
@@ -126,7 +130,12 @@ class Load:
         return Loaded(sample.key, pixels, captions, _index(sample), sample.image_name, ())
 
     def _drawn(self, sample: Sample, rng: Generator) -> tuple[str, ...]:
-        """Draws one of the captions, of several keys by their weights; empty if none are read."""
+        """Draws one of the captions, of several keys by their weights; empty if none are read.
+
+        With stored features, it is always the first, which they are of.
+        """
+        if self._teacher:
+            return usable_captions(sample, self._by_line)[:1]
         if not isinstance(sample.captions, ByKey):
             captions = usable_captions(sample, self._by_line)
         else:

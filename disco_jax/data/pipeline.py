@@ -54,6 +54,10 @@ class Collate:
         hashes = [sample.image_hash for sample in samples if sample.image_hash is not None]
         if hashes:
             arrays["image_hashes"] = np.stack(hashes)
+        taught = [sample.teacher for sample in samples if sample.teacher is not None]
+        if taught:
+            image, text = map(np.stack, zip(*taught, strict=True))
+            arrays |= {"teacher_image": image, "teacher_text": text}
         labels = [sample.label for sample in samples if sample.label is not None]
         return Batch(
             arrays,

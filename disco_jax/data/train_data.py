@@ -30,6 +30,7 @@ from disco_jax.data.load import Load
 from disco_jax.data.order import GLOBAL, Order, make_order
 from disco_jax.data.pipeline import Collate, train_batches
 from disco_jax.data.source import Joined, describe
+from disco_jax.data.stored_features import StoredFeatures
 from disco_jax.data.tokenizer import make_tokenizer
 from disco_jax.data.transforms import Resize
 from disco_jax.errors import UserError
@@ -87,7 +88,7 @@ class TrainData:
         self._total: Counter[str] = Counter()
         start = position.get("samples_seen", 0)
         self._fetching = fetching_of(config, source, self._order, start, rows)
-        keys = config.data.record_keys
+        keys, stored = config.data.record_keys, config.distill.features
         vision = model.vision
         resize = Resize(vision.squash, vision.resample)
         self._keys = JsonLines(process_file(workdir, "keys"), step) if keys else None
@@ -100,6 +101,7 @@ class TrainData:
                 config.seed,
                 resize,
                 hash_images=config.loss.positives == "images",
+                teacher=StoredFeatures(Path(stored), source) if stored else None,
             ),
             Collate(make_tokenizer(model.text)),
             batch_size=config.batch_size,

@@ -4,6 +4,7 @@ Datasets repeat images and captions, and a large batch holds several samples of 
 of groups are made here, inside the step, so that they hold across all devices and microbatches.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from disco_jax.losses import Teacher
 from disco_jax.mesh import replicated
 from disco_jax.models.build import teacher_config
+from disco_jax.models.files import read_object
 
 Array = jax.Array
 # Arrays of a batch that the towers encode. `arrays_of` names those that the labels are made from.
@@ -38,8 +40,13 @@ def arrays_of(config: ConfigDict) -> tuple[str, ...]:
     return (
         *(("tokens",) if by_captions else ()),
         *(("image_hashes",) if config.loss.positives == "images" else ()),
-        *(("teacher_image", "teacher_text") if config.distill.teacher else ()),
+        *(("teacher_image", "teacher_text") if distills(config) else ()),
     )
+
+
+def distills(config: ConfigDict) -> bool:
+    """Whether there is a teacher, whose features are computed or stored."""
+    return bool(config.distill.teacher or config.distill.features)
 
 
 def labels_of(config: ConfigDict, batch: dict[str, Array], mesh: Mesh) -> Labels:
@@ -56,7 +63,7 @@ def labels_of(config: ConfigDict, batch: dict[str, Array], mesh: Mesh) -> Labels
         positives = ids if loss.positives == "captions" else None
     if loss.positives == "images":
         positives = equal_rows(batch["image_hashes"], mesh)
-    if config.distill.teacher:
+    if distills(config):
         image, text = (batch[name].astype(loss.dtype) for name in ("teacher_image", "teacher_text"))
         teacher = Teacher(image, text, jnp.float32(1), jnp.float32(config.distill.weight))
     return Labels(groups, positives, teacher)
@@ -69,8 +76,14 @@ def label_shapes(config: ConfigDict, batch_size: int) -> dict[str, tuple[tuple[i
         if name == "image_hashes":
             shapes[name] = (batch_size, 2), jnp.uint32
         elif name != "tokens":
-            shapes[name] = (batch_size, teacher_config(config).embed_dim), jnp.float32
+            shapes[name] = (batch_size, _teacher_dim(config)), jnp.float32
     return shapes
+
+
+def _teacher_dim(config: ConfigDict) -> int:
+    if config.distill.features:
+        return int(read_object(Path(config.distill.features) / "teacher.json")["dim"])
+    return teacher_config(config).embed_dim
 
 
 def equal_rows(hashes: Array, mesh: Mesh) -> Array:
