@@ -1,6 +1,6 @@
 """DisCo-JAX: distributed contrastive training of CLIP models, exact and linear in memory."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(path, batch_size: int = 64):  # type: ignore[no-untyped-def]
