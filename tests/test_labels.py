@@ -125,10 +125,8 @@ def handed_over(config, model):
     ("case", "devices", "microbatch", "mode", "method"),
     [
         ("ignored", 1, 0, "scan", "auto"),
-        ("ignored", 8, 1, "host", "ring"),
         ("captions", 2, 4, "scan", "disco"),
         ("images", 2, 2, "host", "stream"),
-        ("images", 4, 0, "scan", "ring"),
         ("teacher", 2, 4, "scan", "ring"),
         ("teacher", 2, 4, "host", "default"),
     ],

@@ -79,7 +79,7 @@ def cases(draw):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-@hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=3, deadline=None, derandomize=True)
 @hypothesis.given(case=cases())
 def test_equals_the_definition(kind, method, case):
     """The loss, and gradients as differences of the definition in a random direction."""

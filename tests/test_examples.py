@@ -1,0 +1,41 @@
+"""Tests the examples: their losses fall, and are those of the whole batch."""
+
+import jax
+import numpy as np
+
+from disco_jax.losses import reference
+from examples import minimal, own_trainer
+
+
+def test_the_minimal_example_learns(monkeypatch, capsys):
+    monkeypatch.setattr(minimal, "STEPS", 30)
+    seen = []
+    loss = minimal.contrastive_loss
+
+    def recorded(image, text, scale, **options):
+        value = loss(image, text, scale, **options)
+        dense = reference.softmax(image, text, scale)
+        jax.debug.callback(lambda a, b: seen.append((float(a), float(b))), value, dense)
+        return value
+
+    monkeypatch.setattr(minimal, "contrastive_loss", recorded)
+    losses = minimal.main()
+    assert losses[0] > 5.5  # log(512) is 6.2
+    assert losses[-1] < 4.7  # with 128 captions among 512 pairs, log(4) = 1.4 is the least
+    assert "step  1  loss" in capsys.readouterr().out
+    jax.effects_barrier()
+    np.testing.assert_allclose(*zip(*seen, strict=True), rtol=1e-5)
+    assert len(seen) == 30
+
+
+def test_the_loss_in_somebodys_trainer_is_that_of_the_whole_batch(monkeypatch):
+    """Its first loss is the dense one; a mean over each device's own pairs would be far from it."""
+    monkeypatch.setattr(own_trainer, "STEPS", 30)
+    losses = own_trainer.main()
+    tower, (first, second) = own_trainer.Tower(), own_trainer.draw(0)
+    image, text = (
+        tower.apply(tower.init(jax.random.key(i), x), x) for i, x in enumerate((first, second))
+    )
+    dense = reference.softmax(image, text, np.float32(10))
+    np.testing.assert_allclose(losses[0], dense, rtol=1e-5)
+    assert losses[-1] < 0.7 * losses[0]
