@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/shapes
 
-.PHONY: demo emoji emoji-data test install-highest test-highest lint plan gpu-check cluster-check \
+.PHONY: demo emoji emoji-data test test-slow install-highest test-highest lint plan gpu-check cluster-check \
 	docs docs-check clean
 
 demo: $(VENV)/run.stamp
@@ -27,6 +27,10 @@ data/emoji/%.tar: data_sets/emoji/%.tar.gz
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
+
+# What takes minutes to compile, or repeats whole runs: not in CI, but before a release.
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow
 
 # The core tests with the newest JAX that requirements.txt allows; `make test` on Python 3.11 uses the
 # oldest.

@@ -27,6 +27,7 @@ CLAIMS = (
 TIMED = ("the estimated time of a step", "the default loss is at most", "the input pipeline")
 
 
+@pytest.mark.slow
 def test_the_check_on_the_cpu(tmp_path, monkeypatch):
     """Runs smaller checks than `make gpu-check PLATFORM=cpu`, which also judges times.
 
@@ -68,6 +69,7 @@ def test_the_check_on_the_cpu(tmp_path, monkeypatch):
     assert all(claim in page for claim in checked)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_and_compared(tmp_path, monkeypatch):
     """On a model that trains in seconds, in place of the demo, whose fields all exist."""
     size = checks.size_of("cpu", 0)._replace(steps=400)

@@ -247,6 +247,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
     assert [job.returncode for job in jobs] == [EXIT_PREEMPTED] * 2, err
 
 
+@pytest.mark.slow
 def test_a_second_start_into_the_folder_ends_and_harms_nobody(made, tmp_path):
     """A user error in one process, which no retry can fix, ends all processes with its code."""
     rarely = ["--config.checkpoint_every=1000000", "--config.log_every=50"]

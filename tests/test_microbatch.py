@@ -124,6 +124,7 @@ def test_softmax_gradients_are_the_whole_batchs(devices, fsdp, microbatch, mode)
     assert difference(got, whole("softmax")) < 1e-5
 
 
+@pytest.mark.slow
 def test_sigmoid_gradients_are_the_whole_batchs():
     config, model = small("sigmoid", "ring", 1)
     got = loss_and_gradients(config, model, devices=8, fsdp=4, mode="host")

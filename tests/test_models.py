@@ -183,6 +183,7 @@ def test_a_norms_gain_keeps_its_digits_in_bfloat16():
         assert np.mean(np.asarray(got) == rounded) > 0.999  # except for ties that fp32 broke
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients_for_less_memory():
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3)).astype(np.uint8)
 

@@ -62,6 +62,7 @@ def test_a_million_pairs_on_64_a100s():
     assert not disco["fits"]
 
 
+@pytest.mark.slow
 @needs_linux
 def test_losses_by_name_keep_what_they_may():
     """Temporaries of `ring` in MiB, without kept logits and with 512 MiB of them."""
@@ -72,6 +73,7 @@ def test_losses_by_name_keep_what_they_may():
     assert 512 * MIB <= kept <= 650 * MIB
 
 
+@pytest.mark.slow
 @needs_linux
 def test_unrolled_tiles_release_their_memory_in_turn():
     """The compiler for H100s would postpone the text gradients of all 16 tiles and take 2 GiB."""
@@ -110,6 +112,7 @@ def test_ring_sends_while_it_computes(monkeypatch):
     assert hops == 3  # forward with references, forward with maxima, and backward
 
 
+@pytest.mark.slow
 @needs_linux
 def test_steps_on_a100s(tmp_path):
     """ViT-B/32, bf16, full remat, and 65,536 on 8 GPUs, twice the paper's largest batch for 8.
@@ -150,6 +153,7 @@ def test_steps_on_a100s(tmp_path):
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @needs_linux
 def test_microbatches_reduce_each_gradient_once_in_fp32():
     """A batch of 1,048,576 in microbatches of 1,024 per GPU on 8 A100s.
@@ -177,6 +181,7 @@ def test_microbatches_reduce_each_gradient_once_in_fp32():
     assert 2 * count * 0.99 < moved["all-gather"]["bytes"] < 2 * count * 1.02
 
 
+@pytest.mark.slow
 @needs_linux
 def test_a_tpu_compiles_too():
     with Compiler(parse_topology("v5e:4")) as compiler:

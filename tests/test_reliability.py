@@ -241,6 +241,7 @@ def test_a_checkpoint_goes_on_elsewhere(devices, fsdp, made, calm):
     np.testing.assert_allclose(found, losses(calm)[4:], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sixteen_devices_go_on_from_eight(made, calm, tmp_path):
     shutil.copytree(calm, tmp_path / "run")
     Checkpoints(tmp_path / "run").set_aside(4)

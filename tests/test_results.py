@@ -38,6 +38,7 @@ def test_equivalence_is_to_rounding():
     assert max(found["largest_relative_difference"].values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_equivalence_begins_as_it_was_written():
     config = equivalence_config(50)
     config.loss.method = "stream"

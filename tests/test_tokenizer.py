@@ -7,6 +7,7 @@ import time
 
 import ftfy
 import numpy as np
+import pytest
 
 from disco_jax.data.tokenizer import CLIPTokenizer, clean
 
@@ -72,6 +73,7 @@ def test_cleaning_by_lines_is_cleaning_the_whole():
         assert clean(text) == " ".join(whole.split()).lower(), ascii(text)
 
 
+@pytest.mark.slow
 def test_a_book_is_cut_as_if_all_of_it_had_been_read():
     """Long texts must also be fast: ftfy takes seven seconds for a megabyte of short lines."""
     tokenizer = CLIPTokenizer()

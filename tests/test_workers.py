@@ -82,6 +82,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(job):
     assert "rerun the same command to resume" in errors
 
 
+@pytest.mark.slow
 def test_stuck_workers_do_not_keep_a_run_from_stopping(job, folder, tmp_path):
     for worker in workers_of(job.pid):
         os.kill(worker, signal.SIGSTOP)

@@ -209,6 +209,7 @@ def embed(folder: Path) -> list[list[list[float]]]:
     return [model.encode_image(images).tolist(), model.encode_text(texts).tolist()]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     """Zero-shot accuracy, features, and retrieval on 20 rows that name 11 images, one of them bad.
 
