@@ -1,4 +1,6 @@
-"""Rewinds a run to an earlier step: python -m disco_jax.checkpoint WORKDIR --go_back_to=STEP.
+"""Rewinds a run to an earlier step.
+
+  disco-jax checkpoint runs/shapes --go_back_to=800
 
 Later checkpoints, e.g. a damaged one, are moved aside and never deleted.
 """
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
+from disco_jax.processes.arguments import Parser
 from disco_jax.processes.cli import guard
 from disco_jax.runs.places import run_place
 from disco_jax.runs.remote_checkpoints import open_checkpoints
@@ -21,14 +24,23 @@ def main() -> None:
     guard(_main)
 
 
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("workdir", help="a run's folder, or its URL")
+    parser.add_argument(
+        "--go_back_to",
+        type=int,
+        required=True,
+        metavar="STEP",
+        help="the step to resume from, one that has a checkpoint",
+    )
+    return parser.parse_args()
+
+
 def _main() -> None:
     """Moves later checkpoints aside; UserError if the folder is in use or has no such step."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("workdir", help="a run's folder, or its URL")
-    parser.add_argument("--go_back_to", type=int, required=True, metavar="STEP")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     workdir = run_place(arguments.workdir, "WORKDIR")
     if isinstance(workdir, Path) and not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no checkpoints")

@@ -1,4 +1,7 @@
-"""Embeds many images: python -m disco_jax.embed MODEL --images='*.jpg' --out=embeddings.npz.
+"""Writes the features of many images to a file.
+
+  disco-jax embed runs/shapes --images='photos/**/*.jpg' --out=embeddings.npz
+  disco-jax embed models/b32 --images='gs://bucket/*.png' --out=embeddings.npz
 
 The output holds `features`, fp32 `[n, embed_dim]` of unit length, and `paths`, in the same order.
 Images that can't be read are reported and skipped.
@@ -16,6 +19,7 @@ from rich.progress import track
 from disco_jax.data.patterns import existing_part, expand_braces
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
+from disco_jax.processes.arguments import Parser
 from disco_jax.processes.cli import guard
 from disco_jax.storage import stores
 from disco_jax.storage.urls import check_scheme
@@ -23,15 +27,15 @@ from disco_jax.storage.urls import check_scheme
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("model", help="a model folder or a run's workdir, or its URL")
     parser.add_argument(
         "--images", required=True, help="a pattern of globs and braces; ** matches subfolders"
     )
     parser.add_argument("--out", type=Path, required=True, help="the .npz file to create")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="images encoded at once; default: %(default)s"
+    )
     return parser.parse_args()
 
 

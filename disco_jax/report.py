@@ -1,6 +1,7 @@
 """Compares runs: the paper's two-panel figure, and a table of results next to the paper's numbers.
 
-    python -m disco_jax.report RUN [RUN ...] [--out=DIR]
+  disco-jax report runs/shapes runs/mine
+  disco-jax report gs://bucket/run --out=compared
 
 Writes the figure to report.png, the table to report.md, and both to report.html.
 """
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from disco_jax.display.plots import plot_runs
 from disco_jax.display.terminal import printable, say
 from disco_jax.errors import UserError
+from disco_jax.processes.arguments import Parser
 from disco_jax.processes.cli import guard
 from disco_jax.runs.jsonl import read_lines
 from disco_jax.runs.metrics import METRICS_FILE, read_metrics
@@ -196,14 +198,22 @@ def main() -> None:
     guard(_main)
 
 
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its URL")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/report"),
+        help="output folder; default: %(default)s",
+    )
+    return parser.parse_args()
+
+
 def _main() -> None:
     """Parses the command line and writes the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its URL")
-    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="output folder")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     report([run_place(run, "RUN") for run in arguments.runs], arguments.out)
 
 

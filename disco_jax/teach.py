@@ -1,10 +1,10 @@
 """Stores a model's features of all images and captions of a source, to be distilled from.
 
-  python -m disco_jax.teach models/l14 '/data/*.tar' --out=features
-  python train.py --config=pairs --config.data.name='/data/*.tar' --config.distill.features=features
+  disco-jax teach models/l14 '/data/*.tar' --out=features
 
-The source is named as in config.data.name, and must be trained on in the same order of shards. Of
-several captions, the first is encoded. Bad samples are counted; they are replaced in training.
+To distill from them, train with --config.distill.features=features. The source is named as in
+config.data.name, and must be trained on in the same order of shards. Of several captions, the first
+is encoded. Bad samples are counted; they are replaced in training.
 """
 
 import argparse
@@ -19,18 +19,19 @@ from disco_jax.data.arguments import add_source, source_config
 from disco_jax.data.stored_features import ABOUT, IMAGE, TEXT
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
+from disco_jax.processes.arguments import Parser
 from disco_jax.processes.cli import guard
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("model", help="a model folder or a run's workdir, or its URL")
     add_source(parser)
     parser.add_argument("--out", type=Path, required=True, help="the folder to create")
-    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument(
+        "--batch_size", type=int, default=256, help="pairs encoded at once; default: %(default)s"
+    )
     return parser.parse_args()
 
 

@@ -19,7 +19,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = ("python ", "make ", "pip ", "sbatch ", "kubectl ", "PLAN=", "$PLAN ", "PYTHONPATH=")
+PROGRAMS = (
+    "python ",
+    "make ",
+    "pip ",
+    "sbatch ",
+    "kubectl ",
+    "PLAN=",
+    "$PLAN ",
+    "PYTHONPATH=",
+    "disco-jax ",
+)
 # FILES creates stand-ins for repositories on the Hub and for the user's own files.
 OPENCLIP = "stand_ins/openclip"
 FILES = f"""
@@ -59,6 +69,7 @@ SHORT = " ".join(
 )
 # Substitutions that shorten commands. They apply in order, each to the result of those before it.
 SHORTER = (
+    (r"^disco-jax (train|eval)", r"python \1.py"),
     (r"^make demo.*", "python train.py --config=shapes --workdir=runs/shapes"),
     (
         r"^make emoji.*",

@@ -91,18 +91,14 @@ def test_its_command_trains_from_a_config_by_name(installed, tmp_path):
     assert wrong.stderr.endswith("did you mean pairs?\n")
 
 
-def test_each_command_has_a_help(installed, tmp_path):
-    """All in one process: most of the time is imports."""
+def test_it_lists_its_commands_without_importing_anything(installed, tmp_path):
     listed = run(installed / "disco-jax", cwd=tmp_path)
     assert listed.returncode == 0
     assert all(f"  {name} " in listed.stdout for name, *_ in COMMANDS)
     assert run(installed / "disco-jax", "trian", cwd=tmp_path).returncode == 2
-    for name, module, *_ in COMMANDS:
-        assert module.startswith("disco_jax"), name
     code = "import sys; from disco_jax.command import main; sys.argv = ['', '--help']; main()"
     code += "; assert not {'jax', 'absl', 'numpy'} & set(sys.modules)"
     assert run(installed / "python", "-c", code, cwd=tmp_path).returncode == 0
-    for name in ("train", "plan", "export", "inspect"):
-        shown = run(installed / "disco-jax", name, "--help", cwd=tmp_path)
-        assert shown.returncode == 0, shown.stderr
-        assert f"disco-jax {name}" in shown.stdout
+    shown = run(installed / "disco-jax", "train", "--help", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert str(installed.parent) in shown.stdout  # the path of the wheel's list of fields

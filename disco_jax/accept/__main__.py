@@ -1,9 +1,10 @@
 """Checks on this machine's devices what the documentation claims, in at most ten minutes.
 
-    python -m disco_jax.accept [--platform=cpu|gpu|tpu] [--out=DIR]
+  disco-jax accept --platform=cpu --out=runs/check
 
-Needs no network and, for OpenCLIP alone, torch. Prints a verdict a line, writes check.json with all
-numbers and check.md, and exits with 0 if every claim that could be checked holds, else with 1.
+Needs a clone of the repository, no network and, for OpenCLIP alone, torch. Prints a verdict a line,
+writes check.json with all numbers and check.md, and exits with 0 if every claim that could be
+checked holds, else with 1.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from disco_jax.accept import checks, runs, verdicts
 from disco_jax.accept.commands import ROOT, Commands, Failed
 from disco_jax.display.terminal import PlainConsole
 from disco_jax.errors import UserError
+from disco_jax.processes.arguments import Parser
 from disco_jax.processes.cli import guard
 
 # Asked in a process of its own: this one must not hold a device's memory.
@@ -39,12 +41,14 @@ CHECKS = (
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__)
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="default: JAX's own")
-    parser.add_argument("--out", type=Path, default=Path("runs/check"), help="folder to write to")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/check"),
+        help="folder to write to; default: %(default)s",
+    )
     return parser.parse_args()
 
 

@@ -1,4 +1,7 @@
-"""Indexes tar shards one by one: python -m disco_jax.data.index 's3://bucket/{00000..41407}.tar'.
+"""Indexes tar shards one by one.
+
+  disco-jax index 's3://bucket/{00000..41407}.tar'
+  disco-jax index '/data/*.tar' --out=/index --part=3/8
 
 Shards in buckets or on web servers have to be indexed before they are trained from, and large sets
 on disks may be. Each shard is read once, and its index is written beside it, or under --out. What
@@ -32,6 +35,7 @@ from disco_jax.data.tar_index import progress
 from disco_jax.data.tar_scan import scan
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
+from disco_jax.processes.arguments import Parser
 from disco_jax.processes.cli import guard
 from disco_jax.storage.files import status
 from disco_jax.storage.urls import WEB, Place, Url, check_scheme
@@ -41,13 +45,13 @@ NOTICE = 30.0  # seconds between lines of progress, without a terminal
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("pattern", help="the shards, as in config.data.name")
     parser.add_argument("--out", default="", help="folder or URL of the index; default: beside")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--part", default="1/1", help="which part to do, e.g. 3/8")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: %(default)s"
+    )
+    parser.add_argument("--part", default="1/1", help="which part to do, e.g. 3/8; default: all")
     return parser.parse_args()
 
 

@@ -1,4 +1,7 @@
-"""Summarizes a source: python -m disco_jax.data.inspect 'shards/*.tar' [--caption_key=txt].
+"""Reports what a source contains and what is wrong with it.
+
+  disco-jax inspect '/data/*.tar'
+  disco-jax inspect pairs.csv --samples=0 --caption_key=title
 
 Prints sample counts, image sizes, caption lengths with the `model.text_groups` that suit them, bad
 samples by kind, the reading speed and the libraries that it depends on, draws a contact sheet of
@@ -29,6 +32,7 @@ from disco_jax.data.transforms import ImageLimits, open_image
 from disco_jax.display.terminal import PlainConsole, say
 from disco_jax.errors import UserError
 from disco_jax.models.group_choice import choose_text_groups
+from disco_jax.processes.arguments import Parser
 from disco_jax.processes.cli import guard
 
 SHOWN = 32  # samples on the contact sheet
@@ -51,23 +55,29 @@ class Seen(NamedTuple):
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add_source(parser)
     parser.add_argument(
-        "--samples", type=int, default=2_000, help="number to read, evenly spaced; 0: all"
+        "--samples",
+        type=int,
+        default=2_000,
+        help="number to read, evenly spaced; 0: all; default: %(default)s",
     )
     parser.add_argument(
-        "--sheet", type=Path, default=Path("contact_sheet.png"), help="file for the contact sheet"
+        "--sheet",
+        type=Path,
+        default=Path("contact_sheet.png"),
+        help="file for the contact sheet; default: %(default)s",
     )
     parser.add_argument(
         "--bad",
         type=Path,
         default=Path("inspect_bad_samples.jsonl"),
-        help="file for the bad samples, if there are any",
+        help="file for the bad samples, if there are any; default: %(default)s",
     )
-    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument(
+        "--image_size", type=int, default=224, help="pixels to resize to; default: %(default)s"
+    )
     return parser.parse_args()
 
 

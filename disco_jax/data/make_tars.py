@@ -1,7 +1,10 @@
-"""Writes a source as tar shards: python -m disco_jax.data.make_tars shapes --split=train --out=DIR.
+"""Writes a source as tar shards.
 
-DIR is a folder or a URL such as s3://bucket/name. Samples keep the source's order. Bad ones are
-left out and listed in `DIR/bad_samples.jsonl`, if there are any, with the reason. Each one becomes
+  disco-jax make_tars shapes --split=train --out=data/shapes-tars
+  disco-jax make_tars pairs.csv --out=s3://bucket/pairs
+
+The output is a folder or a URL such as s3://bucket/name. Samples keep the source's order. Bad ones
+are left out and listed in `bad_samples.jsonl`, if there are any, with the reason. Each one becomes
 `000000000.png`, `.txt` and, if it has a label, `.cls`: the format that img2dataset writes and
 webdataset reads. If a sample has several captions, they are stored in its `.json`, under
 `captions`.
@@ -25,6 +28,7 @@ from disco_jax.data.sources import open_source
 from disco_jax.data.transforms import read_header
 from disco_jax.display.terminal import say
 from disco_jax.errors import UserError
+from disco_jax.processes.arguments import Parser
 from disco_jax.processes.cli import guard
 from disco_jax.storage import stores
 from disco_jax.storage.urls import Place, Url, check_scheme, place
@@ -35,12 +39,12 @@ BUFFER = 1 << 20  # bytes written at once to a remote shard
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add_source(parser)
     parser.add_argument("--out", required=True, help="output folder or URL, without any shards")
-    parser.add_argument("--samples", type=int, default=1_000, help="samples per shard")
+    parser.add_argument(
+        "--samples", type=int, default=1_000, help="samples per shard; default: %(default)s"
+    )
     return parser.parse_args()
 
 

@@ -31,6 +31,7 @@ from disco_jax.plan.show import show_fastest, show_many, show_one
 from disco_jax.processes import cli
 
 FLAGS = flags.FLAGS
+flags.declare_key_flag("config")
 flags.DEFINE_string("topology", None, f"NAME:COUNT; NAME is {', '.join(ACCELERATORS)} or cpu.")
 flags.DEFINE_integer("hosts", None, "Number of hosts; default: 8 GPUs or 4 TPU chips per host.")
 flags.DEFINE_list("batch_size", [], "Global batch sizes, comma-separated.")

@@ -8,7 +8,9 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -35,6 +37,7 @@ from disco_jax.errors import (
 )
 from disco_jax.processes import cluster
 from disco_jax.processes.allocator import reuse_freed_memory
+from disco_jax.processes.arguments import show_help
 from disco_jax.processes.peers import Watch, last_message, watched
 from disco_jax.processes.plugins import has_tpu, ignore_absent_accelerators, only_cpu
 from disco_jax.runs.places import host_folder, run_place
@@ -241,15 +244,59 @@ def config_file(given: str) -> str:
     name, colon, argument = given.partition(":")
     if Path(name).is_file():
         return given
-    folder = Path(__file__).parent.parent / "configs"
-    shipped = {path.stem: path for path in folder.glob("[!_]*.py")}
+    shipped = _shipped_configs()
     stem = name.removeprefix("configs/").removesuffix(".py")
     if stem in shipped:
         return f"{shipped[stem]}{colon}{argument}"
-    hint = near(stem, list(shipped)) or f"; those are {', '.join(sorted(shipped))}"
     raise UserError(
-        f"--config: file not found: {name}, nor does a config of this name come with it{hint}"
+        f"--config: file not found: {name}, nor is it one of {', '.join(shipped)}"
+        + near(stem, list(shipped))
     )
+
+
+def _shipped_configs() -> dict[str, Path]:
+    """Returns the files of the configs that come with the package, by name."""
+    folder = Path(__file__).parent.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def _problem(error: Exception, file: str) -> str:
+    """Returns what is wrong with the flags, or with the config's file that they name."""
+    name, _, argument = file.partition(":")
+    if isinstance(error, SyntaxError):
+        return f"--config: {error.filename}, line {error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if lines := [frame.lineno for frame in frames if frame.filename == name]:
+        return f"--config: {name}, line {lines[-1]}: {type(error).__name__}: {error}"
+    if isinstance(error, KeyError):  # only fields of eval.sets have not been checked yet
+        return f"eval.sets has no set {error.args[0]}; define it in the config file"
+    text = str(error).strip()
+    if text.endswith("has no attribute 'get_config'"):
+        return f"--config: {name} defines no get_config()"
+    if "Error whilst parsing config file" not in text:
+        return " ".join(text.split())
+    reason = text.rpartition("\n")[2]  # of a traceback, which ml_collections makes of the error
+    if reason.startswith("TypeError: get_config() takes"):
+        return f"--config: {name} takes no argument; leave out :{argument}"
+    if "--config" in reason:  # the config's own message
+        return reason.removeprefix("ValueError: ")
+    return f"--config: {name}: {reason}"
+
+
+def _help(about: str, module: str) -> str:
+    """Returns what `--help` prints: `about`, the module's key flags, and where the fields are."""
+    # With `python -m`, absl knows its flags by another name.
+    name = sys.argv[0] if module == "__main__" else module
+    lines = [about, "Flags:"]
+    for flag in sorted(flags.FLAGS.get_key_flags_for_module(name), key=lambda flag: flag.name):
+        shown = f"  --{flag.name}" + ("" if flag.boolean else f"={flag.name.upper()}")
+        lines += textwrap.wrap(
+            flag.help, 100, initial_indent=f"{shown:<34}", subsequent_indent=" " * 34
+        )
+    configs = f"Configs that come with it: {', '.join(_shipped_configs())}."
+    fields = Path(__file__).parent.parent / "config" / "defaults.py"
+    lines += ["", *textwrap.wrap(configs, 100), f"All config fields and what they mean: {fields}"]
+    return "\n".join(lines)
 
 
 def parse(argv: list[str], module: str, about: str, config_needed: bool = True) -> Any:
@@ -266,28 +313,25 @@ def parse(argv: list[str], module: str, about: str, config_needed: bool = True) 
         message lists every problem.
     """
     if any(arg in ("-h", "--help", "--helpshort", "--helpfull") for arg in argv):
-        print(about)
-        fields = Path(__file__).parent.parent / "config" / "defaults.py"
-        print(f"All config fields and what they mean: {fields}")
-        of_main = module == "__main__"  # python -m: absl knows its flags by another name
-        print(flags.FLAGS.main_module_help() if of_main else flags.FLAGS.module_help(module))
+        show_help(_help(about, module))
         sys.exit(0)
+    if "--config" in argv or "-config" in argv:
+        raise UserError("--config needs an equals sign; pass e.g. --config=shapes")
     path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
     if path is None and config_needed:
         raise UserError("--config=FILE is missing; pass e.g. --config=shapes")
-    if path is not None:
-        file = config_file(path)
+    file = config_file(path) if path is not None else ""
+    if file:
         argv = [re.sub(r"(?s)^--?config=.*", lambda _: f"--config={file}", a) for a in argv]
     usable, problems = check_overrides(argv)
     whole, sys.argv = sys.argv, usable  # ml_collections reads overrides from there
     try:
         rest = flags.FLAGS(usable, known_only=True)
-    except KeyError as error:  # only fields of eval.sets have not been checked yet
-        problems.append(f"eval.sets has no set {error.args[0]}; define it in the config file")
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        problems.append(_problem(error, file))
         raise UserError("; ".join(problems)) from error
-    except (flags.Error, AttributeError, TypeError, ValueError) as error:
-        problems.append(" ".join(str(error).split()))
-        raise UserError("; ".join(problems)) from error
+    except (ImportError, NameError, SyntaxError) as error:  # of the config's file
+        raise UserError(_problem(error, file)) from error
     finally:
         sys.argv = whole
     problems += [_unexpected(argument) for argument in rest[1:]]
