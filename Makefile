@@ -82,7 +82,7 @@ docs-check: $(VENV)/dev.stamp
 
 # The documentation site, in build/site: open its index.html, or `$(BIN)/mkdocs serve`.
 docs: $(VENV)/docs.stamp
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(RUN)

