@@ -1,7 +1,9 @@
 """Tests the examples: their losses fall, and are those of the whole batch."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from disco_jax.losses import reference
@@ -46,3 +48,28 @@ def test_the_loss_in_somebodys_trainer_is_that_of_the_whole_batch(monkeypatch):
     dense = reference.softmax(image, text, np.float32(10))
     np.testing.assert_allclose(losses[0], dense, rtol=1e-5)
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_gradients_in_somebodys_trainer_are_those_of_the_whole_batch(monkeypatch):
+    """As on one device with the dense loss. Adam would hide gradients that are too large."""
+    rate, steps = 0.5, 6
+    monkeypatch.setattr(own_trainer, "STEPS", steps)
+    monkeypatch.setattr(own_trainer.optax, "adam", lambda _: optax.sgd(rate))
+    losses = own_trainer.main()
+    tower = own_trainer.Tower()
+
+    @jax.jit
+    @jax.value_and_grad
+    def dense(params, first, second):
+        towers, log_scale = params
+        image, text = (tower.apply(*both) for both in zip(towers, (first, second), strict=True))
+        return reference.softmax(image, text, jnp.exp(log_scale))
+
+    towers = [tower.init(jax.random.key(i), x) for i, x in enumerate(own_trainer.draw(0))]
+    params, expected = (towers, jnp.log(10.0)), []
+    for i in range(steps):
+        loss, gradients = dense(params, *own_trainer.draw(i))
+        params = jax.tree.map(lambda p, g: p - rate * g, params, gradients)
+        expected.append(float(loss))
+    assert expected[-1] < expected[0] - 0.1
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
