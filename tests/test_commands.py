@@ -52,7 +52,7 @@ def test_the_help_of_train_has_all_exit_codes(monkeypatch, capsys):
     assert {int(code) for code in re.findall(r"\b\d+\b", told)} == CODES | {0}
 
 
-@pytest.mark.parametrize("module", {module for _, module, *_ in command.COMMANDS})
+@pytest.mark.parametrize("module", sorted({module for _, module, *_ in command.COMMANDS}))
 def test_examples_are_valid_command_lines(module, monkeypatch):
     """Of the commands without a config; those in the docs are run by `make docs-check`."""
     found = importlib.import_module(module)
