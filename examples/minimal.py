@@ -63,7 +63,7 @@ class CLIP(nnx.Module):
         self.image_block, self.text_block = Block(rngs), Block(rngs)
         self.image_out = nnx.Linear(WIDTH, DIM, use_bias=False, rngs=rngs)
         self.text_out = nnx.Linear(WIDTH, DIM, use_bias=False, rngs=rngs)
-        self.log_scale = nnx.Param(jnp.log(10.0))
+        self.log_scale = nnx.Param(jnp.log(jnp.float32(10)))
 
     def encode_image(self, images: jax.Array) -> jax.Array:
         """Returns `[b, DIM]` for images `[b, 16, 16, 3]`."""

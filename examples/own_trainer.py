@@ -55,7 +55,7 @@ def main() -> list[float]:
     params = {
         "image": image_tower.init(jax.random.key(0), first),
         "text": text_tower.init(jax.random.key(1), second),
-        "log_scale": jnp.log(10.0),
+        "log_scale": jnp.log(jnp.float32(10)),
     }
     moments = optimizer.init(params)
 

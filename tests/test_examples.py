@@ -18,10 +18,11 @@ def jax_as_users_have_it():
 
 def test_the_minimal_example_learns(monkeypatch, capsys):
     monkeypatch.setattr(minimal, "STEPS", 20)
-    seen = []
+    seen, traces = [], []
     loss = minimal.contrastive_loss
 
     def recorded(image, text, scale, **options):
+        traces.append(image.shape)
         value = loss(image, text, scale, **options)
         dense = reference.softmax(image, text, scale)
         jax.debug.callback(lambda a, b: seen.append((float(a), float(b))), value, dense)
@@ -35,6 +36,7 @@ def test_the_minimal_example_learns(monkeypatch, capsys):
     jax.effects_barrier()
     np.testing.assert_allclose(*zip(*seen, strict=True), rtol=1e-5)
     assert len(seen) == 20
+    assert len(traces) == 1, "the step is compiled again"
 
 
 def test_the_loss_in_somebodys_trainer_is_that_of_the_whole_batch(monkeypatch):
@@ -66,7 +68,7 @@ def test_the_gradients_in_somebodys_trainer_are_those_of_the_whole_batch(monkeyp
         return reference.softmax(image, text, jnp.exp(log_scale))
 
     towers = [tower.init(jax.random.key(i), x) for i, x in enumerate(own_trainer.draw(0))]
-    params, expected = (towers, jnp.log(10.0)), []
+    params, expected = (towers, jnp.log(jnp.float32(10))), []
     for i in range(steps):
         loss, gradients = dense(params, *own_trainer.draw(i))
         params = jax.tree.map(lambda p, g: p - rate * g, params, gradients)
