@@ -156,6 +156,7 @@ finally:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_any_value_of_any_field_is_right_or_told(tmp_path):
     """With any value, a run starts or ends with one printable line that names the field."""
     given = [

@@ -36,7 +36,7 @@ LOSS_CLAIMS = [
 
 
 @needs_linux
-@pytest.mark.parametrize("devices", [8, 64])
+@pytest.mark.parametrize("devices", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_the_default_loss_beside_a_plain_jit_on_a100s(devices):
     """Compares the loss and its gradients at D = 512 in fp32."""
     with Compiler(parse_topology(f"a100-40gb:{devices}")) as compiler:
@@ -48,6 +48,7 @@ def test_the_default_loss_beside_a_plain_jit_on_a100s(devices):
                 assert row["temp_bytes"] <= memory * auto["temp_bytes"], batch
 
 
+@pytest.mark.slow
 @needs_linux
 def test_a_million_pairs_on_64_a100s():
     """Compares the time with the matmuls alone, 8 bBD, at 80 %. `auto` would need 130 GiB."""

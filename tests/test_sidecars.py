@@ -261,6 +261,7 @@ def test_odd_shards_have_an_index_too(s3, tmp_path):
 COUNT = 41_408
 
 
+@pytest.mark.slow
 def test_a_catalog_of_a_huge_set_opens_in_seconds(tmp_path, monkeypatch):
     """The catalog of 41,408 shards of 10,000 samples, of which no shard or sidecar exists."""
     rng = np.random.default_rng(0)
