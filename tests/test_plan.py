@@ -252,6 +252,7 @@ def test_search_finds_the_largest_batch(devices, usable):
     assert len(rows) < 25
 
 
+@pytest.mark.slow
 def test_command_ends_in_rows(tmp_path):
     """The loss alone on fake CPU devices gives a table, a chart, and JSON as the last line."""
     command = "-m disco_jax.plan --loss_only --topology=cpu:2 --dim=16 --json"

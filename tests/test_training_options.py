@@ -84,6 +84,7 @@ def last_blocks(model, count):
     )
 
 
+@pytest.mark.slow
 def test_the_last_blocks_alone_are_trained():
     """Their gradients equal those of the whole model, for less work. The rest does not change."""
     config, model = small(microbatch=4, drop=(0.0, 0.0))

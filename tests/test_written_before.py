@@ -33,6 +33,7 @@ def features(model: str) -> dict[str, np.ndarray]:
     return {"image": loaded.encode_image(images), "text": loaded.encode_text(texts)}
 
 
+@pytest.mark.slow
 def test_a_run_and_a_model_of_before(written, capsys):
     with np.load("features.npz") as then:
         for name, now in features("model").items():
