@@ -1,6 +1,7 @@
 """Random features, reference results and relative errors for tests of the losses."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,15 @@ def value_and_grads(loss, args: tuple) -> list[np.ndarray]:
 
 def dense(kind: str, args: tuple, **kwargs: np.ndarray) -> list[np.ndarray]:
     """Returns loss and gradients of the unsharded reference, as `value_and_grads` does."""
-    return value_and_grads(lambda *a: getattr(reference, kind)(*a, **kwargs), args)
+    value, grads = _dense(kind, args, kwargs)
+    return [np.asarray(value), *(np.asarray(g) for g in grads)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _dense(kind: str, args: tuple, kwargs: dict[str, np.ndarray]) -> tuple:
+    """Is traced once for all tests with arguments of the same shapes."""
+    loss = getattr(reference, kind)
+    return jax.value_and_grad(lambda args: loss(*args, **kwargs))(args)
 
 
 def relative_errors(got: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[float]:

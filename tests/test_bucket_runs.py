@@ -17,7 +17,7 @@ from disco_jax.evaluation.main import evaluate
 from disco_jax.inference import load
 from disco_jax.models.build import model_config
 from disco_jax.processes.pulse import pulse
-from disco_jax.report import read_run
+from disco_jax.reporting.run import read_run
 from disco_jax.runs import uploads
 from disco_jax.runs.bucket import BucketSteps
 from disco_jax.runs.checkpoint import Checkpoints

@@ -84,6 +84,7 @@ def slurm_port() -> int:
     pytest.fail("no port is free")
 
 
+@pytest.mark.slow
 def test_processes_give_the_curve_of_one(tmp_path):
     """20 steps of training on 2 x 2 devices agree with 1 x 4.
 
@@ -147,7 +148,7 @@ def until_training(workdir: Path, jobs: list[subprocess.Popen], steps: int = 3) 
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_dead_process_ends_the_other_with_its_name(victim, made, tmp_path):
     """JAX aborts the others at once if the first one dies, which has the coordinator."""
     jobs = pair(made, tmp_path, "--config.checkpoint_every=1000000")
@@ -199,6 +200,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_both_with_its_name_and_stacks(made, tmp_path):
     """The first one dispatches step 7, whose collectives wait for the other one."""
     port = free_port()
@@ -217,6 +219,7 @@ def test_a_process_that_hangs_ends_both_with_its_name_and_stacks(made, tmp_path)
     assert "in wait" in err[0]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_at_the_same_step(made, tmp_path):
     """A later signal, sent while a checkpoint is read or the step is compiled, also stops both."""
     rarely = ["--config.checkpoint_every=1000000", "--config.data.record_keys=1"]

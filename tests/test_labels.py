@@ -126,7 +126,7 @@ def handed_over(config, model):
     [
         ("ignored", 1, 0, "scan", "auto"),
         ("captions", 2, 4, "scan", "disco"),
-        ("images", 2, 2, "host", "stream"),
+        pytest.param("images", 2, 2, "host", "stream", marks=pytest.mark.slow),
         ("teacher", 2, 4, "scan", "ring"),
         ("teacher", 2, 4, "host", "default"),
     ],
@@ -203,6 +203,7 @@ def test_a_teacher_encodes_a_batch(made):
     assert np.linalg.norm(on_host["teacher_text"], axis=1) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["host"])
 def test_a_run_distills_and_has_several_positives(made, tmp_path, mode):
     """Each image of the table has two captions. The run resumes as if it had not stopped."""

@@ -39,7 +39,7 @@ BATCH = 32
 # devices, devices per copy of the state, samples per device in a microbatch, mode
 DIVISIONS = [
     (2, 1, 4, "host"),
-    (8, 1, 2, "scan"),
+    pytest.param(8, 1, 2, "scan", marks=pytest.mark.slow),
     (8, 4, 1, "scan"),
 ]
 
@@ -166,6 +166,7 @@ def test_gradients_cross_devices_once_in_the_dtype_asked_for(dtype, microbatch):
         assert sums.count("bf16") == len(jax.tree.leaves(split(params)[0]))
 
 
+@pytest.mark.slow
 def test_a_loss_of_global_arrays_takes_microbatches():
     """All methods but `auto` run in shard_map, as `ring` does in the tests above."""
     config, model = small("softmax", "auto", 8)
@@ -331,7 +332,9 @@ def test_what_does_not_divide_is_told(changes, message):
         check_division(config, devices=4)
 
 
-@pytest.mark.parametrize(("microbatch", "batches"), [(0, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("microbatch", "batches"), [(2, 1), pytest.param(0, 2, marks=pytest.mark.slow)]
+)
 def test_batches_on_the_devices(microbatch, batches, tmp_path, monkeypatch):
     """The planner counts the batches of steps not yet waited for, and the one being placed."""
     held, seen, see = [], [], Health.see

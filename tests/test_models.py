@@ -247,8 +247,17 @@ def test_padding_for_attention_changes_nothing(tower, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("remat", ["dots:1", "none:2", "full"])
-@pytest.mark.parametrize("trained", [-1, 2])
+@pytest.mark.parametrize(
+    ("trained", "remat"),
+    [
+        (-1, "dots:1"),
+        (2, "full"),
+        *(
+            pytest.param(trained, remat, marks=pytest.mark.slow)
+            for trained, remat in ((-1, "none:2"), (-1, "full"), (2, "dots:1"), (2, "none:2"))
+        ),
+    ],
+)
 def test_blocks_frozen_padded_or_rematerialized_give_the_same(trained, remat, monkeypatch):
     """Texts of several lengths, with dropout, in a tower of which some blocks may be frozen."""
     policy, blocks = parse_remat(remat)

@@ -64,6 +64,7 @@ def has_steps(workdir: Path, count: int):
     return lambda: path.exists() and len(path.read_text().splitlines()) >= count
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(made, tmp_path):
     number = signal.SIGTERM
     slow = ["--config.fake_devices=1", "--config.num_steps=400", "--config.log_every=1"]
@@ -86,6 +87,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(made, tmp_path):
     assert f"resuming from step {step}" in out
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_is_saved_before_it_is_evaluated(made, tmp_path, monkeypatch):
     """A run that is asked to stop may be killed before an evaluation ends."""
 
@@ -217,7 +219,7 @@ def test_a_checkpoint_of_0_1_is_held_to_its_checksum(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (8, 4)])
+@pytest.mark.parametrize(("devices", "fsdp"), [(8, 4), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_a_checkpoint_goes_on_elsewhere(devices, fsdp, made, calm):
     """The losses continue unchanged on other devices, with another (data, fsdp) shape."""
     config = config_of(made)

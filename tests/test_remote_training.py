@@ -80,6 +80,7 @@ def command_on(made, workdir, name, **fields):
     return command(made, workdir, *(f"--config.{field}={x}" for field, x in options.items()))
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_one_store_goes_on_from_another(made, calm, s3, gcs, tmp_path):
     """With two processes and other data workers. Its samples are those of an undisturbed run on
     local shards."""

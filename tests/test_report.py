@@ -1,17 +1,22 @@
-"""Tests reports on several runs: their epochs, the paper's numbers and the HTML page."""
+"""Tests reports on runs: epochs, the paper's numbers, tables, curves and the HTML page.
+
+What the page looks like in a browser is tested by `make pages-check`.
+"""
 
 import json
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from disco_jax.config import default, zeroshot_set
 from disco_jax.config.validation import problems_of
 from disco_jax.configs import vit_b32_laion100m
 from disco_jax.errors import UserError
-from disco_jax.report import PAPER, read_run, report, table
+from disco_jax.report import report
+from disco_jax.reporting import curves, tables
+from disco_jax.reporting.run import PAPER, names_of, read_run
 from disco_jax.runs.workdir import stored_config
 
 
@@ -39,7 +44,7 @@ def runs(tmp_path) -> list[Path]:
 
 
 def test_the_table_has_the_papers_numbers_beside_its_runs_alone(runs):
-    header, papers, published, own = table([read_run(path) for path in runs])
+    header, papers, published, own = tables.results([read_run(path) for path in runs])
     assert header[6:] == ["ImageNet", "R", "pets"]
     assert papers == [
         "papers", "ViT-B-32", "65,536", "16.0", "24,414", "1.2500", "51.50", "60.00", ""
@@ -57,16 +62,19 @@ def test_evaluations_made_later_are_taken(runs):
 
 
 class Page(HTMLParser):
-    """Parses a page into its table cells and the tags that were opened but not closed."""
+    """Parses a page into its headings, its table cells and the tags that were never closed."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.cells = [], []
+        self.open, self.cells, self.headings, self.fetched = [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         if tag not in ("meta", "img"):
             self.open.append(tag)
+        self.fetched += [
+            v for k, v in attrs if k in ("src", "href") and not v.startswith("data:image/png;")
+        ]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -74,19 +82,84 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] in ("td", "th"):
             self.cells.append(data)
+        if self.open and self.open[-1] in ("h2", "h3", "summary"):
+            self.headings.append(data)
 
 
 def test_three_files_are_written(runs, tmp_path):
+    (runs[1] / "predictions.png").write_bytes(b"\x89PNG")
     report(runs, tmp_path / "out")
-    text = (tmp_path / "out" / "report.html").read_text()
-    page = Page(text)
+    page = Page((tmp_path / "out" / "report.html").read_text())
     assert page.open == []
+    assert page.fetched == []  # the page needs no other file
     assert "51.91" in page.cells
-    assert re.search(r'src="data:image/png;base64,iVBOR', text)
+    assert page.headings == [
+        "Curves", "Training loss", "Zero-shot accuracy", "Time", "Differences", "Problems",
+        "Predictions", "own", "Config and starts", "papers", "Fields", "own", "Fields",
+    ]  # fmt: skip
     assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
     lines = (tmp_path / "out" / "report.md").read_text().splitlines()
     assert lines[2].startswith("| papers | ViT-B-32 | 65,536 |")
     assert {line.count("|") for line in lines} == {10}
+
+
+def test_the_time_is_split_by_what_it_went_to(runs):
+    """Ten steps of 3 s, then ten of 1 s with as much for data: 50 s, of which 10 s for data."""
+    rows = [
+        {"step": 10, "time/step": 3.0, "time/data": 0.0, "train/images_per_second": 10.0},
+        {"step": 20, "time/step": 1.0, "time/data": 1.0, "train/images_per_second": 30.0},
+        {"step": 20, "pets/top1": 0.5},
+    ]
+    run = read_run(runs[1])._replace(rows=rows)
+    assert tables.times([run])[1] == ["own", "30", "0.01", "80.0%", "20.0%", "0.0%", "0.0%"]
+
+
+def test_only_fields_that_differ_are_listed(runs):
+    run = read_run(runs[1])
+    other = run._replace(name="other", config=run.config.copy_and_resolve_references())
+    assert tables.differences([run, other]) == []
+    other.config.optimizer.learning_rate = 0.25
+    del other.config.eval.sets["pets"]
+    found = tables.differences([run, other])
+    assert found[0] == ["field", "own", "other"]
+    assert [row for row in found if row[0] == "optimizer.learning_rate"] == [
+        ["optimizer.learning_rate", repr(run.config.optimizer.learning_rate), "0.25"]
+    ]
+    assert ["eval.sets.pets.source", "'pets'", "–"] in found
+    names = {field for field, *_ in found[1:] if not field.startswith("eval.sets.pets")}
+    assert names == {"optimizer.learning_rate"}
+
+
+def test_problems_are_counted_and_the_first_are_named(runs):
+    lines = [{"step": n, "kind": "broken_image", "key": f"{n}.jpg", "detail": ""} for n in range(9)]
+    log = "".join(json.dumps(line) + "\n" for line in lines)
+    (runs[1] / "bad_samples-0.jsonl").write_text(log)
+    (runs[1] / "bad_samples-1.jsonl").write_text(log.replace(".jpg", ".png"))
+    run = read_run(runs[1])
+    assert tables.problems([run]) == []
+    assert [row[2] for row in tables.bad_samples([run])[1:]] == [
+        "0.jpg", "0.png", "1.jpg", "1.png", "2.jpg"
+    ]  # fmt: skip
+    run.rows[-1]["data/bad_broken_image"] = 9.0
+    assert tables.problems([run])[1][::2] == ["own", "9"]
+
+
+def test_long_curves_are_thinned_and_keep_their_spikes():
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[[777, 90_001]] = 50, -50
+    values[5_000] = np.nan
+    kept = curves.thinned(values)
+    assert len(kept) <= curves.MOST_POINTS
+    assert {777, 90_001} <= set(kept)
+    assert 5_000 not in kept
+    assert (np.diff(kept) > 0).all()
+    assert curves.thinned(np.array([1.0, 0.0, -1.0, 2.0]), positive=True).tolist() == [0, 3]
+
+
+def test_runs_of_one_name_are_told_apart():
+    assert names_of([Path("a/x"), Path("b/y")]) == ["x", "y"]
+    assert names_of([Path("a/x"), Path("b/x")]) == ["a/x", "b/x"]
+    assert names_of([Path("x"), Path("x")]) == ["x", "x"]
 
 
 def test_what_is_no_run_is_named(tmp_path):

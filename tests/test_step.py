@@ -43,6 +43,7 @@ def test_curves_agree_step_by_step(reference_curve):
     assert reference_curve[-1] < reference_curve[0]
 
 
+@pytest.mark.slow
 def test_the_sigmoid_loss_trains_as_well():
     """SigLIP's loss with its bias: 8 devices with `ring` agree with one with the dense loss."""
     expected = curve("reference", 1, steps=8, kind="sigmoid")

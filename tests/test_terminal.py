@@ -13,12 +13,15 @@ import pytest
 from PIL import Image
 from rich.table import Table
 
-from disco_jax import report
+from disco_jax.config import default
 from disco_jax.display import plots
 from disco_jax.display.terminal import PlainConsole, printable, say
 from disco_jax.embed import embed
 from disco_jax.errors import UserError
 from disco_jax.processes import cli
+from disco_jax.reporting.page import as_html
+from disco_jax.reporting.run import Run
+from disco_jax.reporting.tables import as_markdown
 from disco_jax.runs.jsonl import JsonLines, read_lines
 from tests.small_run import make
 
@@ -117,15 +120,19 @@ print(json.dumps([a == b for a, b in zip(before, state())] + ["matplotlib.pyplot
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 def test_a_report_holds_any_name(text, tmp_path):
     cells = [["run", "model"], [text, text]]
-    markdown = report.as_markdown(cells)
-    page = report.as_html(cells, b"")
+    rows = [{"step": 1, "epoch": 1.0, "train/loss": 1.0, f"{text}/top1": 0.5}]
+    bad = [{"step": 1, "key": text, "detail": text}]
+    plain = Run("a", default(), [{"step": 1, "train/loss": 1.0}], 1, [], [], None)
+    page = as_html([plain._replace(name=text, rows=rows, starts=[{"host": text}], bad_samples=bad)])
+    assert page.count("<script") == as_html([plain]).count("<script")
+    page = page[: page.index("<script")]
+    markdown = as_markdown(cells)
     for made in (markdown, page):
         assert harmless(made)
         made.encode()
-        assert "<script>" not in made
+        assert "<script>alert" not in made
     assert len(markdown.splitlines()) == 3
     assert markdown.splitlines()[2].replace(r"\|", "").count("|") == 3
-    rows = [{"step": 1, "epoch": 1.0, "train/loss": 1.0, f"{text}/top1": 0.5}]
     plots.plot_runs({text: rows, "b": rows}, [text], tmp_path / "report.png")
     with Image.open(tmp_path / "report.png") as drawn:
         assert min(drawn.size) > 100

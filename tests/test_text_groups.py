@@ -147,7 +147,9 @@ any_lengths = st.lists(st.integers(2, CONTEXT), min_size=BATCH, max_size=BATCH)
 fitting = st.permutations(SHORT * (BATCH // 4)) | st.permutations([2] * (BATCH - 1) + [CONTEXT])
 
 
-@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize(
+    "division", [pytest.param(DIVISIONS[0], marks=pytest.mark.slow), *DIVISIONS[1:]]
+)
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(lengths=fitting | any_lengths)
 def test_gradients_are_those_at_full_length(division, lengths):

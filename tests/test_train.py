@@ -109,6 +109,7 @@ def test_a_run_leaves_its_files(finished):
     assert list((finished / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_all_checkpoints_are_evaluated_and_watching_ends_with_the_last(finished, data_dir):
     """Evaluation on 2 devices gives the same accuracy as training logged on 4."""
     result = run(*command("eval.py", finished, data_dir, "--all", "--watch"))

@@ -57,6 +57,7 @@ def test_sharded_state_gives_the_same_curve():
     assert held(state.opt_state) - scalars <= (held(whole.opt_state) - 8) // 4
 
 
+@pytest.mark.slow
 def test_a_locked_image_tower_stays_as_it_is():
     config, model = small(microbatch=4)
     model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, trained_blocks=0))
@@ -199,7 +200,7 @@ def test_lower_layers_are_trained_at_lower_rates():
     assert ratio["logit_scale"] == 1
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("fsdp", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_average_is_that_of_the_parameters_after_each_update(fsdp):
     """Computed by hand from the parameters of every step; the last one is skipped as not finite."""
     config, model = small(drop=(0.0, 0.0))
@@ -224,6 +225,7 @@ def test_the_average_is_that_of_the_parameters_after_each_update(fsdp):
     )
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_its_average_and_exports_it(tmp_path, capsys):
     """Bit for bit, with layer-wise rates; evaluated and read as a model, it is the average."""
     made = small_run.make(tmp_path)

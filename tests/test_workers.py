@@ -95,6 +95,7 @@ def test_stuck_workers_do_not_keep_a_run_from_stopping(job, folder, tmp_path):
     assert len(losses(tmp_path / "run")) in saved
 
 
+@pytest.mark.slow
 def test_one_ctrl_c_is_enough(job):
     """A terminal sends the signal to the whole process group."""
     for worker in workers_of(job.pid):

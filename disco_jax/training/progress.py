@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from disco_jax.display.terminal import console
 
@@ -50,10 +51,16 @@ class TrainProgress:
         self._last = (start, time.monotonic())
         self._paused = 0.0  # seconds since the last update
         self._updates, self._step_time = 0, 0.0  # a moving average, in seconds
+        # One line at any width: the bar takes what the text leaves, and both shrink.
         self._bar = Progress(
-            BarColumn(),
-            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn(
+                "{task.description}",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
             console=console,
+            expand=True,
             transient=True,
         )
         self._task = self._bar.add_task("compiling", total=total, completed=start)
