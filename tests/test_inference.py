@@ -1,16 +1,20 @@
 """Tests the inputs that models from `disco_jax.load` accept, single and in lists."""
 
 import dataclasses
+import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import disco_jax
 from disco_jax.errors import UserError
+from disco_jax.evaluation.main import evaluate
 from disco_jax.inference import Model
 from disco_jax.models import TextConfig
 from disco_jax.models.folder import save_model, shapes_of
+from tests import small_run
 from tests.small_run import SIZES
 
 
@@ -65,3 +69,22 @@ def test_one_input_is_one_row(loaded, tmp_path):
 def test_inputs_of_another_kind_are_refused(loaded, call, message):
     with pytest.raises(UserError, match=message):
         call(loaded)
+
+
+def test_eval_takes_a_model_folder_as_it_takes_a_run(tmp_path, capsys):
+    """Its recalls are those of the features that `load` computes, and nothing is written."""
+    made = small_run.make(tmp_path, samples=24)
+    config = small_run.config_of(made, model__name="tiny", loss__kind="sigmoid")
+    config.eval.retrieval_name, config.eval.retrieval_caption_key = f"{made}/pairs.csv", "caption"
+    before = sorted(tmp_path.rglob("*"))
+    with jax.numpy_dtype_promotion("standard"):
+        evaluate(config, made / "model")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    model = disco_jax.load(made / "model")
+    images = model.encode_image([made / f"{i}.png" for i in range(24)])
+    texts = model.encode_text([f"number {i}" for i in range(24)])
+    cosines = images @ texts.T
+    for k in (1, 5):
+        ranks = (cosines >= np.diagonal(cosines)[:, None]).sum(axis=1)
+        assert found[f"retrieval/image_to_text_recall@{k}"] == np.mean(ranks <= k)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,9 +21,10 @@ from disco_jax.evaluation.baseline import baselines
 from disco_jax.evaluation.evaluator import Evaluator
 from disco_jax.evaluation.suite import PREFIX, mean, scores, with_suite
 from disco_jax.evaluation.zeroshot import Results
-from disco_jax.mesh import make_mesh
+from disco_jax.mesh import make_mesh, replicated
 from disco_jax.models import CLIPConfig, Params
 from disco_jax.models.build import model_config
+from disco_jax.models.folder import MODEL_JSON, TOKENIZER, WEIGHTS, load_model
 from disco_jax.processes.backend import first_then_all
 from disco_jax.runs.places import fetched, send
 from disco_jax.runs.remote_checkpoints import SavedCheckpoints, open_checkpoints
@@ -34,6 +36,7 @@ from disco_jax.storage.urls import Place
 SHOWN = 32  # predictions to draw
 WORST = 5  # least accurate classes to print per set
 POLL = 10  # seconds between checks for a new checkpoint
+Predictions = dict[str, list[Results]]  # by set; those among all classes first
 
 
 def evaluate(
@@ -43,16 +46,31 @@ def evaluate(
 
     With `watch`, also evaluates new checkpoints as they appear. For each checkpoint, prints a table
     and a line of JSON, writes the JSON to `workdir/eval/STEP.json`, and draws predictions into
-    `workdir`.
+    `workdir`. If `workdir` is a model folder, as `interop import` writes, that model is evaluated
+    instead, its sizes and kind of loss are its own, and nothing is written.
 
     Raises:
       UserError: if the folder holds no run, no checkpoint, or a run with another config.
       DataLost: if `workdir` is in a bucket whose store does not answer.
     """
-    with fetched(workdir, "config.json") as folder:
-        if not (folder / "config.json").exists():
-            raise UserError(f"workdir {workdir} holds no run; train one there first")
-        _evaluate_run(config, workdir, folder, every=every, watch=watch)
+    with fetched(workdir, "config.json", MODEL_JSON, WEIGHTS, TOKENIZER) as folder:
+        if (folder / "config.json").exists():
+            _evaluate_run(config, workdir, folder, every=every, watch=watch)
+        elif (folder / MODEL_JSON).exists():
+            _evaluate_model(config, workdir, folder)
+        else:
+            raise UserError(f"workdir {workdir} holds no run and no model; train one there first")
+
+
+def _evaluate_model(config: ConfigDict, workdir: Place, folder: Path) -> None:
+    config = config.copy_and_resolve_references()
+    _, params = load_model(folder)
+    config.model.name = str(folder)
+    config.loss.kind = "sigmoid" if "logit_bias" in params else "softmax"
+    mesh, model = make_mesh(), model_config(config)
+    evaluator, fixed = _evaluator(config, model, mesh)
+    results, metrics = _measure(evaluator, jax.device_put(params, replicated(mesh)), fixed)
+    _show(evaluator, results, metrics, str(workdir))
 
 
 def _evaluate_run(
@@ -66,10 +84,7 @@ def _evaluate_run(
     # A run trained on many devices may be evaluated on a few.
     fsdp = math.gcd(config.fsdp, jax.device_count())
     mesh, model = make_mesh(fsdp=fsdp), model_config(config)
-    evaluated = with_suite(config)
-    evaluator = first_then_all(lambda: Evaluator(evaluated, model, mesh))
-    own = {name: opened for name, opened in evaluator.sets.items() if name in config.eval.sets}
-    fixed = baselines(config, own, model.vision.image_size)
+    evaluator, fixed = _evaluator(config, model, mesh)
     checkpoints = open_checkpoints(workdir)
     try:
         for step in _steps(checkpoints, config.num_steps, every=every, watch=watch):
@@ -81,6 +96,16 @@ def _evaluate_run(
             _evaluate(evaluator, params, fixed, step, folder, workdir)
     finally:
         checkpoints.close()
+
+
+def _evaluator(
+    config: ConfigDict, model: CLIPConfig, mesh: Mesh
+) -> tuple[Evaluator, dict[str, float]]:
+    """Returns the opened sets, and the metrics that depend on no model."""
+    evaluated = with_suite(config)
+    evaluator = first_then_all(lambda: Evaluator(evaluated, model, mesh))
+    own = {name: opened for name, opened in evaluator.sets.items() if name in config.eval.sets}
+    return evaluator, baselines(config, own, model.vision.image_size)
 
 
 def _steps(checkpoints: SavedCheckpoints, last: int, *, every: bool, watch: bool) -> Iterator[int]:
@@ -129,11 +154,7 @@ def _evaluate(
     run: Place,
 ) -> None:
     """Evaluates a checkpoint and writes to `folder`; of a run in a bucket, that is its copy."""
-    results = {key: evaluator.classify(params, key) for key in evaluator.sets}
-    metrics: dict[str, float] = {}
-    for key, found in results.items():
-        metrics |= evaluator.metrics(key, found)
-    metrics |= mean(metrics) | evaluator.retrieval(params) | fixed
+    results, metrics = _measure(evaluator, params, fixed)
     if jax.process_index():
         return
     record = {"step": step, **metrics}
@@ -144,7 +165,27 @@ def _evaluate(
         written.append(folder / "predictions.png")
         _draw(evaluator, {key: found[0] for key, found in results.items()}, written[-1])
         console.print(f"wrote predictions to {run / 'predictions.png'}")
-    _print_tables(metrics, f"{run}, step {step}")
+    _show(evaluator, results, record, f"{run}, step {step}")
+    for path in written:
+        send(path, folder, run)
+
+
+def _measure(
+    evaluator: Evaluator, params: Params, fixed: dict[str, float]
+) -> tuple[Predictions, dict[str, float]]:
+    """Returns the predictions of each set, and all metrics."""
+    results = {key: evaluator.classify(params, key) for key in evaluator.sets}
+    metrics: dict[str, float] = {}
+    for key, found in results.items():
+        metrics |= evaluator.metrics(key, found)
+    return results, metrics | mean(metrics) | evaluator.retrieval(params) | fixed
+
+
+def _show(evaluator: Evaluator, results: Predictions, record: dict[str, Any], title: str) -> None:
+    """Prints tables, the least accurate classes, and a line of JSON, in the first process."""
+    if jax.process_index():
+        return
+    _print_tables({name: value for name, value in record.items() if name != "step"}, title)
     for key, found in results.items():
         if key.startswith(PREFIX):
             continue
@@ -155,8 +196,6 @@ def _evaluate(
                 soft_wrap=True,
             )
     print(json.dumps(record), flush=True)
-    for path in written:
-        send(path, folder, run)
 
 
 def _print_tables(metrics: dict[str, float], title: str) -> None:
