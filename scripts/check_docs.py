@@ -59,7 +59,8 @@ for name in ("cat.jpg", "dog.jpg", "photos/cat.jpg"):
 rows = "".join(f"../cat.jpg,a cat number {{i}}\\n" for i in range(8))
 Path("stand_ins/list.csv").write_text("image,caption\\n" + rows)
 shutil.copytree(golden / "siglip_tiny", "stand_ins/siglip2")
-pieces = Tokenizer(models.WordLevel({{"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4}}, "<unk>"))
+words = ("<pad>", "</s>", "<unk>", "a", "cat")
+pieces = Tokenizer(models.WordLevel({{word: i for i, word in enumerate(words)}}, "<unk>"))
 pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 pieces.save("stand_ins/siglip2/tokenizer.json")
 with tarfile.open("stand_ins/00000.tar", "w") as tar:
@@ -97,9 +98,8 @@ SHORTER = (
     (r"openai/clip-vit-base-patch32", "stand_ins/hf"),
     (r"PATH_OR_REPO --out=models/siglip2", "stand_ins/siglip2 --out=models/siglip2"),
     (r"PATH_OR_REPO", OPENCLIP),
-    (r"(--config=siglip2 .*)", r"\1 --config.microbatch=0"),
+    (r"((?:train|eval)\.py --config=siglip2 .*)", r"\1 --config.microbatch=0"),
     (r"/data/list\.csv --out=/data/shards", "stand_ins/list.csv --out=stand_ins/shards"),
-    (r" --config\.eval\.suite=clip", ""),  # needs TFDS's own data
     (r"(chaos\.py) --kills=\d+( --steps=\d+)?", r"\1 --kills=2 --steps=20"),
     (r"input\.py --remote", "input.py --remote --images=512 --repeats=1"),
     (r"(replicate\.py equivalence)", r"\1 --steps=2 --every=2 --out=runs/results"),
@@ -115,6 +115,7 @@ SHORTER = (
     (r"--go_back_to=STEP", "--go_back_to=2"),
     (r"checkpoint WORKDIR", "checkpoint runs/shapes"),
 )
+FRESH = ("runs/mine", "runs/pairs", "runs/own", "models")
 YAML = "import sys, yaml; list(yaml.safe_load_all(sys.stdin))"
 # Commands that can't run on every machine, and what to run instead.
 ELSEWHERE = (
@@ -197,12 +198,7 @@ def main() -> None:
         if not arguments.list and (output := run(f"python - <<'END'{FILES}END", where)):
             sys.exit(output)
         for document in (where / "README.md", *sorted((where / "docs").glob("*.md"))):
-            for left in (
-                "runs/mine",
-                "runs/pairs",
-                "runs/own",
-                "models",
-            ):  # each document starts fresh
+            for left in FRESH:  # each document starts without them
                 shutil.rmtree(where / left, ignore_errors=True)
             shell, python = blocks(document.read_text())
             scripts = [("\n".join(c), [runnable(line) for line in c]) for c in shell]
