@@ -5,7 +5,7 @@
 
 Takes the config that the run was trained with; the fields of `eval` may differ. Prints a table and
 a line of JSON for each checkpoint, writes WORKDIR/eval/STEP.json and draws predictions.png.
-If WORKDIR is a model folder, as `disco-jax import` writes, it evaluates that model and writes nothing.
+If WORKDIR is a model folder, as `disco-jax import` writes, evaluates that and writes nothing.
 Exit codes are those of `disco-jax train`.
 """
 
