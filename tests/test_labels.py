@@ -122,23 +122,23 @@ def handed_over(config, model):
 
 
 @pytest.mark.parametrize(
-    ("case", "devices", "microbatch", "mode", "method"),
+    ("case", "devices", "fsdp", "microbatch", "mode", "method"),
     [
-        ("ignored", 1, 0, "scan", "auto"),
-        ("captions", 2, 4, "scan", "disco"),
-        pytest.param("images", 2, 2, "host", "stream", marks=pytest.mark.slow),
-        ("teacher", 2, 4, "scan", "ring"),
-        ("teacher", 2, 4, "host", "default"),
+        ("ignored", 1, 1, 0, "scan", "auto"),
+        ("captions", 2, 2, 4, "scan", "disco"),
+        pytest.param("images", 4, 2, 2, "host", "stream", marks=pytest.mark.slow),
+        ("teacher", 2, 1, 4, "scan", "ring"),
+        ("teacher", 2, 2, 4, "host", "default"),
     ],
 )
-def test_the_step_uses_labels(case, devices, microbatch, mode, method, monkeypatch):
+def test_the_step_uses_labels(case, devices, fsdp, microbatch, mode, method, monkeypatch):
     config = default()
     config.batch_size, config.microbatch = BATCH, microbatch
     config.update_from_flattened_dict({"loss.method": method, **FIELDS[case]})
     monkeypatch.setattr(train_step, "make_optimizer", lambda config: optax.identity())
     monkeypatch.setattr(train_step, "make_update", handed_over)
     monkeypatch.setattr(host_step, "make_update", handed_over)
-    mesh = mesh_of(devices)
+    mesh = mesh_of(devices, fsdp)
     state = TrainState(jnp.int32(0), model_params(), optax.EmptyState())
     state = jax.device_put(state, train_step.state_shardings(config, SIZES, mesh))
     if mode == "host":

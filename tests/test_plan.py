@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 from disco_jax.config import default
 from disco_jax.errors import UserError
@@ -25,6 +26,7 @@ from disco_jax.plan.rates import rates_of
 from disco_jax.plan.search import largest_batch
 from disco_jax.plan.worker import planned_attention
 from disco_jax.processes import cli
+from tests import small_run
 from tests.conftest import ENV, mesh_of
 
 MIB, GIB = 2**20, 2**30
@@ -356,3 +358,13 @@ def run(*arguments, env=None):
         timeout=300,
         check=False,
     )
+
+
+def test_a_teachers_parameters_are_held_as_well(tmp_path):
+    """All of them, on every device: the bytes of the tensors in its file."""
+    made = small_run.make(tmp_path, samples=1)
+    config = small_run.config_of(made, distill__teacher=str(made / "model"))
+    row = program._with_teacher(config, {"peak_bytes": 7})
+    tensors = load_file(made / "model" / "model.safetensors").values()
+    assert row["teacher_bytes"] == sum(x.nbytes for x in tensors)
+    assert row["peak_bytes"] == 7 + row["teacher_bytes"]

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from disco_jax.losses import contrastive_loss
 from disco_jax.mesh import batch_sharding, replicated
-from disco_jax.models.build import model_config
+from disco_jax.models import abstract_model
+from disco_jax.models.build import model_config, teacher_config
 from disco_jax.plan.flops import matmul_flops
 from disco_jax.plan.hlo import Collective, Program, collectives
 from disco_jax.plan.rates import Rates
@@ -47,9 +48,18 @@ def step_job(config: ConfigDict, mesh: Mesh) -> Job:
 
 
 def measure_step(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]:
-    """Returns the cost of a step: of its one program, or of all programs of the host loop."""
-    if not (config.microbatch and config.microbatch_mode == "host"):
-        return _with_waiting_batch(config, measure(step_job(config, mesh), rates))
+    """Returns the cost of a step: of its one program, or of all programs of the host loop.
+
+    Of a teacher that is distilled, it has the parameters, but not the time to encode with it.
+    """
+    if config.microbatch and config.microbatch_mode == "host":
+        row = _measure_phases(config, mesh, rates)
+    else:
+        row = _with_waiting_batch(config, measure(step_job(config, mesh), rates))
+    return _with_teacher(config, row) if config.distill.teacher else row
+
+
+def _measure_phases(config: ConfigDict, mesh: Mesh, rates: Rates) -> dict[str, Any]:
     model = model_config(config)
     phases = HostStep(config, model, mesh).phases()
     total: dict[str, Any] = {"peak_bytes": 0, "step_flops": 0, "compile_seconds": 0.0}
@@ -102,6 +112,14 @@ def _with_waiting_batch(config: ConfigDict, row: dict[str, Any]) -> dict[str, An
         "batch_bytes": row["batch_bytes"] + waiting,
         "peak_bytes": peak if peak is None else peak + waiting,
     }
+
+
+def _with_teacher(config: ConfigDict, row: dict[str, Any]) -> dict[str, Any]:
+    """Adds the parameters of the teacher, all of which every device keeps."""
+    _, params = abstract_model(teacher_config(config))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    peak = row["peak_bytes"]
+    return row | {"teacher_bytes": held, "peak_bytes": peak if peak is None else peak + held}
 
 
 def loss_job(config: ConfigDict, mesh: Mesh, dim: int) -> Job:

@@ -18,6 +18,7 @@ def show_one(rows: list[Row], console: Console) -> None:
         ("parameters", "param_bytes"),
         ("optimizer", "optimizer_bytes"),
         ("batch", "batch_bytes"),
+        ("teacher", "teacher_bytes"),
         ("temporaries", "temp_bytes"),
         ("peak", "peak_bytes"),
         ("capacity", "capacity_bytes"),
