@@ -35,6 +35,7 @@ import pytest
 from jax.sharding import Mesh
 
 from disco_jax.mesh import make_mesh
+from disco_jax.processes import cli
 from tests.object_stores import (
     gcs,
     gcs_server,
@@ -62,10 +63,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["DISCO_TEST_CACHE"], ignore_errors=True)
 # The environment of short runs in other processes. They spend most of their time compiling, and
 # their numbers are only compared with each other, so they are compiled without optimizations.
+# Some are killed while they write to the cache, which is therefore not that of the tests; JAX warns
+# of what such a process has left.
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))} | {
     "XLA_FLAGS": os.environ["XLA_FLAGS"].partition(" ")[2],
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": os.environ["DISCO_TEST_CACHE"],
+    "JAX_COMPILATION_CACHE_DIR": os.environ["DISCO_TEST_CACHE"] + "/runs",
+    "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 # Parts of the names of modules and tests that are compiled with XLA's default optimizations: those
@@ -77,7 +81,26 @@ OPTIMIZED = (
     "gradients_are_the_whole_batchs[8-1-2-scan]",
     "sigmoid_gradients",
 )
+cli.READER = ""  # else `cli.guard` ends the tests' process if another test's reader still waits
+# Modules that take a minute or more. They start first, so that no worker ends long after the other.
+LONGEST = (
+    "test_losses",
+    "test_reliability",
+    "test_bucket_runs",
+    "test_train",
+    "test_microbatch",
+    "test_models",
+    "test_block",
+    "test_cluster",
+    "test_soft_targets",
+    "test_labels",
+)
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest modules first."""
+    items.sort(key=lambda item: not item.path.stem.startswith(LONGEST))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -203,7 +203,7 @@ def test_lanes_of_a_process_hold_its_rows():
                     assert own.issuperset(order.lanes_of(places).tolist())
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_fetch_their_own_lanes(processes, remote, local, tmp_path, streams):
     pieces = np.split(np.arange(BATCH), processes)
     config = config_of(f"{remote.url}/d/*.tar", tmp_path / "c")

@@ -166,7 +166,7 @@ def test_ranks_in_tiles_equal_dense_ones_and_take_little_memory():
     assert compiled.memory_analysis().temp_size_in_bytes < 64 << 20
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_uneven_batches_and_class_embeddings(devices):
     """Five images, in batches of 2 (8 on 8 devices) or 64.
 

@@ -37,7 +37,7 @@ def test_equals_reference(kind, path, devices):
     assert max(relative_errors(got, dense(kind, args))) < 1e-5
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [8, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "path"), KINDS_AND_PATHS)
 def test_weights_and_groups(kind, path, devices):
     args, extra = arguments(kind), labels(48)
@@ -110,7 +110,7 @@ def test_all_weights_zero_is_a_loss_of_zero(method):
     assert all(np.all(x == 0) for x in got)
 
 
-@pytest.mark.parametrize("tile", [1, 5, 100])
+@pytest.mark.parametrize("tile", [1, 5, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["stream", "ring"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_need_divide_nothing(kind, method, tile):

@@ -27,7 +27,7 @@ from tests.losses_common import (
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])  # scanned and unrolled loops
 @pytest.mark.parametrize("method", ["stream", "ring"])
-@pytest.mark.parametrize("kept", [0, 3, 9])
+@pytest.mark.parametrize("kept", [0, 3, pytest.param(9, marks=pytest.mark.slow)])
 def test_any_number_of_tiles_may_be_kept(kept, method, platform):
     """48 columns in tiles of 5. The last tile is narrower, and in a ring that of every hop."""
     args, extra = arguments("softmax"), labels(48)

@@ -332,9 +332,8 @@ def test_what_does_not_divide_is_told(changes, message):
         check_division(config, devices=4)
 
 
-@pytest.mark.parametrize(
-    ("microbatch", "batches"), [(2, 1), pytest.param(0, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("microbatch", "batches"), [(0, 2), (2, 1)])
 def test_batches_on_the_devices(microbatch, batches, tmp_path, monkeypatch):
     """The planner counts the batches of steps not yet waited for, and the one being placed."""
     held, seen, see = [], [], Health.see

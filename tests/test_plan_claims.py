@@ -36,7 +36,8 @@ LOSS_CLAIMS = [
 
 
 @needs_linux
-@pytest.mark.parametrize("devices", [8, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [8, 64])
 def test_the_default_loss_beside_a_plain_jit_on_a100s(devices):
     """Compares the loss and its gradients at D = 512 in fp32."""
     with Compiler(parse_topology(f"a100-40gb:{devices}")) as compiler:

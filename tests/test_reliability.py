@@ -116,6 +116,7 @@ def test_only_steps_in_a_row_stop_a_run(tmp_path):
     health.close()
 
 
+@pytest.mark.slow
 def test_metrics_say_where_the_time_went(calm):
     lines = [json.loads(line) for line in (calm / "metrics.jsonl").read_text().splitlines()]
     assert all(row["time/data"] >= 0 and row["time/step"] > 0 for row in lines)
@@ -351,6 +352,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(made, tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_is_told_before(made, calm, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
     with pytest.raises(UserError, match=r"\(it needs 0.00 GB, but only 0.00 GB are free\); no"):

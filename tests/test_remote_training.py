@@ -110,6 +110,7 @@ def test_a_killed_run_on_one_store_goes_on_from_another(made, calm, s3, gcs, tmp
     assert not list(cache.iterdir())
 
 
+@pytest.mark.slow
 def test_evaluation_and_inspect_read_a_bucket(made, calm, s3, proxy, tmp_path, monkeypatch, capsys):
     upload(s3, made / "shards")
     name, found = f"{s3.url}/d/*.tar", {}

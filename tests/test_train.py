@@ -143,6 +143,7 @@ def shards(tmp_path_factory, data_dir) -> str:
     return f"{folder}/{{00000..00004}}.tar"
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path, data_dir, shards):
     """A run on shards is killed with SIGKILL and resumed with a different number of workers.
 

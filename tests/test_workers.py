@@ -120,6 +120,7 @@ def test_data_that_do_not_come_end_the_run():
     never.set()
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_leaves_is_removed_at_the_next_start(job):
     locked = [path for path in FOLDER.glob("disco_jax-*.lock") if path.stat().st_ctime > BEGAN]
     names = {name for name in segments() for path in locked if path.stem in name}

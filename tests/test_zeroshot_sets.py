@@ -156,7 +156,9 @@ def test_every_layout_gives_the_same_accuracy(tmp_path):
         assert metrics[f"{layout}/mean_per_class"] == pytest.approx(np.mean(right)), layout
 
 
-@pytest.mark.parametrize(("devices", "batch_size"), [(1, 27), (4, 5)])
+@pytest.mark.parametrize(
+    ("devices", "batch_size"), [(4, 5), pytest.param(1, 27, marks=pytest.mark.slow)]
+)
 def test_any_division_counts_each_image_once(devices, batch_size, tmp_path):
     config = config_of(tmp_path, batch_size, mini=make_source("shards", tmp_path))
     metrics = evaluate(config, devices)
