@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/shapes
 
 .PHONY: demo emoji emoji-data test test-slow install-highest test-highest lint plan gpu-check cluster-check \
-	docs docs-check clean
+	docs docs-check pages-check clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=shapes --workdir=$(RUN)
@@ -83,6 +83,12 @@ docs-check: $(VENV)/dev.stamp
 # The documentation site, in build/site: open its index.html, or `$(BIN)/mkdocs serve`.
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The site and a report in a headless Chromium, which it does not install, at the widths of a desktop
+# and a phone. Leaves screenshots in build/pages. A minute.
+pages-check: docs $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-pages.txt
+	$(BIN)/python -m pytest -n 0 -q tests/pages
 
 clean:
 	rm -rf $(RUN)
