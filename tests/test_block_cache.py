@@ -168,6 +168,7 @@ def test_blocks_that_are_used_up_are_removed(remote, tmp_path, streams, monkeypa
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system shows no open files")
+@pytest.mark.slow
 def test_removed_blocks_are_not_kept_open(remote, tmp_path, streams):
     """As long as a process has one open, its space is not free."""
     stream = streams(config_of(f"{remote.url}/d/*.tar", tmp_path / "c"), workers=2)

@@ -29,7 +29,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("seed", "change"), list(enumerate(CHANGES)), ids=CHANGES)
+@pytest.mark.parametrize(
+    ("seed", "change"), [(1, "moved"), pytest.param(0, "cut", marks=pytest.mark.slow)]
+)
 def test_faults_and_replaced_shards(
     seed, change, remote, local, tmp_path, proxy, streams, monkeypatch
 ):

@@ -127,7 +127,7 @@ def handed_over(config, model):
         ("ignored", 1, 1, 0, "scan", "auto"),
         ("captions", 2, 2, 4, "scan", "disco"),
         pytest.param("images", 4, 2, 2, "host", "stream", marks=pytest.mark.slow),
-        ("teacher", 2, 1, 4, "scan", "ring"),
+        pytest.param("teacher", 2, 1, 4, "scan", "ring", marks=pytest.mark.slow),
         ("teacher", 2, 2, 4, "host", "default"),
     ],
 )

@@ -173,6 +173,7 @@ def test_a_loss_of_global_arrays_takes_microbatches():
     assert difference(loss_and_gradients(config, model, 2), whole("softmax")) < 1e-5
 
 
+@pytest.mark.slow
 def test_both_passes_must_draw_the_same(monkeypatch):
     """With other dropout keys in the second pass, the gradients are clearly different."""
     real = gradients.pullback

@@ -281,6 +281,7 @@ def test_a_thousand_mutations_end_in_counted_samples(tmp_path):
     assert {"truncated_shard", "damaged_shard", "broken_image", "not_an_image"} <= seen.keys()
 
 
+@pytest.mark.slow
 def test_workers_restarts_and_processes_see_the_same_samples(tmp_path):
     """The samples include bad ones and random crops."""
     for i in range(4):

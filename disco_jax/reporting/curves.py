@@ -151,4 +151,7 @@ def _plain(panel: "figure", chart: Chart) -> None:
         panel.legend.label_text_color = GREY
         panel.legend.label_text_font_size = "12px"
         panel.add_layout(panel.legend[0], "below")
-        panel.legend.orientation = "vertical"
+        panel.legend.orientation = "horizontal"
+        panel.legend.location = "left"
+        panel.legend.ncols = 3
+        panel.legend.padding = panel.legend.margin = 0
