@@ -57,7 +57,7 @@ __all__ = [  # fixtures
 ]
 
 # Traced programs fill the heap with objects that live on, through which Python would search for
-# garbage again and again: a seventh of the time of these tests.
+# garbage again and again.
 gc.set_threshold(100_000, 20, 100)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["DISCO_TEST_CACHE"], ignore_errors=True)
@@ -82,7 +82,7 @@ OPTIMIZED = (
     "sigmoid_gradients",
 )
 cli.READER = ""  # else `cli.guard` ends the tests' process if another test's reader still waits
-# Modules that take a minute or more. They start first, so that no worker ends long after the other.
+# Modules that take about a minute. They start first, so that no worker ends long after the other.
 LONGEST = (
     "test_losses",
     "test_reliability",

@@ -76,6 +76,7 @@ def test_eval_takes_a_model_folder_as_it_takes_a_run(tmp_path, capsys):
     made = small_run.make(tmp_path, samples=24)
     config = small_run.config_of(made, model__name="tiny", loss__kind="sigmoid")
     config.eval.retrieval_name, config.eval.retrieval_caption_key = f"{made}/pairs.csv", "caption"
+    config.model.update(image_size=32, text_groups="2:0.5", image_trained_blocks=9)
     before = sorted(tmp_path.rglob("*"))
     with jax.numpy_dtype_promotion("standard"):
         evaluate(config, made / "model")

@@ -1,5 +1,6 @@
 """Tests how the length of a run is set and how its progress is reported."""
 
+import io
 import json
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from PIL import Image
 from disco_jax.config import default
 from disco_jax.config.validation import problems_of
 from disco_jax.data.source import Joined
+from disco_jax.display.terminal import PlainConsole
 from disco_jax.errors import UserError
 from disco_jax.evaluation import main as evaluation
 from disco_jax.runs.checkpoint import Checkpoints
@@ -173,6 +175,19 @@ def test_the_time_left_is_of_several_updates(clock, capsys):
         bar.update(step, 1.0, 1.0)
     shown = np.array(lefts(capsys.readouterr().out))
     assert shown.max() < 3 * shown.min()
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_progress_takes_one_line_of_a_terminal(width):
+    bar = TrainProgress(0, 195_312, 32_768)
+    bar.update(1, 10.0, 14.29)
+    bar.update(2, 10.0, 14.29)
+    out = io.StringIO()
+    terminal = PlainConsole(file=out, width=width, force_terminal=True, color_system=None)
+    terminal.print(bar._bar.get_renderable())
+    (line,) = out.getvalue().splitlines()
+    assert len(line) <= width
+    assert "step 2/195312" in line
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from disco_jax.configs import vit_b32_laion100m
 from disco_jax.errors import UserError
 from disco_jax.report import report
 from disco_jax.reporting import curves, tables
+from disco_jax.reporting.page import as_html
 from disco_jax.reporting.run import PAPER, names_of, read_run
 from disco_jax.runs.workdir import stored_config
 
@@ -154,6 +155,15 @@ def test_long_curves_are_thinned_and_keep_their_spikes():
     assert 5_000 not in kept
     assert (np.diff(kept) > 0).all()
     assert curves.thinned(np.array([1.0, 0.0, -1.0, 2.0]), positive=True).tolist() == [0, 3]
+
+
+def test_a_run_without_a_finite_value_has_no_curves(runs):
+    run = read_run(runs[1])._replace(rows=[{"step": 1, "train/loss": float("nan")}])
+    assert curves.charts_of([run]) == []
+    page = Page(as_html([run]))
+    assert page.open == []
+    assert "Curves" not in page.headings
+    assert "nan" in page.cells
 
 
 def test_runs_of_one_name_are_told_apart():

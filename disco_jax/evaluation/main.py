@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from disco_jax.config import default
 from disco_jax.display.plots import plot_predictions
 from disco_jax.display.terminal import console
 from disco_jax.errors import UserError
@@ -36,7 +37,7 @@ from disco_jax.storage.urls import Place
 SHOWN = 32  # predictions to draw
 WORST = 5  # least accurate classes to print per set
 POLL = 10  # seconds between checks for a new checkpoint
-Predictions = dict[str, list[Results]]  # by set; those among all classes first
+Predictions = dict[str, list[Results]]  # by set: within its subset, then among all classes
 
 
 def evaluate(
@@ -65,7 +66,9 @@ def evaluate(
 def _evaluate_model(config: ConfigDict, workdir: Place, folder: Path) -> None:
     config = config.copy_and_resolve_references()
     _, params = load_model(folder)
-    config.model.name = str(folder)
+    sizes = default().model  # without those that the config sets for the model it trains
+    sizes.update(name=str(folder), dtype=config.model.dtype, attention=config.model.attention)
+    config.model = sizes
     config.loss.kind = "sigmoid" if "logit_bias" in params else "softmax"
     mesh, model = make_mesh(), model_config(config)
     evaluator, fixed = _evaluator(config, model, mesh)

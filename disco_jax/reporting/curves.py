@@ -28,8 +28,9 @@ class Chart(NamedTuple):
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """Returns the panels that the runs have metrics for."""
-    found = sorted({name for run in runs for row in run.rows for name in row})
+    """Returns the panels that the runs have finite values for."""
+    rows = [row for run in runs for row in run.rows]
+    found = sorted({name for row in rows for name, value in row.items() if np.isfinite(value)})
     accuracies = [n for n in found if n.count("/") == 1 and n.endswith(("/top1", "/mean"))]
     recalls = [n for n in found if n.count("/") == 1 and n.endswith("recall@1")]
     charts = [
@@ -50,6 +51,8 @@ def curves(runs: Sequence[Run]) -> tuple[str, list[tuple[str, str]]]:
     from bokeh.resources import Resources
 
     charts = charts_of(runs)
+    if not charts:
+        return "", []
     script, parts = components([_panel(chart, runs) for chart in charts])
     library = Resources(mode="inline", components=["bokeh"]).render_js()
     titles = [chart.title for chart in charts]
